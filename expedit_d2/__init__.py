@@ -1,0 +1,20 @@
+"""Expedit for Detectron2: large vision transformers made faster for dense prediction, untrained.
+
+`TokenClustering` and `TokenReconstruction` are the two operators, `expedite` applies them to a
+model, `add_expedit_config` adds them to a Detectron2 config.
+"""
+
+from .api import expedite
+from .operators import TokenClustering, TokenReconstruction
+
+__version__ = "0.1.0"
+__all__ = ["TokenClustering", "TokenReconstruction", "add_expedit_config", "expedite"]
+
+
+def __getattr__(name: str) -> object:
+    # Detectron2 is imported only when its config is asked for.
+    if name == "add_expedit_config":
+        from .config import add_expedit_config
+
+        return add_expedit_config
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,121 @@
+"""Detectron2's plain ViT (ViTDet): a map (B, H, W, C), windowed and global blocks.
+
+After clustering, windows shrink with the grid and relative positions are resampled for it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..attention import key_bias, relative_positions
+from ..operators import shape_of
+from ..tokens import Tokens
+from ..windows import partition, unpartition
+from .host import Host, is_class
+
+FAMILY = "Detectron2's ViT (ViTDet)"
+
+
+def matches(module: nn.Module) -> bool:
+    return is_class(module, "ViT", "detectron2.modeling.backbone.vit")
+
+
+def adapt(vit: nn.Module) -> Host:
+    window = max((block.window_size for block in vit.blocks), default=0)
+    return Host(
+        owner=vit,
+        attribute="blocks",
+        layout=_Layout,
+        window=window or None,
+        outputs=(len(vit.blocks) - 1,),
+    )
+
+
+class _Layout:
+    def __init__(self, size_aware: bool) -> None:
+        self.size_aware = size_aware
+
+    def split(self, x: Tensor) -> tuple[None, Tokens]:
+        size = shape_of(x)[1:3]
+        return None, Tokens(x, size=size, span=size)
+
+    def join(self, prefix: None, features: Tensor) -> Tensor:
+        return features
+
+    def run(self, block: nn.Module, prefix: None, tokens: Tokens) -> tuple[None, Tokens]:
+        x = tokens.features
+        attend = self._windowed if block.window_size > 0 else self._global
+        x = x + block.drop_path(attend(block, block.norm1(x), tokens))
+        x = x + block.drop_path(block.mlp(block.norm2(x)))
+        if block.use_residual_block:
+            x = block.residual(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        return None, replace(tokens, features=x)
+
+    def _votes(self, tokens: Tokens, padding: float) -> Tensor | None:
+        """Votes of each key (B, h, w), or None for one each; padding has ``padding`` of them."""
+        sizes = tokens.sizes if self.size_aware else None
+        if tokens.valid is None:
+            return sizes
+        sizes = tokens.valid.float() if sizes is None else sizes
+        return torch.where(tokens.valid, sizes, padding)
+
+    def _global(self, block: nn.Module, x: Tensor, tokens: Tokens) -> Tensor:
+        # Padding is not part of the stock model's global attention: it has no vote here.
+        return _attend(block.attn, x, tokens.span, tokens.size, self._votes(tokens, padding=0.0))
+
+    def _windowed(self, block: nn.Module, x: Tensor, tokens: Tokens) -> Tensor:
+        size = shape_of(x)[1:3]
+        side = block.window_size
+        window = tuple(
+            max(1, round(side * cells / span))
+            for cells, span in zip(size, tokens.span, strict=True)
+        )
+        # The stock model pads with zeros behind the norm, and these take part in its windows.
+        # One place on the smaller grid stands for as many of them as it does for tokens.
+        per_place = side * side / (window[0] * window[1]) if self.size_aware else 1.0
+        votes = self._votes(tokens, padding=per_place)
+        if tokens.valid is not None:
+            x = x * tokens.valid[..., None]
+        padded = size[0] % window[0] or size[1] % window[1]
+        if votes is None and padded and per_place != 1:
+            votes = x.new_ones(x.shape[:3])
+        if votes is not None:
+            votes = partition(votes[..., None], window, value=per_place)[..., 0]
+        out = _attend(block.attn, partition(x, window), (side, side), (side, side), votes)
+        return unpartition(out, size)
+
+
+def _attend(
+    attn: nn.Module,
+    x: Tensor,
+    span: tuple[int, int],
+    size: tuple[int, int],
+    votes: Tensor | None,
+) -> Tensor:
+    """The attention layer on a grid (B, h, w, C), with votes (B, h, w) of the keys.
+
+    Args:
+        span: tokens of the original map, or window, that the grid spreads over.
+        size: tokens along the sides of the original attention.
+    """
+    batch, height, width, _ = shape_of(x)
+    heads = attn.num_heads
+    qkv = attn.qkv(x).reshape(batch, height * width, 3, heads, -1).permute(2, 0, 3, 1, 4)
+    q, k, v = qkv.unbind(0)  # (B, heads, N, D)
+    bias = None
+    if attn.use_rel_pos:
+        grid = q.unflatten(2, (height, width))
+        row = relative_positions(attn.rel_pos_h, height, span[0], size[0]).to(q.dtype)
+        col = relative_positions(attn.rel_pos_w, width, span[1], size[1]).to(q.dtype)
+        rows = torch.einsum("bnhwd,hkd->bnhwk", grid, row)[..., None]
+        cols = torch.einsum("bnhwd,wkd->bnhwk", grid, col)[..., None, :]
+        bias = (rows + cols).flatten(4).flatten(2, 3)  # (B, heads, N, N)
+    if votes is not None:
+        votes = key_bias(votes).flatten(1)[:, None, None].to(q.dtype)  # (B, 1, 1, N)
+        bias = votes if bias is None else bias + votes
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=attn.scale)
+    return attn.proj(out.transpose(1, 2).reshape(batch, height, width, -1))

@@ -1,0 +1,85 @@
+"""timm's ``VisionTransformer``: tokens (B, prefix + H * W, C), global attention in every block.
+
+Covers plain ViTs, DINOv2 (registers, LayerScale), CLIP and AugReg encoders. timm's blocks take an
+additive ``attn_mask``, so nothing of theirs is replaced.
+"""
+
+from __future__ import annotations
+
+import inspect
+import threading
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from ..attention import key_bias
+from ..operators import shape_of
+from ..tokens import Tokens
+from .host import Host, is_class
+
+FAMILY = "timm's VisionTransformer"
+
+# The size of the token map, known where patches are made and needed where blocks begin. Written
+# and read within one forward, by one thread.
+_call = threading.local()
+
+
+def matches(module: nn.Module) -> bool:
+    return is_class(module, "VisionTransformer", "timm.models.vision_transformer")
+
+
+def adapt(vit: nn.Module) -> Host:
+    patch_embed = vit.patch_embed
+
+    def remember_size(module: nn.Module, args: tuple[Tensor], output: Tensor) -> None:
+        _call.size = patch_embed.dynamic_feat_size(shape_of(args[0])[-2:])
+
+    def attach() -> Callable[[], None]:
+        return patch_embed.register_forward_hook(remember_size).remove
+
+    def layout(size_aware: bool) -> _Layout:
+        if size_aware and not all(
+            "attn_mask" in inspect.signature(block.forward).parameters for block in vit.blocks
+        ):
+            raise ValueError(
+                f"SIZE_AWARE needs blocks that take attn_mask, and {type(vit.blocks[0]).__name__} "
+                "does not; set SIZE_AWARE False or update timm"
+            )
+        return _Layout(vit.num_prefix_tokens, size_aware)
+
+    return Host(owner=vit, attribute="blocks", layout=layout, attach=attach)
+
+
+class _Layout:
+    def __init__(self, prefix: int, size_aware: bool) -> None:
+        self.prefix = prefix
+        self.size_aware = size_aware
+
+    def split(self, x: Tensor) -> tuple[Tensor, Tokens]:
+        size = _call.size
+        tokens = x[:, self.prefix :]
+        if tokens.shape[1] != size[0] * size[1]:
+            raise ValueError(
+                f"expected a map of {size[0]} x {size[1]} tokens, got {tokens.shape[1]}; "
+                "dropping patches is not supported"
+            )
+        return x[:, : self.prefix], Tokens(tokens.unflatten(1, size), size=size, span=size)
+
+    def join(self, prefix: Tensor, features: Tensor) -> Tensor:
+        return torch.cat([prefix, features.flatten(1, -2)], dim=1)
+
+    def run(
+        self, block: nn.Module, prefix: Tensor, tokens: Tokens, **kwargs
+    ) -> tuple[Tensor, Tokens]:
+        x = self.join(prefix, tokens.features)
+        if self.size_aware and tokens.sizes is not None:
+            # Class and register tokens count one each.
+            ones = tokens.sizes.new_ones(x.shape[0], self.prefix)
+            votes = torch.cat([ones, tokens.sizes.flatten(1)], dim=1)
+            kwargs["attn_mask"] = key_bias(votes)[:, None, None].to(x.dtype)
+        x = block(x, **kwargs)
+        shape = shape_of(tokens.features)[1:-1]
+        features = x[:, self.prefix :].unflatten(1, shape)
+        return x[:, : self.prefix], replace(tokens, features=features)

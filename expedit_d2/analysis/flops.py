@@ -1,0 +1,194 @@
+"""FLOPs by fvcore, for every operator that costs, broken down into the parts of an expedited model.
+
+One FLOP is one fused multiply-add. As fvcore does, element-wise work (softmax, GELU, additions,
+masks, sorting) is not counted; products, convolutions, norms and interpolation are. "Flop" is not
+a well-defined concept: compare numbers of one tool with each other.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
+from math import prod
+from typing import Any
+
+import torch
+from detectron2.utils.analysis import FlopCountAnalysis
+from fvcore.nn.jit_handles import elementwise_flop_counter, get_shape
+from torch import nn
+
+from ..adapters import find_host
+from ..hook import ExpeditedBlocks
+
+__all__ = ["Flops", "count_flops"]
+
+Handle = Callable[[list[Any], list[Any]], float]
+
+
+def _attention(inputs: list[Any], outputs: list[Any]) -> float:
+    """q k^T and the product with v; leading axes are batch and heads."""
+    query, value, out = get_shape(inputs[0]), get_shape(inputs[2]), get_shape(outputs[0])
+    queries, keys = prod(query[:-1]), value[-2]
+    return queries * keys * (query[-1] + out[-1])
+
+
+def _einsum(inputs: list[Any], outputs: list[Any]) -> float:
+    """A product of two tensors: one multiply-add for every combination of indices."""
+    equation = inputs[0].toIValue()
+    shapes = [get_shape(v) for v in inputs[1].node().inputs()]
+    sides = equation.replace(" ", "").split("->")[0].split(",")
+    if len(sides) != 2 or "." in equation:
+        raise ValueError(f"no FLOP count for einsum {equation!r}")
+    extents = {
+        axis: n
+        for side, shape in zip(sides, shapes, strict=True)
+        for axis, n in zip(side, shape, strict=True)
+    }
+    return prod(extents.values())
+
+
+def _embedding_bag(inputs: list[Any], outputs: list[Any]) -> float:
+    """A weighted sum of rows: one multiply-add for each index and channel."""
+    return prod(get_shape(inputs[1])) * get_shape(outputs[0])[-1]
+
+
+def _index_add(inputs: list[Any], outputs: list[Any]) -> float:
+    """One addition for each element of the source."""
+    return prod(get_shape(inputs[3]))
+
+
+#: What fvcore misses. In one table, so that a reader sees what is counted.
+HANDLES: dict[str, Handle] = {
+    "aten::scaled_dot_product_attention": _attention,
+    "aten::einsum": _einsum,
+    "aten::embedding_bag": _embedding_bag,
+    "aten::index_add": _index_add,
+    "aten::square": elementwise_flop_counter(0, 1),
+    "aten::linalg_vector_norm": elementwise_flop_counter(1, 0),
+    "aten::_adaptive_avg_pool2d": elementwise_flop_counter(1, 0),
+    "aten::upsample_bicubic2d": elementwise_flop_counter(0, 16),
+    "aten::avg_pool2d": elementwise_flop_counter(1, 0),
+    # Bilinear; the number of samples a bin follows the box, so this is a lower bound.
+    "torchvision::roi_align": elementwise_flop_counter(0, 4),
+}
+
+_RESIZING = ("upsample_bicubic2d", "upsample_bilinear2d")
+
+# Without products: element-wise, comparing, moving. Not counted, as in fvcore; anything that is
+# in neither table is reported as uncounted.
+_FREE = frozenset(
+    "abs add add_ all alias any arange argmax argsort bitwise_and bitwise_or broadcast_to cat ceil "
+    "clamp clamp_max clamp_min clone constant_pad_nd cumsum detach div div_ empty_like eq exp "
+    "expand_as fill_ floor gather gelu ge glu group_norm_backward gt index index_put index_select "
+    "isfinite le leaky_relu lift_fresh log log2 logical_and logical_not logical_or logsumexp lt "
+    "masked_fill masked_fill_ max max_pool2d maximum mean meshgrid min minimum mul mul_ ne neg "
+    "new_ones new_tensor numpy_T ones_like pad pow prod reciprocal relu relu_ repeat "
+    "repeat_interleave resolve_conj rsub rsqrt scalar_tensor scatter sigmoid sigmoid_ silu sin "
+    "cos softmax sort sqrt stack sub sub_ sum tanh tile topk unflatten unfold unsafe_split "
+    "upsample_nearest2d where zeros_like __or__ view_as numel scatter_ bitwise_not full linspace "
+    "nonzero nonzero_numpy".split()
+)
+
+
+@dataclass(frozen=True)
+class Flops:
+    """FLOPs of one forward, in parts that add up to ``total``.
+
+    Attributes:
+        embed: patches, positions and what else the transformer does outside its blocks.
+        before: blocks before alpha; all of them where nothing is reduced.
+        clustering: reducing the tokens.
+        after: blocks on the reduced tokens.
+        reconstruction: rebuilding the map.
+        head: everything outside the transformer.
+        uncounted: operators without a count, and how often they ran.
+    """
+
+    embed: float
+    before: float
+    clustering: float
+    after: float
+    reconstruction: float
+    head: float
+    uncounted: dict[str, int] = field(default_factory=dict, compare=False)
+
+    @property
+    def transformer(self) -> float:
+        """All but the head: what reducing tokens can save on."""
+        return self.total - self.head
+
+    @property
+    def blocks(self) -> float:
+        """The transformer's blocks, the two operators included."""
+        return self.transformer - self.embed
+
+    @property
+    def total(self) -> float:
+        return sum(getattr(self, f.name) for f in fields(self) if f.name != "uncounted")
+
+
+def count_flops(model: nn.Module, inputs: Any) -> Flops:
+    """Count the FLOPs of one forward in evaluation mode.
+
+    Args:
+        model: a Detectron2 model or backbone, or any module, with one supported transformer.
+        inputs: what ``model(inputs)`` takes: a tensor, or Detectron2's list of dicts.
+
+    Raises:
+        ValueError: if the model has no supported transformer.
+    """
+    owner, container = _transformer(model)
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            analysis = FlopCountAnalysis(model, (inputs,) if torch.is_tensor(inputs) else inputs)
+            analysis.set_op_handle(**HANDLES)
+            analysis.set_op_handle(**{f"aten::{name}": None for name in _FREE})
+            # Detectron2's scripted helpers: box formats and indices.
+            analysis.set_op_handle("prim::CallFunction", None)
+            analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
+            analysis.tracer_warnings("none")
+            totals = analysis.by_module()
+            operators = analysis.by_module_and_operator()
+            uncounted = dict(analysis.unsupported_ops())
+    finally:
+        model.train(training)
+    names = {id(module): name for name, module in analysis._model.named_modules()}
+
+    def total(module: nn.Module) -> float:
+        return float(totals[names[id(module)]])
+
+    def own_operators(module: nn.Module) -> Counter[str]:
+        """By operator, what a module does outside its children."""
+        own = Counter(operators[names[id(module)]])
+        for child in module.children():
+            own.subtract(operators[names[id(child)]])
+        return own
+
+    reduced = isinstance(container, ExpeditedBlocks)
+    alpha = container.first_alpha if reduced else len(container)
+    before = sum(total(container[index]) for index in range(alpha))
+    methods = container.methods.values() if reduced else ()
+    clustering = sum(total(method.reduce) for method in methods)
+    reconstruction = sum(total(method.rebuild) for method in methods)
+    others = [child for child in owner.children() if child is not container]
+    # What the transformer does outside its parts is resizing positions, and the attention of
+    # blocks on reduced tokens, which the hook runs.
+    resizing = sum(own_operators(owner)[name] for name in _RESIZING)
+    embed = sum(total(child) for child in others) + resizing
+    return Flops(
+        embed=embed,
+        before=before,
+        clustering=clustering,
+        after=total(owner) - embed - before - clustering - reconstruction,
+        reconstruction=reconstruction,
+        head=float(totals[""]) - total(owner),
+        uncounted=uncounted,
+    )
+
+
+def _transformer(model: nn.Module) -> tuple[nn.Module, nn.Module]:
+    host = find_host(model)
+    return host.owner, host.blocks

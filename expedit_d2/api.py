@@ -1,0 +1,108 @@
+"""`expedite`: the one way in, from Python and from ``MODEL.EXPEDIT``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import nn
+
+from .adapters import find_host
+from .hook import ExpeditedBlocks
+from .methods import build_method
+from .settings import Settings
+
+__all__ = ["Expedited", "expedite", "expedite_from_node", "is_expedited"]
+
+
+class Expedited:
+    """Handle of an expedited model; also a context manager that undoes it on exit.
+
+    Attributes:
+        settings: the settings in force.
+        blocks: the `ExpeditedBlocks` now in the model; None if switched off.
+    """
+
+    def __init__(
+        self, settings: Settings, blocks: ExpeditedBlocks | None, undo: Callable[[], None]
+    ) -> None:
+        self.settings = settings
+        self.blocks = blocks
+        self._undo = undo
+
+    def remove(self) -> None:
+        """Put the model back exactly as it was. Safe to call more than once."""
+        undo, self._undo = self._undo, lambda: None
+        undo()
+
+    def __enter__(self) -> Expedited:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.remove()
+
+
+def expedite(model: nn.Module, alpha: int | tuple[int, ...] | None, **settings: Any) -> Expedited:
+    """Make a vision transformer run its later blocks on fewer tokens.
+
+    Example::
+
+        with expedite(model, alpha=10, grid=(28, 28)):
+            outputs = model(inputs)
+
+    Args:
+        model: a supported ViT, or any model that contains exactly one.
+        alpha: number of blocks run before clustering, 0 to depth - 1; several cluster again and
+            again; None changes nothing.
+        **settings: grid or ratio, scope, temperature, …: see `expedit_d2.settings.Settings`.
+
+    Returns:
+        A handle; ``handle.remove()`` undoes it, as does leaving its ``with`` block.
+
+    Raises:
+        ValueError: for settings out of range, or a model that is not supported or already
+            expedited.
+    """
+    checked = Settings(alpha=alpha, **settings)
+    if is_expedited(model):
+        raise ValueError("the model is already expedited; remove() the first handle before")
+    host = find_host(model)
+    if not checked.alphas:
+        return Expedited(checked, None, lambda: None)
+
+    original = host.blocks
+    blocks = ExpeditedBlocks(
+        original,
+        host.layout(checked.size_aware),
+        {a: build_method(checked, host.window) for a in sorted(checked.alphas)},
+        host.outputs,
+    )
+    blocks.train(original.training)
+    detach = host.attach()
+    setattr(host.owner, host.attribute, blocks)
+
+    def undo() -> None:
+        setattr(host.owner, host.attribute, original)
+        detach()
+
+    return Expedited(checked, blocks, undo)
+
+
+def expedite_from_node(model: nn.Module, node: Mapping[str, Any]) -> Expedited | None:
+    """`expedite` as a ``MODEL.EXPEDIT`` node says; None if it is not enabled.
+
+    A model whose backbone was built expedited from the same config is left as it is.
+
+    Raises:
+        ValueError: as `expedite`, naming the key.
+    """
+    settings = Settings.from_node(node)
+    if settings is None or is_expedited(model):
+        return None
+    values = dict(vars(settings))
+    return expedite(model, values.pop("alpha"), **values)
+
+
+def is_expedited(model: nn.Module) -> bool:
+    """Whether the model, or a part of it, is expedited now."""
+    return any(isinstance(module, ExpeditedBlocks) for module in model.modules())

@@ -1,0 +1,89 @@
+"""Configuration keys: ``MODEL.EXPEDIT`` (this package) and ``MODEL.VIT`` (the D2ViT backbone)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from detectron2.config import CfgNode as CN
+
+__all__ = ["add_expedit_config", "add_vit_config"]
+
+
+def _add_node(parent: CN, name: str, defaults: dict[str, Any]) -> None:
+    """Add keys to a node; a node or key that some other project already made stays as it is."""
+    if name not in parent:
+        parent[name] = CN()
+    for key, value in defaults.items():
+        if key not in parent[name]:
+            parent[name][key] = value
+
+
+def add_expedit_config(cfg: CN) -> None:
+    """Add ``MODEL.EXPEDIT``: the keyword arguments of `expedit_d2.expedite`, in upper case.
+
+    A key whose default is None takes values of several types; None is that key's automatic value.
+    """
+    _add_node(
+        cfg.MODEL,
+        "EXPEDIT",
+        {
+            "ENABLED": False,
+            # How tokens are reduced: a name in expedit_d2.methods.
+            "METHOD": "expedit",
+            # Number of transformer blocks run before clustering, 0 to depth - 1. None: off.
+            "ALPHA": None,
+            # Clusters (h, w): of the map, or of each attention window with SCOPE "window".
+            "GRID": None,
+            # Instead of GRID: clusters along each side as a share of the tokens, in (0, 1].
+            "RATIO": None,
+            # "map": cluster the whole map. "window": each attention window for itself.
+            "SCOPE": "map",
+            # Soft k-means steps (the paper's kappa).
+            "ITERATIONS": 5,
+            # Multiplies squared distances (the paper's tau): a number, or None / "auto" to
+            # follow the scale of the features.
+            "TEMPERATURE": None,
+            # A token may join clusters within this odd side, in cells, of its home cell.
+            "WINDOW": 5,
+            # Clusters that a token is rebuilt from (the paper's k).
+            "NEIGHBORS": 20,
+            # Rebuild from clusters within this odd side of the home cell; 0: from all (the paper).
+            "NEIGHBOR_WINDOW": 5,
+            # Rebuild weights: "l1" sum to one (the paper), "l2" have unit norm (published code).
+            "NORMALIZE": "l1",
+            # Add log(cluster size) to the attention logits of each key.
+            "SIZE_AWARE": True,
+            # Rebuild the change (refined - clusters) on top of the original tokens.
+            "RESIDUAL": False,
+        },
+    )
+
+
+def add_vit_config(cfg: CN) -> None:
+    """Add ``MODEL.VIT``, the keys of the ``D2ViT`` backbone. Defaults are ViTDet-B."""
+    _add_node(
+        cfg.MODEL,
+        "VIT",
+        {
+            "IMG_SIZE": 1024,  # pixels; sets the length of global relative-position tables
+            "PATCH_SIZE": 16,  # pixels
+            "EMBED_DIM": 768,
+            "DEPTH": 12,
+            "NUM_HEADS": 12,
+            "MLP_RATIO": 4.0,
+            "QKV_BIAS": True,
+            "DROP_PATH_RATE": 0.1,
+            "USE_ABS_POS": True,
+            "USE_REL_POS": True,
+            "WINDOW_SIZE": 14,  # tokens along a side of an attention window
+            "WINDOW_BLOCK_INDEXES": [0, 1, 3, 4, 6, 7, 9, 10],  # the others attend globally
+            "RESIDUAL_BLOCK_INDEXES": [],
+            "PRETRAIN_IMG_SIZE": 224,
+            "PRETRAIN_USE_CLS_TOKEN": True,
+            # Simple feature pyramid: levels, finest first, and their size relative to the tokens.
+            "OUT_FEATURES": ["p2", "p3", "p4", "p5", "p6"],
+            "SCALE_FACTORS": [4.0, 2.0, 1.0, 0.5],
+            "OUT_CHANNELS": 256,
+            "SQUARE_PAD": 0,  # pad images to a square of this side; 0 keeps their shape
+        },
+    )

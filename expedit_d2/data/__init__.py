@@ -1,0 +1,24 @@
+"""Data: the embedded labelled set "collage" and registrations with Detectron2.
+
+Rendering scenes (``make_scene``, ``write_collage``) needs no Detectron2; the two ``register_``
+functions import it when they are first asked for.
+"""
+
+from importlib import import_module
+
+from .collage import Scene, collage_folder, make_scene, write_collage
+
+__all__ = [
+    "Scene",
+    "collage_folder",
+    "make_scene",
+    "register_by_path",
+    "register_collage",
+    "write_collage",
+]
+
+
+def __getattr__(name: str):
+    if name in ("register_by_path", "register_collage"):
+        return getattr(import_module(".register", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

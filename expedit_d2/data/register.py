@@ -1,0 +1,188 @@
+"""Registers data sets with Detectron2: the embedded "collage", and COCO-format files by path.
+
+``register_collage()`` adds ``collage_train`` and ``collage_val``; nothing is written before one of
+them is first read. ``register_by_path(names)`` lets the path of any COCO instance file stand in
+``DATASETS.TRAIN`` and ``DATASETS.TEST``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.datasets import load_coco_json, register_coco_instances
+
+from . import collage
+
+_NUM_THINGS = len(collage.THING_CLASSES)
+
+
+def _collage_metadata(folder: Path, split: str) -> dict:
+    """Metadata that Detectron2's COCO, panoptic and semantic evaluators all accept.
+
+    As in ``register_coco_panoptic``, things and stuff share one range of contiguous ids. The names
+    under ``stuff_`` cover all classes, as SemSegEvaluator counts its classes there; those under
+    ``thing_`` only the things, as COCOEvaluator demands.
+    """
+    annotations = folder / "annotations"
+    return {
+        "thing_classes": list(collage.THING_CLASSES),
+        "thing_colors": [list(c) for c in collage.COLORS[:_NUM_THINGS]],
+        "thing_dataset_id_to_contiguous_id": {i + 1: i for i in range(_NUM_THINGS)},
+        "stuff_classes": list(collage.CLASSES),
+        "stuff_colors": [list(c) for c in collage.COLORS],
+        "stuff_dataset_id_to_contiguous_id": {i + 1: i for i in range(len(collage.CLASSES))},
+        "json_file": str(annotations / f"instances_{split}.json"),
+        "image_root": str(folder / split),
+        "panoptic_json": str(annotations / f"panoptic_{split}.json"),
+        "panoptic_root": str(folder / f"panoptic_{split}"),
+        "sem_seg_root": str(folder / f"semantic_{split}"),
+        "depth_root": str(folder / f"depth_{split}"),
+        "depth_scale": collage.DEPTH_SCALE,
+        "ignore_label": collage.IGNORE_LABEL,
+        "label_divisor": collage.LABEL_DIVISOR,
+        "evaluator_type": "coco_panoptic_seg",
+    }
+
+
+def _contiguous_segment(segment: dict) -> dict:
+    category = segment["category_id"] - 1
+    return {**segment, "category_id": category, "isthing": category < _NUM_THINGS}
+
+
+def _load_collage(name: str) -> list[dict]:
+    """Dataset dicts from the files that the metadata of ``name`` names."""
+    meta = MetadataCatalog.get(name)
+    records = load_coco_json(meta.json_file, meta.image_root, name)
+    panoptic = json.loads(Path(meta.panoptic_json).read_text())["annotations"]
+    segments = {a["image_id"]: a["segments_info"] for a in panoptic}
+    for record in records:
+        file = os.path.basename(record["file_name"])
+        record["sem_seg_file_name"] = os.path.join(meta.sem_seg_root, file)
+        record["pan_seg_file_name"] = os.path.join(meta.panoptic_root, file)
+        record["depth_file_name"] = os.path.join(meta.depth_root, file)
+        record["segments_info"] = [_contiguous_segment(s) for s in segments[record["image_id"]]]
+    return records
+
+
+def register_collage(
+    root: str | os.PathLike | None = None,
+    counts: Mapping[str, int] | None = None,
+    size: tuple[int, int] | None = None,
+    name: str = "collage",
+) -> None:
+    """Registers ``<name>_train`` and ``<name>_val``; again is harmless.
+
+    The files are written when a data set is first read (``DatasetCatalog.get``), not here. Each
+    record has an image's annotations (run-length masks: set ``INPUT.MASK_FORMAT`` to "bitmask"),
+    ``sem_seg_file_name``, ``pan_seg_file_name``, ``segments_info`` and ``depth_file_name``
+    (16-bit PNG, ``depth_scale`` of the metadata to the metre).
+
+    Args:
+        root: the folder of all data sets; default ``$DETECTRON2_DATASETS`` or ``datasets``.
+        counts: number of scenes of "train" and "val"; default 2000 and 200.
+        size: (height, width) in pixels; default 256 x 256.
+        name: prefix of the two names; another one for another root, counts or size.
+
+    Raises:
+        ValueError: when arguments are given and the names already stand for another folder.
+    """
+    given = not (root is None and counts is None and size is None)
+    size = collage.SIZE if size is None else size
+    folder = collage.collage_folder(root, counts, size)
+    for split in collage.SPLITS:
+        full_name = f"{name}_{split}"
+        metadata = _collage_metadata(folder, split)
+        if full_name not in DatasetCatalog.list():
+            DatasetCatalog.register(
+                full_name, _CollageLoader(full_name, root=folder.parent, counts=counts, size=size)
+            )
+            MetadataCatalog.get(full_name).set(**metadata)
+        elif given and MetadataCatalog.get(full_name).get("json_file") != metadata["json_file"]:
+            raise ValueError(
+                f"The data set {full_name} is already registered from "
+                f"{MetadataCatalog.get(full_name).get('image_root')}, not {folder}; "
+                "choose another `name`."
+            )
+
+
+class _CollageLoader:
+    """What the catalog calls: writes the data set if it is missing, then loads one split."""
+
+    def __init__(self, name: str, **place) -> None:
+        self.name, self.place = name, place
+
+    def __call__(self) -> list[dict]:
+        collage.write_collage(**self.place)
+        return _load_collage(self.name)
+
+
+# --------------------------------------------------------------------------- COCO files by path
+
+_VALID = (
+    "valid are a registered name, `path/to/instances.json` or "
+    "`path/to/instances.json@path/to/images`"
+)
+
+
+def _split_name(name: str) -> tuple[Path, Path | None] | None:
+    """(JSON file, image folder or None), or None when the name is no path of this kind."""
+    if ".json@" in name:
+        file, images = name.split(".json@", 1)
+        return Path(file + ".json"), Path(images)
+    return (Path(name), None) if name.endswith(".json") else None
+
+
+def _first_file_name(file: Path, name: str) -> str:
+    if not file.is_file():
+        raise FileNotFoundError(
+            f"DATASETS.TEST or DATASETS.TRAIN names {name!r}, but the file {file} does not exist; "
+            f"{_VALID}."
+        )
+    try:
+        return json.loads(file.read_text())["images"][0]["file_name"]
+    except (ValueError, KeyError, IndexError, TypeError) as error:
+        raise ValueError(
+            f"DATASETS.TEST or DATASETS.TRAIN names {name!r}, but {file} is no COCO instance file "
+            "with at least one image."
+        ) from error
+
+
+def _find_images(file: Path, given: Path | None, name: str) -> Path:
+    """The folder that holds the first image, the given one or one of three near the file."""
+    first = _first_file_name(file, name)
+    here = file.parent
+    tried = [given] if given else [here, here / "images", here.parent / "images"]
+    for folder in tried:
+        if (folder / first).is_file():
+            return folder
+    raise FileNotFoundError(
+        f"DATASETS.TEST or DATASETS.TRAIN names {name!r}, but its first image {first} is not in "
+        f"{', '.join(map(str, tried))}; {_VALID}, with the folder that the images' file_name "
+        "entries start from."
+    )
+
+
+def register_by_path(names: Sequence[str]) -> None:
+    """Registers every name that is the path of a COCO instance file.
+
+    A name is ``path/to/instances.json`` or ``path/to/instances.json@path/to/images``. Without a
+    folder, the images are looked for in the file's own folder, its ``images`` and ``../images``.
+    Names that are registered already or end in something else are left alone.
+
+    Args:
+        names: the values of ``DATASETS.TRAIN`` or ``DATASETS.TEST``.
+
+    Raises:
+        FileNotFoundError: when the file, or its first image, does not exist.
+        ValueError: when the file is no COCO instance file.
+    """
+    for name in names:
+        place = _split_name(name)
+        if place is None or name in DatasetCatalog.list():
+            continue
+        images = _find_images(*place, name)
+        register_coco_instances(name, {}, str(place[0]), str(images))

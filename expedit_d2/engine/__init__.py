@@ -1,0 +1,16 @@
+"""Training and evaluation with Detectron2, from YAML configs and from LazyConfigs."""
+
+from .checkpoint import load_weights
+from .config import add_solver_config, choose_device
+from .lazy import evaluate_lazy, load_lazy_config, train_lazy
+from .trainer import Trainer
+
+__all__ = [
+    "Trainer",
+    "add_solver_config",
+    "choose_device",
+    "evaluate_lazy",
+    "load_lazy_config",
+    "load_weights",
+    "train_lazy",
+]

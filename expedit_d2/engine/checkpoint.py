@@ -1,0 +1,52 @@
+"""Loading weights for evaluation: all of them, or a clear error."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.utils.file_io import PathManager
+from torch import nn
+
+__all__ = ["load_weights"]
+
+
+class _StrictCheckpointer(DetectionCheckpointer):
+    """Raises where the weights and the model do not fit, instead of logging it."""
+
+    def _load_model(self, checkpoint: Any) -> Any:
+        incompatible = super()._load_model(checkpoint)
+        wrong = [
+            f"{key} is {tuple(found)} in the file and {tuple(wanted)} in the model"
+            for key, found, wanted in incompatible.incorrect_shapes
+        ]
+        wrong += [f"{key} is not in the file" for key in incompatible.missing_keys]
+        if wrong:
+            more = f", and {len(wrong) - 1} more" if len(wrong) > 1 else ""
+            raise ValueError(f"the weights do not fit the model: {wrong[0]}{more}")
+        return incompatible
+
+
+def load_weights(model: nn.Module, path: str, key: str = "MODEL.WEIGHTS") -> None:
+    """Load every weight of a model.
+
+    Args:
+        model: the model.
+        path: a file or anything iopath opens: ``detectron2://…``, ``https://…``.
+        key: the config key that gave the path, for the message.
+
+    Raises:
+        ValueError: if there is no path, or if weights are missing or have another shape.
+        FileNotFoundError: if there is no such file.
+    """
+    if not path:
+        raise ValueError(f"{key} is empty; give the checkpoint to evaluate")
+    if "://" not in path and not os.path.isfile(path):
+        raise FileNotFoundError(f"{key}: there is no file {path!r}")
+    if not PathManager.isfile(path) and "://" in path:
+        PathManager.get_local_path(path)  # downloads, or says why it cannot
+    try:
+        _StrictCheckpointer(model).load(path)
+    except ValueError as error:
+        raise ValueError(f"{key} {path!r}: {error}") from None

@@ -1,0 +1,98 @@
+"""Training and evaluation of a LazyConfig (``.py``), as ViTDet's official configs are written.
+
+Such a config gets a node ``expedit`` with the keys of ``MODEL.EXPEDIT`` in lower case, so that
+``expedit.enabled=True expedit.alpha=4 expedit.ratio=0.7`` can be given on the command line.
+"""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from typing import Any
+
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.config import LazyConfig, instantiate
+from detectron2.engine import AMPTrainer, SimpleTrainer, default_writers, hooks
+from detectron2.engine.defaults import create_ddp_model
+from detectron2.evaluation import inference_on_dataset
+from detectron2.utils import comm
+from omegaconf import DictConfig, OmegaConf
+from torch import nn
+
+from ..api import expedite_from_node
+from ..settings import Settings
+from .checkpoint import load_weights
+from .config import choose_device
+
+__all__ = ["evaluate_lazy", "load_lazy_config", "train_lazy"]
+
+
+def load_lazy_config(path: str, overrides: list[str]) -> DictConfig:
+    """A LazyConfig with the ``expedit`` node and the overrides of the command line.
+
+    Args:
+        path: the ``.py`` file.
+        overrides: ``key.path=value``, as Detectron2 takes them.
+    """
+    cfg = LazyConfig.load(path)
+    defaults: dict[str, Any] = {"enabled": False}
+    defaults.update({f.name: f.default for f in fields(Settings)})
+    node = OmegaConf.create(defaults, flags={"allow_objects": True})
+    cfg.expedit = OmegaConf.merge(node, cfg.get("expedit") or {})
+    cfg = LazyConfig.apply_overrides(cfg, overrides)
+    cfg.train.device = choose_device(cfg.train.device)
+    return cfg
+
+
+def _build_model(cfg: DictConfig) -> nn.Module:
+    model = instantiate(cfg.model).to(cfg.train.device)
+    expedite_from_node(model, OmegaConf.to_container(cfg.expedit))
+    return model
+
+
+def _run_evaluation(cfg: DictConfig, model: nn.Module) -> dict[str, Any]:
+    if "evaluator" not in cfg.dataloader:
+        raise ValueError("dataloader.evaluator is missing in the config; there is nothing to run")
+    loader = instantiate(cfg.dataloader.test)
+    return inference_on_dataset(model, loader, instantiate(cfg.dataloader.evaluator))
+
+
+def evaluate_lazy(cfg: DictConfig) -> dict[str, Any]:
+    """Evaluate ``train.init_checkpoint``.
+
+    Raises:
+        ValueError: if the weights do not fit or the settings are out of range.
+        FileNotFoundError: if there is no such file.
+    """
+    model = _build_model(cfg)
+    load_weights(model, cfg.train.init_checkpoint, key="train.init_checkpoint")
+    return _run_evaluation(cfg, create_ddp_model(model))
+
+
+def train_lazy(cfg: DictConfig, resume: bool) -> dict[str, Any]:
+    """Train, with the hooks that Detectron2's own ``lazyconfig_train_net`` has."""
+    model = _build_model(cfg)
+    cfg.optimizer.params.model = model
+    optimizer = instantiate(cfg.optimizer)
+    model = create_ddp_model(model, **cfg.train.ddp)
+    amp = cfg.train.amp.enabled and cfg.train.device != "cpu"
+    loader = instantiate(cfg.dataloader.train)
+    trainer = (AMPTrainer if amp else SimpleTrainer)(model, loader, optimizer)
+    checkpointer = DetectionCheckpointer(model, cfg.train.output_dir, trainer=trainer)
+    main = comm.is_main_process()
+    trainer.register_hooks(
+        [
+            hooks.IterationTimer(),
+            hooks.LRScheduler(scheduler=instantiate(cfg.lr_multiplier)),
+            hooks.PeriodicCheckpointer(checkpointer, **cfg.train.checkpointer) if main else None,
+            hooks.EvalHook(cfg.train.eval_period, lambda: _run_evaluation(cfg, model)),
+            hooks.PeriodicWriter(
+                default_writers(cfg.train.output_dir, cfg.train.max_iter), cfg.train.log_period
+            )
+            if main
+            else None,
+        ]
+    )
+    checkpointer.resume_or_load(cfg.train.init_checkpoint, resume=resume)
+    start = trainer.iter + 1 if resume and checkpointer.has_checkpoint() else 0
+    trainer.train(start, cfg.train.max_iter)
+    return {}

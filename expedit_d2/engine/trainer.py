@@ -1,0 +1,69 @@
+"""Training and evaluation on Detectron2's `DefaultTrainer`, for YAML configs."""
+
+from __future__ import annotations
+
+import os
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.engine import DefaultTrainer
+from detectron2.evaluation import DatasetEvaluator
+from detectron2.solver.build import get_default_optimizer_params, maybe_add_gradient_clipping
+from torch import nn
+
+from ..api import expedite_from_node
+from ..evaluation import build_evaluator
+
+__all__ = ["Trainer"]
+
+OPTIMIZERS = ("SGD", "ADAMW")
+
+
+class Trainer(DefaultTrainer):
+    """`DefaultTrainer` with AdamW and with bf16 autocast where there is no GPU."""
+
+    def __init__(self, cfg: CfgNode) -> None:
+        self._autocast = nullcontext
+        if cfg.SOLVER.AMP.ENABLED and cfg.MODEL.DEVICE == "cpu":
+            # Detectron2's AMPTrainer insists on CUDA.
+            cfg = cfg.clone()
+            cfg.defrost()
+            cfg.SOLVER.AMP.ENABLED = False
+            self._autocast = lambda: torch.autocast("cpu", dtype=torch.bfloat16)
+        super().__init__(cfg)
+
+    def run_step(self) -> None:
+        with self._autocast():
+            super().run_step()
+
+    @classmethod
+    def build_model(cls, cfg: CfgNode) -> nn.Module:
+        """The configured model; one whose backbone ignores ``MODEL.EXPEDIT`` is expedited here."""
+        model = super().build_model(cfg)
+        if "EXPEDIT" in cfg.MODEL:
+            expedite_from_node(model, cfg.MODEL.EXPEDIT)
+        return model
+
+    @classmethod
+    def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
+        folder = os.path.join(cfg.OUTPUT_DIR, "inference", dataset_name.replace("/", "_"))
+        return build_evaluator(dataset_name, folder, masks=cfg.MODEL.MASK_ON)
+
+    @classmethod
+    def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
+        """SGD as Detectron2 builds it, or AdamW without weight decay on norms and positions."""
+        name = cfg.SOLVER.OPTIMIZER.upper()
+        if name not in OPTIMIZERS:
+            raise ValueError(f"SOLVER.OPTIMIZER must be one of {OPTIMIZERS}, got {name!r}")
+        if name == "SGD":
+            return super().build_optimizer(cfg, model)
+        no_decay: dict[str, Any] = {"weight_decay": 0.0}
+        params = get_default_optimizer_params(
+            model,
+            weight_decay_norm=0.0,
+            overrides={"pos_embed": no_decay, "rel_pos_h": no_decay, "rel_pos_w": no_decay},
+        )
+        optimizer = maybe_add_gradient_clipping(cfg, torch.optim.AdamW)
+        return optimizer(params, cfg.SOLVER.BASE_LR, weight_decay=cfg.SOLVER.WEIGHT_DECAY)

@@ -1,0 +1,29 @@
+"""Which evaluator a data set and a model ask for. All metrics are Detectron2's own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from detectron2.evaluation import COCOEvaluator, DatasetEvaluator
+
+__all__ = ["build_evaluator", "main_metrics"]
+
+
+def build_evaluator(dataset_name: str, output_dir: str, masks: bool = True) -> DatasetEvaluator:
+    """COCO box AP, and mask AP where the model predicts masks, by pycocotools.
+
+    Args:
+        dataset_name: a registered data set with COCO instance annotations.
+        output_dir: where predictions are written.
+        masks: whether the model predicts masks.
+    """
+    tasks = ("bbox", "segm") if masks else ("bbox",)
+    return COCOEvaluator(
+        dataset_name, tasks=tasks, output_dir=output_dir, use_fast_impl=False, distributed=True
+    )
+
+
+def main_metrics(results: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    """The headline of each task in an evaluator's results: ``{"box AP": 41.2, …}``."""
+    names = {"bbox": "box AP", "segm": "mask AP"}
+    return {names[task]: values["AP"] for task, values in results.items() if task in names}

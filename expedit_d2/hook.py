@@ -1,0 +1,131 @@
+"""Runs a model's blocks: reduces the tokens after alpha of them, rebuilds the map at the end.
+
+`ExpeditedBlocks` takes the place of a model's block container. The model loops over it as before;
+each loop gets callables of its own that share that loop's state, so calls may overlap and nothing
+is kept between them. The model, its blocks and its state-dict keys are untouched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from .tokens import Layout, Method, Tokens
+
+__all__ = ["ExpeditedBlocks"]
+
+
+class _Pass:
+    """One run through the blocks: the tokens now, and the records to rebuild them from."""
+
+    def __init__(self, layout: Layout, outputs: Collection[int] | None) -> None:
+        self.layout = layout
+        self.outputs = outputs
+        self.prefix: Tensor | None = None
+        self.tokens: Tokens | None = None
+        self.records: list[tuple[nn.Module, Any]] = []
+
+    def run(
+        self, index: int, block: nn.Module, method: Method | None, x: Tensor, *args, **kwargs
+    ) -> Tensor:
+        if method is not None:
+            if self.tokens is None:
+                self.prefix, self.tokens = self.layout.split(x)
+            self.tokens, record = method.reduce(self.tokens)
+            self.records.append((method.rebuild, record))
+        if self.tokens is None:
+            return block(x, *args, **kwargs)
+        self.prefix, self.tokens = self.layout.run(block, self.prefix, self.tokens, *args, **kwargs)
+        features = self.tokens.features
+        if self.outputs is None or index in self.outputs:
+            for rebuild, record in reversed(self.records):
+                features = rebuild(features, record)
+        return self.layout.join(self.prefix, features)
+
+
+class _Step:
+    """Block ``index`` in one pass; whatever else is asked of it, the block itself answers."""
+
+    def __init__(self, run: _Pass, index: int, block: nn.Module, method: Method | None) -> None:
+        self._run = run
+        self._index = index
+        self._block = block
+        self._method = method
+
+    def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return self._run.run(self._index, self._block, self._method, x, *args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._block, name)
+
+
+class ExpeditedBlocks(nn.Module):
+    """A block container that reduces the tokens before some blocks and rebuilds the map.
+
+    The blocks keep the names they had, so the state dict keeps its keys.
+    """
+
+    def __init__(
+        self,
+        blocks: nn.Module,
+        layout: Layout,
+        methods: Mapping[int, nn.Module],
+        outputs: Collection[int] | None = None,
+    ) -> None:
+        """
+        Args:
+            blocks: the model's container (``ModuleList`` or ``Sequential``).
+            layout: the adapter of the model's family.
+            methods: for each alpha (number of blocks run before) the method that reduces there.
+            outputs: indices of the blocks whose output the model reads, each rebuilt to the full
+                map. None: all of them, for models that may read any.
+
+        Raises:
+            ValueError: if an alpha is outside 0 to depth - 1.
+        """
+        super().__init__()
+        for name, block in blocks.named_children():
+            self.add_module(name, block)
+        self.names = tuple(name for name, _ in blocks.named_children())
+        for alpha in methods:
+            if not 0 <= alpha < len(self.names):
+                raise ValueError(
+                    f"ALPHA must be in 0 to {len(self.names) - 1} (blocks run before clustering, "
+                    f"of {len(self.names)}), got {alpha}"
+                )
+        self.layout = layout
+        self.outputs = outputs
+        # Not among the blocks' own names; without parameters, so without state-dict keys.
+        self.methods = nn.ModuleDict({f"after_{alpha}": m for alpha, m in methods.items()})
+
+    @property
+    def first_alpha(self) -> int:
+        """Number of blocks that run on all tokens."""
+        return min(int(name.removeprefix("after_")) for name in self.methods)
+
+    def _steps(self, outputs: Collection[int] | None) -> list[_Step]:
+        run = _Pass(self.layout, outputs)
+        methods = dict(self.methods.items())
+        return [
+            _Step(run, index, getattr(self, name), methods.get(f"after_{index}"))
+            for index, name in enumerate(self.names)
+        ]
+
+    def __iter__(self) -> Iterator[_Step]:
+        return iter(self._steps(self.outputs))
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, key: int | slice) -> Any:
+        if isinstance(key, slice):
+            return self._steps(self.outputs)[key]
+        return getattr(self, self.names[key])
+
+    def forward(self, x: Tensor) -> Tensor:
+        """All blocks in turn, as ``nn.Sequential`` runs them; only the last output is read."""
+        for step in self._steps((len(self.names) - 1,)):
+            x = step(x)
+        return x

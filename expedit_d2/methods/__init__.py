@@ -1,0 +1,28 @@
+"""Ways to reduce tokens and to rebuild the map: one file each, all with the same interface."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from ..settings import Settings
+from .expedit import Expedit
+
+__all__ = ["METHODS", "build_method"]
+
+#: Name in ``METHOD`` -> class, built from (settings, attention window of the model or None).
+METHODS = {"expedit": Expedit}
+
+
+def build_method(settings: Settings, attention_window: int | None) -> nn.Module:
+    """The method that ``settings.method`` names.
+
+    Args:
+        settings: checked settings.
+        attention_window: side, in tokens, of the model's attention windows; None without windows.
+
+    Raises:
+        ValueError: for an unknown name, or settings that do not fit the windows.
+    """
+    if settings.method not in METHODS:
+        raise ValueError(f"METHOD must be one of {sorted(METHODS)}, got {settings.method!r}")
+    return METHODS[settings.method](settings, attention_window)

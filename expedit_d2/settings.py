@@ -1,0 +1,139 @@
+"""The settings of Expedit: keyword arguments of `expedite`, keys of ``MODEL.EXPEDIT``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+from .operators import AUTO, NORMALIZATIONS, check_grid, check_temperature, check_window
+
+__all__ = ["SCOPES", "Settings"]
+
+SCOPES = ("map", "window")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Checked settings; ``MODEL.EXPEDIT`` has the same names in upper case.
+
+    Attributes:
+        alpha: number of blocks run before clustering, or several of them; None: off.
+        grid: clusters (h, w), of the map or, with scope "window", of each attention window.
+        ratio: instead of grid, clusters along each side as a share of the tokens, in (0, 1].
+        scope: "map" or "window".
+        method: a name in `expedit_d2.methods.METHODS`.
+        iterations: soft k-means steps.
+        temperature: multiplies squared distances; "auto" (or None) follows the features.
+        window: odd side, in cells, of the clusters a token may join.
+        neighbors: clusters that a token is rebuilt from, at most.
+        neighbor_window: odd side, in cells, of where these are looked for; 0: everywhere.
+        normalize: rebuild weights "l1" (sum to one) or "l2" (unit norm).
+        size_aware: add log(cluster size) to the attention logits of each key.
+        residual: rebuild the change of the clusters on top of the original tokens.
+
+    Raises:
+        ValueError: names the key, the value and what would be valid.
+    """
+
+    alpha: int | tuple[int, ...] | None = None
+    grid: tuple[int, int] | None = None
+    ratio: float | None = None
+    scope: str = "map"
+    method: str = "expedit"
+    iterations: int = 5
+    temperature: float | str | None = AUTO
+    window: int = 5
+    neighbors: int = 20
+    neighbor_window: int = 5
+    normalize: str = "l1"
+    size_aware: bool = True
+    residual: bool = False
+
+    def __post_init__(self) -> None:
+        fix = lambda name, value: object.__setattr__(self, name, value)  # noqa: E731
+        if self.temperature is None:
+            fix("temperature", AUTO)
+        if isinstance(self.alpha, Sequence):
+            fix("alpha", tuple(self.alpha))
+        if isinstance(self.grid, Sequence):
+            fix("grid", tuple(self.grid))
+        for alpha in self.alphas:
+            if not isinstance(alpha, int) or isinstance(alpha, bool) or alpha < 0:
+                raise ValueError(
+                    f"ALPHA must be a number of blocks (0 to depth - 1), several, or None, "
+                    f"got {self.alpha!r}"
+                )
+        if len(set(self.alphas)) < len(self.alphas):
+            raise ValueError(f"ALPHA must not name a block twice, got {self.alpha!r}")
+        if self.alpha is not None and (self.grid is None) == (self.ratio is None):
+            raise ValueError(
+                f"exactly one of GRID and RATIO must be given, got GRID {self.grid} and "
+                f"RATIO {self.ratio}"
+            )
+        if self.grid is not None:
+            _keyed("GRID", check_grid, self.grid)
+        if self.ratio is not None and not (_is_number(self.ratio) and 0 < self.ratio <= 1):
+            raise ValueError(f"RATIO must be in (0, 1], got {self.ratio!r}")
+        if self.scope not in SCOPES:
+            raise ValueError(f"SCOPE must be one of {SCOPES}, got {self.scope!r}")
+        _keyed("TEMPERATURE", check_temperature, self.temperature)
+        _keyed("WINDOW", check_window, self.window)
+        if self.neighbor_window != 0:
+            _keyed("NEIGHBOR_WINDOW (if not 0)", check_window, self.neighbor_window)
+        for name in ("iterations", "neighbors"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"{name.upper()} must be a positive integer, got {value!r}")
+        if self.normalize not in NORMALIZATIONS:
+            raise ValueError(f"NORMALIZE must be one of {NORMALIZATIONS}, got {self.normalize!r}")
+
+    @property
+    def alphas(self) -> tuple[int, ...]:
+        """Every alpha; empty when switched off."""
+        if self.alpha is None:
+            return ()
+        return self.alpha if isinstance(self.alpha, tuple) else (self.alpha,)
+
+    def grid_for(self, height: int, width: int) -> tuple[int, int]:
+        """Clusters (h, w) for a map, or a window, of height x width tokens.
+
+        Raises:
+            ValueError: if the grid is larger than the map.
+        """
+        if self.ratio is not None:
+            return max(1, round(height * self.ratio)), max(1, round(width * self.ratio))
+        if self.grid[0] > height or self.grid[1] > width:
+            raise ValueError(
+                f"GRID must be at most the {height} x {width} tokens of the {self.scope}, got "
+                f"{self.grid}; RATIO adapts to the size of the input"
+            )
+        return self.grid
+
+    @classmethod
+    def from_node(cls, node: Mapping[str, Any]) -> Settings | None:
+        """Settings of a ``MODEL.EXPEDIT`` node (keys in any case); None unless ENABLED.
+
+        Raises:
+            ValueError: for an unknown key.
+        """
+        values = {key.lower(): value for key, value in node.items()}
+        if not values.pop("enabled", True):
+            return None
+        known = [field.name for field in fields(cls)]
+        unknown = sorted(set(values) - set(known))
+        if unknown:
+            raise ValueError(f"unknown EXPEDIT key {unknown[0]!r}; the keys are {known}")
+        return cls(**values)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _keyed(key: str, check: Any, value: Any) -> None:
+    """Run a check of the operators, naming the config key in its message."""
+    try:
+        check(value)
+    except ValueError as error:
+        raise ValueError(f"{key}: {error}") from None

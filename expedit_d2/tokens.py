@@ -1,0 +1,58 @@
+"""What passes between the hook, the methods and the adapters.
+
+Shorthand: B images; a map of H x W tokens; after a reduction h x w clusters on a grid, or M
+clusters that lie on none; C channels. ``*shape`` is (h, w) on a grid and (M,) off it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+__all__ = ["Layout", "Method", "Tokens"]
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Spatial tokens on their way through the blocks; class and register tokens are not in it.
+
+    Attributes:
+        features: (B, *shape, C).
+        size: (H, W) of the original map.
+        span: what the grid spreads over, in tokens of that map: its size, or more where windows
+            are padded.
+        sizes: (B, *shape) fp32, how many original tokens each one stands for; None: one each.
+        valid: (B, *shape) bool, False for grid places that only hold padding; None: all valid.
+    """
+
+    features: Tensor
+    size: tuple[int, int]
+    span: tuple[int, int]
+    sizes: Tensor | None = None
+    valid: Tensor | None = None
+
+
+class Method(Protocol):
+    """A pair of parameter-free modules; what they share passes through an explicit record."""
+
+    # Tokens -> (fewer Tokens, record)
+    reduce: nn.Module
+    # (features (B, *shape, D) of the reduced tokens, record) -> features (B, H, W, D)
+    rebuild: nn.Module
+
+
+class Layout(Protocol):
+    """How one family of transformers looks to the hook. One small class a family."""
+
+    def split(self, x: Tensor) -> tuple[Tensor | None, Tokens]:
+        """What a block is given, taken apart: class and register tokens (or None), and the map."""
+
+    def join(self, prefix: Tensor | None, features: Tensor) -> Tensor:
+        """The opposite: what the next block, or the model behind the blocks, expects."""
+
+    def run(
+        self, block: nn.Module, prefix: Tensor | None, tokens: Tokens, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor | None, Tokens]:
+        """Run a block on reduced tokens; further arguments are those the model passed to it."""

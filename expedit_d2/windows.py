@@ -1,0 +1,27 @@
+"""Attention windows: a map cut into rectangles, padded at the bottom and right where needed."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from .operators import shape_of
+
+__all__ = ["partition", "unpartition"]
+
+
+def partition(x: Tensor, window: tuple[int, int], value: float = 0.0) -> Tensor:
+    """(B, H, W, C) to (B * windows, wh, ww, C), windows row by row; padding is ``value``."""
+    (wh, ww), (batch, height, width, channels) = window, shape_of(x)
+    x = F.pad(x, (0, 0, 0, -width % ww, 0, -height % wh), value=value)
+    rows, cols = -(-height // wh), -(-width // ww)
+    x = x.view(batch, rows, wh, cols, ww, channels).transpose(2, 3)
+    return x.reshape(batch * rows * cols, wh, ww, channels)
+
+
+def unpartition(windows: Tensor, size: tuple[int, int]) -> Tensor:
+    """The opposite: (B * windows, wh, ww, C) to (B, H, W, C), padding cut off."""
+    _, wh, ww, channels = shape_of(windows)
+    rows, cols = -(-size[0] // wh), -(-size[1] // ww)
+    x = windows.view(-1, rows, cols, wh, ww, channels).transpose(2, 3)
+    return x.reshape(-1, rows * wh, cols * ww, channels)[:, : size[0], : size[1]]

@@ -1,0 +1,21 @@
+"""Detectron2 projects of this repository, and the configuration they share."""
+
+from __future__ import annotations
+
+from detectron2.config import CfgNode
+from detectron2.config import get_cfg as _get_detectron2_cfg
+
+from expedit_d2 import backbones as _  # noqa: F401  only registration
+from expedit_d2.config import add_expedit_config, add_vit_config
+from expedit_d2.engine import add_solver_config
+
+__all__ = ["get_cfg"]
+
+
+def get_cfg() -> CfgNode:
+    """Detectron2's default config with the keys of every project here, everything registered."""
+    cfg = _get_detectron2_cfg()
+    add_vit_config(cfg)
+    add_expedit_config(cfg)
+    add_solver_config(cfg)
+    return cfg

@@ -1,0 +1,259 @@
+#!/usr/bin/env python3
+"""Installs expedit_d2, and Detectron2 if it is missing, for the Python that runs this file.
+
+Everything comes from PyPI and nothing is compiled. What is already there stays: an existing torch
+is not replaced, and neither is an existing Detectron2, whichever way it was built. Running it
+again is harmless and quick. Standard library only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import importlib.util
+import os
+import platform
+import shlex
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# The versions this project is tested with, per machine type.
+TORCH = {
+    "default": ("2.14.1", "0.29.1"),
+    # Before torch's aarch64 wheels on PyPI became CUDA builds of several GB.
+    "aarch64": ("2.9.1", "0.24.1"),
+}
+
+# Detectron2 imports pkg_resources, which setuptools 81 removes; 70.1 is the first that builds
+# wheels by itself, so that the project can be installed without a download of build tools.
+SETUPTOOLS = "setuptools>=70.1,<81"
+NUMPY = "numpy>=1.23.5,<2"
+
+# Detectron2 has no release on PyPI under its own name. The Python files of this wheel are those of
+# the official repository at commit a59f0563 (2024-04-17) but for the version string, one list(...)
+# in data/common.py and a decorator in utils/testing.py. The hash makes sure it stays this one.
+WHEEL = "sal-detectron2"
+WHEEL_VERSION = "0.7.2"
+WHEEL_SHA256 = "491af0c7f79bdb2d178e46f6cb16a97c4ac968d45c41ea3f6b6435d59bbee561"
+
+# What that wheel needs beyond setup.py; it is installed with --no-deps, see install_detectron2.
+WHEEL_NEEDS = [
+    "black",
+    "cloudpickle",
+    "hydra-core>=1.1,<2",
+    "packaging",
+    "tensorboard>=2.10,<3",
+    "termcolor>=1.1",
+]
+
+
+class InstallError(Exception):
+    """Ends the installation; the message is one sentence for the person in front of it."""
+
+
+class Installer:
+    """Runs pip for this interpreter, or prints what it would run."""
+
+    def __init__(self, dry_run: bool, verbose: bool) -> None:
+        self.dry_run = dry_run
+        self.verbose = verbose
+
+    def pip_install(self, what: str, *args: str) -> None:
+        command = [sys.executable, "-m", "pip", "install", "--disable-pip-version-check", *args]
+        if self.dry_run:
+            print("  " + " ".join(shlex.quote(part) for part in command))
+            return
+        if not self.verbose:
+            command.append("--quiet")
+        # From the repository root: "-e ." means the project, wherever this was called from.
+        status = subprocess.call(command, cwd=str(ROOT))
+        if status != 0:
+            raise InstallError(
+                f"pip could not install {what} (exit status {status}); its reason is above."
+            )
+
+
+def installed_version(distribution: str) -> str | None:
+    """The version of a distribution in this environment, found without importing it."""
+    from importlib import metadata  # not at the top: Python 3.7 should get the message below
+
+    importlib.invalidate_caches()
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def is_isolated() -> bool:
+    """Whether this interpreter belongs to a virtual environment or to conda."""
+    return sys.prefix != sys.base_prefix or (Path(sys.prefix) / "conda-meta").is_dir()
+
+
+def check_interpreter(system: bool) -> None:
+    if not (3, 10) <= sys.version_info[:2] <= (3, 12):
+        raise InstallError(
+            f"Python 3.10, 3.11 or 3.12 is needed, but {sys.executable} is "
+            f"{platform.python_version()}."
+        )
+    if importlib.util.find_spec("pip") is None:
+        raise InstallError(
+            f"{sys.executable} has no pip; get it with `{sys.executable} -m ensurepip`."
+        )
+    if not (system or is_isolated()):
+        raise InstallError(
+            f"{sys.executable} is not in a virtual or conda environment; make one with "
+            "`python3 -m venv .venv` and run `.venv/bin/python tools/install.py`, or add --system "
+            "to install there all the same."
+        )
+
+
+def find_detectron2() -> str | None:
+    """Says which Detectron2 is there, "wheel" for the pinned one; None if there is none.
+
+    Raises:
+        InstallError: there is one, but it cannot be imported or has no ViTDet.
+    """
+    importlib.invalidate_caches()
+    spec = importlib.util.find_spec("detectron2")
+    if spec is None or spec.origin is None:  # no origin: merely a folder of that name
+        return None
+    if installed_version(WHEEL) == WHEEL_VERSION:
+        return "wheel"
+    probe = "import detectron2 as d; print(d.__version__); from detectron2.modeling import ViT"
+    done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True)
+    if done.returncode != 0:
+        reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        raise InstallError(
+            f"the Detectron2 at {os.path.dirname(spec.origin)} is broken or older than ViTDet "
+            f"({reason}); update or uninstall it and run this again."
+        )
+    return f"{done.stdout.split()[0]} at {os.path.dirname(spec.origin)}"
+
+
+def install_torch(installer: Installer) -> str:
+    """Installs torch and torchvision unless they are there; returns the version of torch."""
+    torch, torchvision = TORCH.get(platform.machine(), TORCH["default"])
+    have = installed_version("torch")
+    if have is None:
+        print(f"[1/3] torch {torch} and torchvision {torchvision}: installing (a large download)")
+        wanted = [f"torch=={torch}", f"torchvision=={torchvision}", NUMPY]
+    else:
+        print(f"[1/3] torch {have} is already there, leaving it alone")
+        # Naming the torch that is there lets pip find the torchvision that goes with it.
+        torch, wanted = have, []
+        if installed_version("torchvision") is None:
+            wanted = [f"torch=={have}", "torchvision", NUMPY]
+    # A no-op if the version is right, and then not worth a start of pip.
+    if wanted or not setuptools_is_right():
+        installer.pip_install("torch, torchvision and setuptools", SETUPTOOLS, *wanted)
+    return torch
+
+
+def setuptools_is_right() -> bool:
+    numbers = (installed_version("setuptools") or "0").split(".")
+    release = tuple(int(number) for number in numbers[:2] if number.isdigit())
+    return (70, 1) <= release < (81,)
+
+
+def install_detectron2(installer: Installer) -> bool:
+    """Installs the wheel unless there is a Detectron2; returns whether the wheel is used."""
+    have = find_detectron2()
+    if have == "wheel":
+        print(f"[2/3] Detectron2 ({WHEEL} {WHEEL_VERSION}) is already there")
+        return True
+    if have is not None:
+        print(f"[2/3] Detectron2 {have} is already there, leaving it alone")
+        return False
+
+    print(f"[2/3] Detectron2: installing the wheel {WHEEL} {WHEEL_VERSION} from PyPI")
+    requirement = f"{WHEEL}=={WHEEL_VERSION} --hash=sha256:{WHEEL_SHA256}"
+    # pip takes hashes from a requirements file only.
+    with tempfile.TemporaryDirectory() as folder:
+        requirements = Path(folder) / "detectron2.txt"
+        requirements.write_text(requirement + "\n", encoding="utf-8")
+        if installer.dry_run:
+            print(f"  # {requirements} holds: {requirement}")
+        # The wheel is tagged for CPython 3.10 because of a compiled part, which other versions of
+        # Python do not see and this project does not need. pip takes a wheel of another version
+        # only together with --target and --no-deps.
+        installer.pip_install(
+            "Detectron2",
+            "--require-hashes",
+            *("--requirement", str(requirements)),
+            *("--target", sysconfig.get_path("purelib")),
+            *("--python-version", "3.10", "--implementation", "cp"),
+            *("--abi", "none", "--platform", "any"),
+            "--only-binary=:all:",
+            "--no-deps",
+        )
+    return True
+
+
+def install_project(installer: Installer, extras: str, torch: str, uses_wheel: bool) -> None:
+    print(f"[3/3] expedit_d2{extras} and the packages it needs: installing")
+    # One call, so that pip weighs all requirements together; it knows neither of the torch that
+    # must not change nor of what a wheel installed without its dependencies needs.
+    installer.pip_install(
+        "expedit_d2 or one of the packages it needs",
+        # Nothing is compiled: the setuptools that is there will do for the project itself.
+        "--no-build-isolation",
+        *("--editable", f".{extras}"),
+        f"torch=={torch}",
+        SETUPTOOLS,
+        *(WHEEL_NEEDS if uses_wheel else []),
+    )
+
+
+def parse_extras(text: str) -> str:
+    """'demo,test' -> '[demo,test]', '' -> ''."""
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    return f"[{','.join(names)}]" if names else ""
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description="Install expedit_d2, and Detectron2 if it is missing, for this Python "
+        f"({sys.executable}).",
+        epilog="To choose another build of torch, for CPU only for instance, install it first.",
+    )
+    parser.add_argument(
+        "--extras", default="", help="optional parts, with commas between: demo, test, onnx"
+    )
+    parser.add_argument("--dry-run", action="store_true", help="print the commands, run nothing")
+    parser.add_argument(
+        "--system", action="store_true", help="allow a Python outside of any environment"
+    )
+    parser.add_argument("--verbose", action="store_true", help="show all that pip says")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_args(argv)
+    start = time.monotonic()
+    try:
+        check_interpreter(args.system)
+        installer = Installer(args.dry_run, args.verbose)
+        torch = install_torch(installer)
+        uses_wheel = install_detectron2(installer)
+        install_project(installer, parse_extras(args.extras), torch, uses_wheel)
+    except InstallError as error:
+        print(f"install.py: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("install.py: interrupted; run it again to go on.", file=sys.stderr)
+        return 130
+    if args.dry_run:
+        print("dry run: nothing was installed")
+    else:
+        print(f"done in {time.monotonic() - start:.0f} s")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

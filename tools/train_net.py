@@ -1,0 +1,93 @@
+#!/usr/bin/env python
+"""Train or evaluate a model with Detectron2, from a YAML config or a LazyConfig.
+
+Examples::
+
+    # evaluate official weights, plain and with Expedit
+    python tools/train_net.py --eval-only --config-file configs/vitdet/mask_rcnn_vitdet_b.yaml
+    python tools/train_net.py --eval-only --config-file configs/vitdet/mask_rcnn_vitdet_b.yaml \
+        MODEL.EXPEDIT.ENABLED True MODEL.EXPEDIT.ALPHA 4 MODEL.EXPEDIT.RATIO 0.7
+
+    # the same for an existing ViTDet LazyConfig
+    python tools/train_net.py --eval-only --config-file my_vitdet.py \
+        train.init_checkpoint=my_weights.pth expedit.enabled=True expedit.alpha=4 expedit.ratio=0.7
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from typing import Any
+
+from detectron2.config import CfgNode
+from detectron2.engine import default_argument_parser, default_setup, launch
+from detectron2.evaluation import print_csv_format
+from detectron2.utils import comm
+
+from expedit_d2.data import register_by_path, register_collage
+from expedit_d2.engine import (
+    Trainer,
+    choose_device,
+    evaluate_lazy,
+    load_lazy_config,
+    load_weights,
+    train_lazy,
+)
+from projects import get_cfg
+
+
+def setup(args: argparse.Namespace) -> CfgNode:
+    """The YAML config with the command line's overrides, data sets registered."""
+    cfg = get_cfg()
+    cfg.merge_from_file(args.config_file)
+    cfg.merge_from_list(args.opts)
+    cfg.MODEL.DEVICE = choose_device(cfg.MODEL.DEVICE)
+    cfg.freeze()
+    register_by_path([*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST])
+    return cfg
+
+
+def run_yaml(args: argparse.Namespace) -> dict[str, Any]:
+    cfg = setup(args)
+    default_setup(cfg, args)
+    if args.eval_only:
+        model = Trainer.build_model(cfg)
+        load_weights(model, cfg.MODEL.WEIGHTS)
+        return Trainer.test(cfg, model)
+    trainer = Trainer(cfg)
+    trainer.resume_or_load(resume=args.resume)
+    return trainer.train()
+
+
+def run_lazy(args: argparse.Namespace) -> dict[str, Any]:
+    cfg = load_lazy_config(args.config_file, args.opts)
+    default_setup(cfg, args)
+    if args.eval_only:
+        results = evaluate_lazy(cfg)
+        if comm.is_main_process():
+            print_csv_format(results)
+        return results
+    return train_lazy(cfg, args.resume)
+
+
+def main(args: argparse.Namespace) -> dict[str, Any]:
+    register_collage()
+    return run_lazy(args) if args.config_file.endswith(".py") else run_yaml(args)
+
+
+if __name__ == "__main__":
+    args = default_argument_parser(epilog=__doc__).parse_args()
+    try:
+        if not os.path.isfile(args.config_file):
+            raise FileNotFoundError(f"--config-file: there is no file {args.config_file!r}")
+        launch(
+            main,
+            args.num_gpus,
+            num_machines=args.num_machines,
+            machine_rank=args.machine_rank,
+            dist_url=args.dist_url,
+            args=(args,),
+        )
+    except (ValueError, OSError, KeyError) as error:
+        sys.exit(f"train_net.py: {error}")
