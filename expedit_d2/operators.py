@@ -114,7 +114,7 @@ def _take(items: Tensor, index: Tensor) -> Tensor:
     return items.index_select(1, index.flatten()).unflatten(1, tuple(index.shape))
 
 
-def auto_temperature(distances: Tensor, variance: Tensor, counted: Tensor) -> Tensor:
+def auto_temperature(distances: Tensor, x: Tensor, weights: Tensor | None = None) -> Tensor:
     """Temperature that follows the scale of the features, one for each image.
 
     ``AUTO_FACTOR / median`` over the tokens' squared distances to their nearest centroid, so
@@ -124,15 +124,22 @@ def auto_temperature(distances: Tensor, variance: Tensor, counted: Tensor) -> Te
     centroid alone, which is then exact.
 
     Args:
-        distances: (B, L) squared distance of each token to its nearest centroid.
-        variance: (B,) mean squared distance of an image's tokens to their mean.
-        counted: (B, L) False for padding.
+        distances: (B, N) squared distance of each token to its nearest centroid.
+        x: (B, N, C) tokens around their mean.
+        weights: (B, N), 0 for padding; None counts all.
 
     Returns:
         (B,) temperatures, finite and positive.
     """
+    norms = x.square().sum(-1)
+    if weights is None:
+        variance = norms.mean(1)
+    else:
+        variance = (norms * weights).sum(1) / weights.sum(1).clamp_min(_TINY)
     floor = (_NOISE * variance).clamp_min(_TINY)
-    informative = counted & (distances > floor[:, None])
+    informative = distances > floor[:, None]
+    if weights is not None:
+        informative = informative & (weights > 0)
     total = informative.sum(1)
     # The (lower) median of the informative ones: they sort in front of the infinite rest.
     ordered = distances.masked_fill(~informative, torch.inf).sort(dim=1).values
@@ -152,20 +159,18 @@ def _nearest_distance(tokens: Tensor, clusters: Tensor, nearest: Tensor) -> Tens
     return (tokens.flatten(1, -2) - chosen).square().sum(-1).view_as(nearest)
 
 
-def _centered(tokens: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """fp32 tokens (B, N, C) around their mean, the mean (B, 1, C) and the variance (B,).
+def _centered(tokens: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor]:
+    """fp32 tokens (B, N, C) around their mean, and the mean (B, 1, C).
 
     Distances do not change, but the squared norms that cancel in them become small.
     """
     tokens = tokens.float()
     if weights is None:
         mean = tokens.mean(1, keepdim=True)
-        tokens = tokens - mean
-        return tokens, mean, tokens.square().sum(-1).mean(1)
-    share = (weights / weights.sum(1, keepdim=True).clamp_min(_TINY))[..., None]
-    mean = (tokens * share).sum(1, keepdim=True)
-    tokens = tokens - mean
-    return tokens, mean, (tokens.square() * share).sum((1, 2))
+    else:
+        share = weights / weights.sum(1, keepdim=True).clamp_min(_TINY)
+        mean = (tokens * share[..., None]).sum(1, keepdim=True)
+    return tokens - mean, mean
 
 
 def _pool(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -218,7 +223,7 @@ def cluster_tokens(
         )
     tiles = _tile((height, width), grid, window // 2, tokens.device)
     flat = None if weights is None else weights.flatten(1).float()
-    x, mean, variance = _centered(tokens.flatten(1, 2), flat)
+    x, mean = _centered(tokens.flatten(1, 2), flat)
 
     counts = tiles.real.float().expand(batch, -1, -1)  # (B, T, R) tokens that each one stands for
     if flat is None:
@@ -237,9 +242,8 @@ def cluster_tokens(
         score = score.masked_fill(~tiles.allowed, _NEVER)
         if temperature == AUTO:
             best = tiles.cells.expand(batch, -1, -1).gather(2, score.argmax(-1))
-            distance = _nearest_distance(tiled, centroids, best)
-            temperature = auto_temperature(distance.flatten(1), variance, counts.flatten(1) > 0)
-            temperature = temperature.view(-1, 1, 1, 1)
+            distances = _nearest_distance(tiled, centroids, best).flatten(1)[:, tiles.place]
+            temperature = auto_temperature(distances, x, flat).view(-1, 1, 1, 1)
         affinity = (2 * temperature * score).softmax(-1) * counts[..., None]
         # (B, T, P, C) of every tile, added up where the rims overlap.
         sums = torch.zeros_like(centroids).index_add(
@@ -309,30 +313,29 @@ def reconstruct_tokens(
         raise ValueError(f"neighbors must be in [1, {grid[0] * grid[1]}], got {neighbors}")
     size = shape_of(tokens)[1:3]
     weights = None if weights is None else weights.flatten(1).float()
-    x, mean, variance = _centered(tokens.flatten(1, 2), weights)
+    x, mean = _centered(tokens.flatten(1, 2), weights)
     centroids = clusters.flatten(1, 2).float() - mean
     values = refined.flatten(1, 2).float()
     keep = None if valid is None else valid.flatten(1)
 
-    def log_weights(score: Tensor, distance: Tensor) -> Tensor:
-        """Log weights (B, ..., k) of scores; ``distance`` (B, N) is to the nearest cluster."""
+    def weigh(score: Tensor, nearest_distance: Callable[[], Tensor]) -> Tensor:
+        """Scores (B, ..., k) to weights; the distance to the nearest cluster is (B, N)."""
         factor = temperature
         if temperature == AUTO:
-            counted = torch.ones_like(distance) if weights is None else weights
-            factor = auto_temperature(distance, variance, counted > 0)
+            factor = auto_temperature(nearest_distance(), x, weights)
             factor = factor.view(-1, *[1] * (score.dim() - 1))
         return _normalize(2 * factor * score, normalize)
 
     if window is None:
-        out = _rebuild_from_all(values, x, centroids, keep, neighbors, log_weights)
+        out = _rebuild_from_all(values, x, centroids, keep, neighbors, weigh)
     else:
         tiles = _tile(size, grid, window // 2, tokens.device)
-        out = _rebuild_from_window(values, x, centroids, keep, neighbors, log_weights, tiles)
+        out = _rebuild_from_window(values, x, centroids, keep, neighbors, weigh, tiles)
     return out.to(refined.dtype).unflatten(1, size)
 
 
-# (scores (B, ..., k), distance to the nearest (B, N)) to normalised weights (B, ..., k)
-_Weigh = Callable[[Tensor, Tensor], Tensor]
+# (scores (B, ..., k), how to get the distances to the nearest (B, N)) to weights (B, ..., k)
+_Weigh = Callable[[Tensor, Callable[[], Tensor]], Tensor]
 
 
 def _rebuild_from_all(
@@ -343,7 +346,7 @@ def _rebuild_from_all(
     if keep is not None:
         score = score.masked_fill(~keep[:, None], _NEVER)
     score, index = score.topk(neighbors, dim=-1)
-    weights = weigh(score, _nearest_distance(x, centroids, index[..., 0]))
+    weights = weigh(score, lambda: _nearest_distance(x, centroids, index[..., 0]))
     # Each token sums its k clusters in place: no (N, k, D) tensor.
     batch, total, channels = shape_of(values)
     offset = torch.arange(batch, device=index.device)[:, None, None] * total
@@ -373,9 +376,12 @@ def _rebuild_from_window(
         allowed = allowed & keep[:, tiles.cells][..., None, :]
     score = score.masked_fill(~allowed, _NEVER)
     best, index = score.topk(min(neighbors, shape_of(score)[-1]), dim=-1)
-    nearest = tiles.cells.expand(x.shape[0], -1, -1).gather(2, index[..., 0])
-    distance = _nearest_distance(tiled, centroids, nearest).flatten(1)[:, tiles.place]
-    weights = torch.zeros_like(score).scatter(-1, index, weigh(best, distance))
+
+    def nearest_distance() -> Tensor:
+        nearest = tiles.cells.expand(x.shape[0], -1, -1).gather(2, index[..., 0])
+        return _nearest_distance(tiled, centroids, nearest).flatten(1)[:, tiles.place]
+
+    weights = torch.zeros_like(score).scatter(-1, index, weigh(best, nearest_distance))
     out = weights @ _take(values, tiles.cells)  # (B, T, R, D)
     return out.flatten(1, 2).index_select(1, tiles.place)
 

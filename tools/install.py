@@ -71,8 +71,12 @@ class Installer:
             return
         if not self.verbose:
             command.append("--quiet")
+        # Recent versions of pip pass on setuptools' general word of caution on "--editable".
+        filters = [os.environ.get("PYTHONWARNINGS", ""), "ignore:Editable installation"]
+        environment = {**os.environ, "PYTHONWARNINGS": ",".join(filter(None, filters))}
+        sys.stdout.flush()  # or the lines above come after pip's in a log
         # From the repository root: "-e ." means the project, wherever this was called from.
-        status = subprocess.call(command, cwd=str(ROOT))
+        status = subprocess.call(command, cwd=str(ROOT), env=environment)
         if status != 0:
             raise InstallError(
                 f"pip could not install {what} (exit status {status}); its reason is above."
@@ -202,6 +206,8 @@ def install_project(installer: Installer, extras: str, torch: str, uses_wheel: b
     installer.pip_install(
         "expedit_d2 or one of the packages it needs",
         # Nothing is compiled: the setuptools that is there will do for the project itself.
+        # --use-pep517 builds the few pure-Python source archives with it too, by any age of pip.
+        "--use-pep517",
         "--no-build-isolation",
         *("--editable", f".{extras}"),
         f"torch=={torch}",

@@ -1,0 +1,1 @@
+"""Measurements: FLOPs, time, and what they are compared with."""

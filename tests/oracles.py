@@ -1,0 +1,171 @@
+"""Token clustering and reconstruction in the slowest, plainest form, to check the fast ones by.
+
+Written from the paper (section 3.2) and not from `expedit_d2.operators`: one image at a time, in
+float64, every token against every cluster, the difference squared and not expanded. All of it can
+be differentiated.
+"""
+
+from __future__ import annotations
+
+import statistics
+from fractions import Fraction
+
+import torch
+from torch import Tensor
+
+
+def home_cells(size: int, cells: int) -> list[int]:
+    """For each of ``size`` tokens in a row, the cell out of ``cells`` equal ones it starts in."""
+    homes = []
+    for token in range(size):
+        for cell in range(cells):
+            start, end = Fraction(cell * size, cells), Fraction((cell + 1) * size, cells)
+            if start <= token < end:
+                homes.append(cell)
+    assert len(homes) == size
+    return homes
+
+
+def allowed_pairs(size: tuple[int, int], grid: tuple[int, int], window: int | None) -> Tensor:
+    """(H * W, h * w) bool: the cluster lies in the window around the token's home cell."""
+    mask = torch.ones(size[0] * size[1], grid[0] * grid[1], dtype=torch.bool)
+    if window is None:
+        return mask
+    rows, cols = home_cells(size[0], grid[0]), home_cells(size[1], grid[1])
+    for i in range(size[0]):
+        for j in range(size[1]):
+            for row in range(grid[0]):
+                for col in range(grid[1]):
+                    near = abs(rows[i] - row) <= window // 2 and abs(cols[j] - col) <= window // 2
+                    mask[i * size[1] + j, row * grid[1] + col] = near
+    return mask
+
+
+def pool(tokens: Tensor, weights: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Weighted adaptive average pooling, (H, W, C) to (h * w, C).
+
+    A cell without any weight starts at the mean of the image: there is nothing better to say.
+    """
+    height, width, _ = tokens.shape
+    cells = []
+    for row in range(grid[0]):
+        for col in range(grid[1]):
+            # From the floor of the cell's start to the ceiling of its end.
+            top, bottom = row * height // grid[0], -(-(row + 1) * height // grid[0])
+            left, right = col * width // grid[1], -(-(col + 1) * width // grid[1])
+            part = tokens[top:bottom, left:right].flatten(0, 1)
+            share = weights[top:bottom, left:right].flatten()
+            if share.sum() == 0:
+                part, share = tokens.flatten(0, 1), weights.flatten()
+            cells.append((part * share[:, None]).sum(0) / share.sum())
+    return torch.stack(cells)
+
+
+def squared_distances(x: Tensor, clusters: Tensor) -> Tensor:
+    """(N, C) and (M, C) to (N, M)."""
+    return (x[:, None, :] - clusters[None, :, :]).square().sum(-1)
+
+
+def auto_temperature(distances: Tensor, x: Tensor, weights: Tensor) -> Tensor:
+    """6 / median of the distances (N, M) to the nearest cluster, over tokens with any.
+
+    A distance below a millionth of the variance of the tokens counts as none; if all do, this
+    threshold takes the place of the median.
+    """
+    mean = (x * weights[:, None]).sum(0) / weights.sum()
+    variance = ((x - mean).square().sum(1) * weights).sum() / weights.sum()
+    floor = max(1e-6 * float(variance), 1e-30)
+    informative = [
+        d for d, w in zip(distances.min(1).values, weights, strict=True) if w > 0 and d > floor
+    ]
+    if not informative:
+        return torch.tensor(6 / floor, dtype=torch.float64)
+    middle = statistics.median_low([float(d) for d in informative])
+    return 6 / next(d for d in informative if float(d) == middle)
+
+
+def cluster_image(
+    tokens: Tensor,
+    grid: tuple[int, int],
+    iterations: int,
+    temperature: float | str,
+    window: int,
+    weights: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Dense soft k-means of one image (H, W, C): clusters (h, w, C) and sizes (h, w)."""
+    tokens = tokens.double()
+    size = (tokens.shape[0], tokens.shape[1])
+    weights = tokens.new_ones(size) if weights is None else weights.double()
+    allowed = allowed_pairs(size, grid, window)
+    x, counts = tokens.flatten(0, 1), weights.flatten()
+    clusters = pool(tokens, weights, grid)
+    for _ in range(iterations):
+        distances = squared_distances(x, clusters)
+        if temperature == "auto":
+            nearby = distances.masked_fill(~allowed, torch.inf)
+            temperature = auto_temperature(nearby, x, counts)
+        logits = (-temperature * distances).masked_fill(~allowed, -torch.inf)
+        affinity = logits.softmax(1) * counts[:, None]
+        sizes = affinity.sum(0)
+        empty = sizes == 0
+        means = affinity.T @ x / sizes.masked_fill(empty, 1.0)[:, None]
+        clusters = torch.where(empty[:, None], clusters, means)
+    return clusters.unflatten(0, grid), sizes.unflatten(0, grid)
+
+
+def rebuild_image(
+    refined: Tensor,
+    tokens: Tensor,
+    clusters: Tensor,
+    neighbors: int,
+    temperature: float | str,
+    normalize: str,
+    window: int | None = None,
+    valid: Tensor | None = None,
+    weights: Tensor | None = None,
+) -> Tensor:
+    """Dense k-nearest-neighbour reconstruction of one image, (h, w, D) to (H, W, D)."""
+    size, grid = (tokens.shape[0], tokens.shape[1]), (clusters.shape[0], clusters.shape[1])
+    x, centers = tokens.double().flatten(0, 1), clusters.double().flatten(0, 1)
+    values = refined.double().flatten(0, 1)
+    allowed = allowed_pairs(size, grid, window)
+    if valid is not None:
+        allowed &= valid.flatten()
+    distances = squared_distances(x, centers).masked_fill(~allowed, torch.inf)
+    if temperature == "auto":
+        counts = x.new_ones(len(x)) if weights is None else weights.double().flatten()
+        temperature = auto_temperature(distances, x, counts)
+    rebuilt = []
+    for distance, candidates in zip(distances, allowed, strict=True):
+        nearest = distance.argsort()[: min(neighbors, int(candidates.sum()))]
+        # The distance to the nearest cancels in either normalisation.
+        weight = (-temperature * (distance[nearest] - distance[nearest[0]])).exp()
+        total = weight.sum() if normalize == "l1" else weight.square().sum().sqrt()
+        rebuilt.append((weight / total) @ values[nearest])
+    return torch.stack(rebuilt).unflatten(0, size)
+
+
+def _images(batch: int, items: tuple) -> list[tuple]:
+    """The arguments of every image: tensors are split, the rest is the same for all."""
+    return [tuple(i[b] if isinstance(i, Tensor) else i for i in items) for b in range(batch)]
+
+
+def cluster(tokens: Tensor, *args, weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """`cluster_image` for every image of (B, H, W, C)."""
+    images = _images(len(tokens), (tokens, *args, weights))
+    clusters, sizes = zip(*(cluster_image(*image) for image in images), strict=True)
+    return torch.stack(clusters), torch.stack(sizes)
+
+
+def rebuild(
+    refined: Tensor,
+    tokens: Tensor,
+    clusters: Tensor,
+    *args,
+    window: int | None = None,
+    valid: Tensor | None = None,
+    weights: Tensor | None = None,
+) -> Tensor:
+    """`rebuild_image` for every image of a batch."""
+    items = (refined, tokens, clusters, *args, window, valid, weights)
+    return torch.stack([rebuild_image(*image) for image in _images(len(tokens), items)])

@@ -1,0 +1,124 @@
+"""Votes, relative positions and windows, against explicit loops and Detectron2's own functions."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from detectron2.modeling.backbone.utils import get_rel_pos, window_partition, window_unpartition
+
+from expedit_d2.attention import key_bias, relative_positions
+from expedit_d2.windows import partition, unpartition
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+def test_key_bias_gives_a_key_as_many_votes_as_copies_of_it_would_have():
+    counts = torch.tensor([1, 4, 2, 7, 1])
+    q, k, v = torch.randn(3, 8), torch.randn(5, 8), torch.randn(5, 8)
+    copies_k, copies_v = (x.repeat_interleave(counts, dim=0) for x in (k, v))
+    expected = (q @ copies_k.T).softmax(-1) @ copies_v
+    torch.testing.assert_close((q @ k.T + key_bias(counts.float())).softmax(-1) @ v, expected)
+
+
+def test_key_bias_of_one_is_zero_and_of_nothing_is_no_vote():
+    bias = key_bias(torch.tensor([1.0, 0.25, 0.0]))
+    assert bias[0] == 0 and bias[1] < 0
+    assert torch.isfinite(bias).all()
+    assert (torch.tensor([5.0, 5.0, 30.0]) + bias).softmax(-1)[2] < 1e-20
+
+
+def test_key_bias_keeps_the_shape():
+    sizes = torch.rand(2, 3, 4) + 0.1
+    assert torch.equal(key_bias(sizes), sizes.log())
+
+
+@pytest.mark.parametrize("made_for", [2, 7, 14])
+@pytest.mark.parametrize("size", [1, 2, 5, 7, 13, 14, 20])
+def test_relative_positions_are_detectron2s_on_the_full_map(made_for, size):
+    table = torch.randn(2 * made_for - 1, 6)
+    ours = relative_positions(table, size, size, size)
+    assert ours.shape == (size, size, 6)
+    torch.testing.assert_close(ours, get_rel_pos(size, size, table), atol=5e-6, rtol=1e-5)
+
+
+def test_relative_positions_without_resampling_are_rows_of_the_table():
+    table = torch.randn(13, 4)
+    ours = relative_positions(table, 7, 7, 7)
+    for i in range(7):
+        for j in range(7):
+            assert torch.equal(ours[i, j], table[i - j + 6])
+
+
+@pytest.mark.parametrize(
+    "made_for,cells,span,size", [(7, 4, 7, 7), (7, 3, 9, 8), (12, 5, 9, 9), (6, 1, 6, 6)]
+)
+def test_relative_positions_of_a_coarser_grid_by_explicit_loop(made_for, cells, span, size):
+    table = torch.randn(2 * made_for - 1, 3)
+    ours = relative_positions(table, cells, span, size)
+    rows = table.shape[0]
+    for i in range(cells):
+        for j in range(cells):
+            # Where F.interpolate (align_corners False) would look for this offset.
+            offset = (i - j) * span / cells
+            at = (offset + size - 1 + 0.5) * rows / (2 * size - 1) - 0.5
+            at = min(max(at, 0.0), rows - 1.0)
+            low = int(at)
+            high = min(low + 1, rows - 1)
+            expected = table[low] * (1 - (at - low)) + table[high] * (at - low)
+            torch.testing.assert_close(ours[i, j], expected, atol=1e-5, rtol=1e-5)
+
+
+def test_relative_positions_measure_offsets_in_tokens():
+    offsets = torch.arange(-6.0, 7.0)[:, None]  # the table of a map of 7 holds the offset itself
+    ours = relative_positions(offsets, 4, 7, 7)[..., 0]
+    index = torch.arange(4.0)
+    torch.testing.assert_close(ours, (index[:, None] - index) * 7 / 4)
+
+
+def test_relative_positions_beyond_the_table_stay_at_its_ends():
+    table = torch.randn(5, 2)  # made for 3
+    ours = relative_positions(table, 9, 9, 3)
+    assert torch.equal(ours[8, 0], table[-1]) and torch.equal(ours[0, 8], table[0])
+
+
+def test_relative_positions_keep_the_type_and_let_gradients_through():
+    table = torch.randn(13, 4, requires_grad=True)
+    relative_positions(table, 4, 7, 7).sum().backward()
+    assert table.grad is not None and table.grad.abs().sum() > 0
+    low = relative_positions(table.detach().bfloat16(), 4, 7, 7)
+    assert low.dtype == torch.bfloat16
+    torch.testing.assert_close(low.float(), relative_positions(table, 4, 7, 7), atol=5e-2, rtol=0.1)
+
+
+@pytest.mark.parametrize("size", [(7, 7), (14, 21), (20, 16), (3, 5), (1, 8)])
+@pytest.mark.parametrize("window", [1, 4, 7])
+def test_windows_are_detectron2s(size, window):
+    x = torch.randn(2, *size, 5)
+    expected, padded = window_partition(x, window)
+    ours = partition(x, (window, window))
+    assert torch.equal(ours, expected)
+    assert torch.equal(unpartition(ours, size), window_unpartition(expected, window, padded, size))
+    assert torch.equal(unpartition(ours, size), x)
+
+
+def test_rectangular_windows_and_padding_value():
+    x = torch.randn(2, 5, 7, 3)
+    windows = partition(x, (2, 3), value=9.0)
+    assert windows.shape == (2 * 3 * 3, 2, 3, 3)
+    for image in range(2):
+        for row in range(3):
+            for col in range(3):
+                real = x[image, 2 * row : 2 * row + 2, 3 * col : 3 * col + 3]
+                expected = torch.full((2, 3, 3), 9.0)
+                expected[: real.shape[0], : real.shape[1]] = real
+                assert torch.equal(windows[image * 9 + row * 3 + col], expected)
+    assert torch.equal(unpartition(windows, (5, 7)), x)
+
+
+def test_windows_of_other_channels_go_back_to_their_places():
+    windows = partition(torch.randn(2, 6, 9, 4), (3, 3))
+    wider = torch.cat([windows, windows], dim=-1)
+    assert unpartition(wider, (6, 9)).shape == (2, 6, 9, 8)
