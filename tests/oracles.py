@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import statistics
 from fractions import Fraction
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -26,6 +27,7 @@ def home_cells(size: int, cells: int) -> list[int]:
     return homes
 
 
+@lru_cache
 def allowed_pairs(size: tuple[int, int], grid: tuple[int, int], window: int | None) -> Tensor:
     """(H * W, h * w) bool: the cluster lies in the window around the token's home cell."""
     mask = torch.ones(size[0] * size[1], grid[0] * grid[1], dtype=torch.bool)
@@ -74,14 +76,14 @@ def auto_temperature(distances: Tensor, x: Tensor, weights: Tensor) -> Tensor:
     """
     mean = (x * weights[:, None]).sum(0) / weights.sum()
     variance = ((x - mean).square().sum(1) * weights).sum() / weights.sum()
-    floor = max(1e-6 * float(variance), 1e-30)
+    floor = max(1e-6 * variance.item(), 1e-30)
     informative = [
         d for d, w in zip(distances.min(1).values, weights, strict=True) if w > 0 and d > floor
     ]
     if not informative:
         return torch.tensor(6 / floor, dtype=torch.float64)
-    middle = statistics.median_low([float(d) for d in informative])
-    return 6 / next(d for d in informative if float(d) == middle)
+    middle = statistics.median_low([d.item() for d in informative])
+    return 6 / next(d for d in informative if d.item() == middle)
 
 
 def cluster_image(
@@ -107,7 +109,8 @@ def cluster_image(
         logits = (-temperature * distances).masked_fill(~allowed, -torch.inf)
         affinity = logits.softmax(1) * counts[:, None]
         sizes = affinity.sum(0)
-        empty = sizes == 0
+        # Less than this is joined by no one: fp32 could not say where such a cluster is.
+        empty = sizes < 1e-30
         means = affinity.T @ x / sizes.masked_fill(empty, 1.0)[:, None]
         clusters = torch.where(empty[:, None], clusters, means)
     return clusters.unflatten(0, grid), sizes.unflatten(0, grid)
@@ -130,7 +133,7 @@ def rebuild_image(
     values = refined.double().flatten(0, 1)
     allowed = allowed_pairs(size, grid, window)
     if valid is not None:
-        allowed &= valid.flatten()
+        allowed = allowed & valid.flatten()
     distances = squared_distances(x, centers).masked_fill(~allowed, torch.inf)
     if temperature == "auto":
         counts = x.new_ones(len(x)) if weights is None else weights.double().flatten()

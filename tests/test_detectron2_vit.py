@@ -495,6 +495,19 @@ def test_gradients_reach_everything(scope, grid):
         assert torch.isfinite(tensor.grad).all() and tensor.grad.abs().sum() > 0, name
 
 
+@pytest.mark.parametrize("flat", [False, True])
+@pytest.mark.parametrize("size", [(8, 8), (8, 15), (5, 6)])
+def test_gradients_of_padded_windows_are_finite(size, flat):
+    """Among them windows of one token, and of equal tokens, where distances say nothing."""
+    vit = tiny_vit(use_abs_pos=False)
+    x = (torch.zeros(1, 3, size[0] * PATCH, size[1] * PATCH) if flat else images(size)).detach()
+    x.requires_grad_()
+    with expedite(vit, 1, grid=(4, 4), scope="window"):
+        vit(x)["last_feat"].square().mean().backward()
+    for name, tensor in [("x", x), *vit.named_parameters()]:
+        assert torch.isfinite(tensor.grad).all(), name
+
+
 @pytest.mark.parametrize("scope,grid", [("map", (10, 8)), ("window", (7, 7))])
 def test_gradients_of_one_cluster_a_token_are_the_plain_ones(scope, grid):
     vit, x = tiny_vit(), images((10, 8))

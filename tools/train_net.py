@@ -8,7 +8,11 @@ Examples::
     python tools/train_net.py --eval-only --config-file configs/vitdet/mask_rcnn_vitdet_b.yaml \
         MODEL.EXPEDIT.ENABLED True MODEL.EXPEDIT.ALPHA 4 MODEL.EXPEDIT.RATIO 0.7
 
-    # the same for an existing ViTDet LazyConfig
+    # both at once, in one table with GFLOPs and speed
+    python tools/train_net.py --eval-only --compare \
+        --config-file configs/vitdet/mask_rcnn_vitdet_b_expedit_a4_45x45.yaml
+
+    # an existing ViTDet LazyConfig
     python tools/train_net.py --eval-only --config-file my_vitdet.py \
         train.init_checkpoint=my_weights.pth expedit.enabled=True expedit.alpha=4 expedit.ratio=0.7
 """
@@ -18,6 +22,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from functools import partial
 from typing import Any
 
 from detectron2.config import CfgNode
@@ -25,6 +30,7 @@ from detectron2.engine import default_argument_parser, default_setup, launch
 from detectron2.evaluation import print_csv_format
 from detectron2.utils import comm
 
+from expedit_d2.comparison import compare, to_table
 from expedit_d2.data import register_by_path, register_collage
 from expedit_d2.engine import (
     Trainer,
@@ -34,6 +40,7 @@ from expedit_d2.engine import (
     load_weights,
     train_lazy,
 )
+from expedit_d2.settings import Settings
 from projects import get_cfg
 
 
@@ -51,6 +58,8 @@ def setup(args: argparse.Namespace) -> CfgNode:
 def run_yaml(args: argparse.Namespace) -> dict[str, Any]:
     cfg = setup(args)
     default_setup(cfg, args)
+    if args.compare:
+        return run_comparison(cfg)
     if args.eval_only:
         model = Trainer.build_model(cfg)
         load_weights(model, cfg.MODEL.WEIGHTS)
@@ -58,6 +67,23 @@ def run_yaml(args: argparse.Namespace) -> dict[str, Any]:
     trainer = Trainer(cfg)
     trainer.resume_or_load(resume=args.resume)
     return trainer.train()
+
+
+def run_comparison(cfg: CfgNode) -> dict[str, Any]:
+    """The configured model without and with its ``MODEL.EXPEDIT``, on every test data set."""
+    settings = Settings.from_node({**cfg.MODEL.EXPEDIT, "ENABLED": True})
+    plain = cfg.clone()
+    plain.defrost()
+    plain.MODEL.EXPEDIT.ENABLED = False
+    model = Trainer.build_model(plain).eval()
+    load_weights(model, plain.MODEL.WEIGHTS)
+    for name in plain.DATASETS.TEST:
+        loader = Trainer.build_test_loader(plain, name)
+        rows = compare(
+            model, {"expedit": settings}, loader, partial(Trainer.build_evaluator, plain, name)
+        )
+        print(f"\n{name}\n{to_table(rows)}\n")
+    return {}
 
 
 def run_lazy(args: argparse.Namespace) -> dict[str, Any]:
@@ -76,11 +102,18 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     return run_lazy(args) if args.config_file.endswith(".py") else run_yaml(args)
 
 
-if __name__ == "__main__":
-    args = default_argument_parser(epilog=__doc__).parse_args()
+def run(arguments: list[str] | None = None) -> None:
+    """Parse the arguments and run; an expected error ends with one sentence."""
+    parser = default_argument_parser(epilog=__doc__)
+    parser.add_argument(
+        "--compare", action="store_true", help="evaluate without and with Expedit, in one table"
+    )
+    args = parser.parse_args(arguments)
     try:
         if not os.path.isfile(args.config_file):
             raise FileNotFoundError(f"--config-file: there is no file {args.config_file!r}")
+        if args.compare and args.config_file.endswith(".py"):
+            raise ValueError("--compare takes a YAML config")
         launch(
             main,
             args.num_gpus,
@@ -90,4 +123,9 @@ if __name__ == "__main__":
             args=(args,),
         )
     except (ValueError, OSError, KeyError) as error:
-        sys.exit(f"train_net.py: {error}")
+        # str() of a KeyError is quoted.
+        sys.exit(f"train_net.py: {error.args[0] if isinstance(error, KeyError) else error}")
+
+
+if __name__ == "__main__":
+    run()

@@ -238,7 +238,7 @@ def _sample_pyramid(
 
 def _distance_to_star(u: np.ndarray, v: np.ndarray) -> np.ndarray:
     """A pentagram is where at most one of its five edge lines has the point outside."""
-    angles = np.arange(5) * (2 * np.pi / 5) + np.pi / 2  # each line faces away from a tip
+    angles = np.arange(5) * (2 * np.pi / 5) - np.pi / 2  # each line cuts off one tip
     lines = [np.cos(a) * u + np.sin(a) * v for a in angles]
     return np.partition(np.stack(lines), 3, axis=0)[3] - 1.15 * np.cos(np.pi * 0.4)
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
-from contextlib import nullcontext
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog
 from detectron2.engine import DefaultTrainer
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.solver.build import get_default_optimizer_params, maybe_add_gradient_clipping
@@ -19,6 +21,26 @@ from ..evaluation import build_evaluator
 __all__ = ["Trainer"]
 
 OPTIMIZERS = ("SGD", "ADAMW")
+
+
+@contextmanager
+def _missing_data(key: str, names: Iterable[str]) -> Iterator[None]:
+    """Say which config key named a data set that is not there, and what to do about it."""
+    names = list(names)
+    unknown = [name for name in names if name not in DatasetCatalog.list()]
+    if unknown:
+        raise ValueError(
+            f"{key}: there is no data set {unknown[0]!r}; give a name that Detectron2 knows, such "
+            "as coco_2017_val or collage_val, or the path of a COCO-format .json file"
+        )
+    try:
+        yield
+    except FileNotFoundError as error:
+        root = os.environ.get("DETECTRON2_DATASETS", "datasets")
+        raise FileNotFoundError(
+            f"{key}: the files of {', '.join(names)} are not there ({error}); data sets are "
+            f"looked for in {root!r}, set DETECTRON2_DATASETS to the folder that holds them"
+        ) from None
 
 
 class Trainer(DefaultTrainer):
@@ -45,6 +67,16 @@ class Trainer(DefaultTrainer):
         if "EXPEDIT" in cfg.MODEL:
             expedite_from_node(model, cfg.MODEL.EXPEDIT)
         return model
+
+    @classmethod
+    def build_train_loader(cls, cfg: CfgNode) -> Any:
+        with _missing_data("DATASETS.TRAIN", cfg.DATASETS.TRAIN):
+            return super().build_train_loader(cfg)
+
+    @classmethod
+    def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> Any:
+        with _missing_data("DATASETS.TEST", [dataset_name]):
+            return super().build_test_loader(cfg, dataset_name)
 
     @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:

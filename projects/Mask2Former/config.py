@@ -1,0 +1,144 @@
+"""Config keys of Mask2Former: those of the official repository, with its defaults.
+
+Official YAML files parse unchanged. Nothing that some other project already added is replaced.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from detectron2.config import CfgNode as CN
+
+__all__ = ["add_maskformer2_config"]
+
+_MASK_FORMER: dict[str, Any] = {
+    # Losses: weights of the class, dice and mask terms (they weigh the matching costs, too), of
+    # "no object" among the classes, and whether every decoder layer is supervised.
+    "DEEP_SUPERVISION": True,
+    "NO_OBJECT_WEIGHT": 0.1,
+    "CLASS_WEIGHT": 1.0,
+    "DICE_WEIGHT": 1.0,
+    "MASK_WEIGHT": 20.0,
+    # Points at which masks are compared, how many times as many are drawn to choose the most
+    # uncertain ones from, and the share of uncertain ones.
+    "TRAIN_NUM_POINTS": 112 * 112,
+    "OVERSAMPLE_RATIO": 3.0,
+    "IMPORTANCE_SAMPLE_RATIO": 0.75,
+    # Transformer decoder. DEC_LAYERS counts predictions: one more than there are layers, as the
+    # queries themselves predict first. ENC_LAYERS is a key of MaskFormer that nothing reads here.
+    "TRANSFORMER_DECODER_NAME": "MultiScaleMaskedTransformerDecoder",
+    "TRANSFORMER_IN_FEATURE": "res5",  # must be set to "multi_scale_pixel_decoder"
+    "NHEADS": 8,
+    "DROPOUT": 0.1,  # in the pixel decoder; the transformer decoder has none
+    "DIM_FEEDFORWARD": 2048,
+    "ENC_LAYERS": 0,
+    "DEC_LAYERS": 6,
+    "PRE_NORM": False,
+    "HIDDEN_DIM": 256,
+    "NUM_OBJECT_QUERIES": 100,
+    "ENFORCE_INPUT_PROJ": False,
+    # Images are padded to a multiple of this; negative: what the backbone asks for.
+    "SIZE_DIVISIBILITY": 32,
+    # Which outputs are wanted, and how masks become a panoptic map.
+    "TEST": {
+        "SEMANTIC_ON": True,
+        "INSTANCE_ON": False,
+        "PANOPTIC_ON": False,
+        "OBJECT_MASK_THRESHOLD": 0.0,
+        "OVERLAP_THRESHOLD": 0.0,
+        # Resize masks to the output size before they are combined; always so for panoptic and
+        # instance output.
+        "SEM_SEG_POSTPROCESSING_BEFORE_INFERENCE": False,
+    },
+}
+
+_SEM_SEG_HEAD: dict[str, Any] = {
+    # Pixel decoder; the default is MaskFormer's, which is not part of this project.
+    "PIXEL_DECODER_NAME": "BasePixelDecoder",
+    "MASK_DIM": 256,
+    "TRANSFORMER_ENC_LAYERS": 0,
+    "DEFORMABLE_TRANSFORMER_ENCODER_IN_FEATURES": ["res3", "res4", "res5"],
+    "DEFORMABLE_TRANSFORMER_ENCODER_N_POINTS": 4,
+    "DEFORMABLE_TRANSFORMER_ENCODER_N_HEADS": 8,
+}
+
+# The Swin backbone that most official models are built on.
+_SWIN: dict[str, Any] = {
+    "PRETRAIN_IMG_SIZE": 224,
+    "PATCH_SIZE": 4,
+    "EMBED_DIM": 96,
+    "DEPTHS": [2, 2, 6, 2],
+    "NUM_HEADS": [3, 6, 12, 24],
+    "WINDOW_SIZE": 7,
+    "MLP_RATIO": 4.0,
+    "QKV_BIAS": True,
+    "QK_SCALE": None,
+    "DROP_RATE": 0.0,
+    "ATTN_DROP_RATE": 0.0,
+    "DROP_PATH_RATE": 0.3,
+    "APE": False,
+    "PATCH_NORM": True,
+    "OUT_FEATURES": ["res2", "res3", "res4", "res5"],
+    "USE_CHECKPOINT": False,
+}
+
+_INPUT: dict[str, Any] = {
+    # Training mapper: a name in data.mappers.MAPPERS.
+    "DATASET_MAPPER_NAME": "mask_former_semantic",
+    # The mask_former_ mappers: colour distortion of SSD, cropping again while one class fills
+    # more than this share of the crop, padding to a square of this side (negative: none).
+    "COLOR_AUG_SSD": False,
+    "CROP": {"SINGLE_CATEGORY_MAX_AREA": 1.0},
+    "SIZE_DIVISIBILITY": -1,
+    # The _lsj mappers (large scale jitter): side of the square crop, range of scales.
+    "IMAGE_SIZE": 1024,
+    "MIN_SCALE": 0.1,
+    "MAX_SCALE": 2.0,
+}
+
+_SOLVER: dict[str, Any] = {
+    "OPTIMIZER": "ADAMW",
+    "BACKBONE_MULTIPLIER": 0.1,  # learning rate of the backbone, relative to BASE_LR
+    "WEIGHT_DECAY_EMBED": 0.0,
+    # LR_SCHEDULER_NAME "WarmupPolyLR"
+    "POLY_LR_POWER": 0.9,
+    "POLY_LR_CONSTANT_ENDING": 0.0,
+}
+
+# DeepLab's keys: official YAML files set them, and nothing here reads them.
+_RESNETS: dict[str, Any] = {
+    "STEM_TYPE": "deeplab",
+    "RES4_DILATION": 1,
+    "RES5_MULTI_GRID": [1, 2, 4],
+}
+
+
+def _add(node: CN, defaults: dict[str, Any]) -> None:
+    """Add keys, also in nested nodes, that are not there yet."""
+    for key, value in defaults.items():
+        if isinstance(value, dict):
+            if key not in node:
+                node[key] = CN()
+            _add(node[key], value)
+        elif key not in node:
+            node[key] = list(value) if isinstance(value, list) else value
+
+
+def add_maskformer2_config(cfg: CN) -> None:
+    """Add every key of official Mask2Former configs that ``cfg`` does not have yet.
+
+    ``SOLVER.OPTIMIZER`` keeps the value it has, if any; official YAML files set it.
+    """
+    _add(
+        cfg,
+        {
+            "MODEL": {
+                "MASK_FORMER": _MASK_FORMER,
+                "SEM_SEG_HEAD": _SEM_SEG_HEAD,
+                "SWIN": _SWIN,
+                "RESNETS": _RESNETS,
+            },
+            "INPUT": _INPUT,
+            "SOLVER": _SOLVER,
+        },
+    )
