@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import threading
@@ -148,9 +149,9 @@ WEIGHTS = {
     "padding": padding,
     "non-uniform": lambda batch, size: 4 * torch.rand(batch, *size) + 0.1,
     "both": lambda batch, size: padding(batch, size) * (4 * torch.rand(batch, *size) + 0.1),
-    "one-left": lambda batch, size: F.one_hot(torch.full((batch,), 7), size[0] * size[1])
-    .view(batch, *size)
-    .float(),
+    "one-left": lambda batch, size: (
+        F.one_hot(torch.full((batch,), 7), size[0] * size[1]).view(batch, *size).float()
+    ),
 }
 
 
@@ -476,18 +477,16 @@ def test_a_single_token(window):
 @pytest.mark.parametrize("window", [1, 3, 5])
 @pytest.mark.parametrize("temperature", [1e8, 1e20, 1e30, 1e38, 1e300])
 def test_huge_temperature_is_hard_assignment(temperature, window):
-    tokens = smooth_map(1, (19, 13), 8)
-    clusters, sizes = cluster_tokens(tokens, (14, 9), 1, temperature, window)
+    tokens = smooth_map(1, (25, 13), 8)
+    clusters, sizes = cluster_tokens(tokens, (18, 9), 1, temperature, window)
     # In float64 this one is far into the limit already, and everything stays representable.
-    expected, expected_sizes = oracles.cluster(tokens, (14, 9), 1, 1e8, window)
+    expected, expected_sizes = oracles.cluster(tokens, (18, 9), 1, 1e8, window)
     assert relative_error(sizes, expected_sizes) < 1e-4
     assert relative_error(clusters, expected) < 1e-4
-    refined, clusters = torch.randn(1, 14, 9, 4), spread_clusters(tokens, (14, 9))
+    refined, clusters = torch.randn(1, 18, 9, 4), spread_clusters(tokens, (18, 9))
     for rebuild_window in (None, window):
         # Only the nearest is left.
-        nearest = oracles.rebuild(
-            refined, tokens, clusters, 1, 1.0, "l1", window=rebuild_window
-        )
+        nearest = oracles.rebuild(refined, tokens, clusters, 1, 1.0, "l1", window=rebuild_window)
         for normalize in ("l1", "l2"):
             settings = (20, temperature, normalize, rebuild_window)
             rebuilt = reconstruct_tokens(refined, tokens, clusters, *settings)
@@ -495,10 +494,10 @@ def test_huge_temperature_is_hard_assignment(temperature, window):
 
 
 def test_tiny_temperature_is_the_mean_of_the_window():
-    tokens = smooth_map(1, (25, 25), 8)
+    tokens = smooth_map(1, (16, 16), 8)
     for temperature in (1e-12, 1e-30):
-        clusters, sizes = cluster_tokens(tokens, (18, 18), 2, temperature, 3)
-        expected, expected_sizes = oracles.cluster(tokens, (18, 18), 2, temperature, 3)
+        clusters, sizes = cluster_tokens(tokens, (10, 10), 2, temperature, 3)
+        expected, expected_sizes = oracles.cluster(tokens, (10, 10), 2, temperature, 3)
         assert relative_error(sizes, expected_sizes) < 1e-4
         assert relative_error(clusters, expected) < 1e-4
 
@@ -668,7 +667,7 @@ def test_autocast_changes_nothing(dtype):
 
 def test_no_device_is_hard_coded():
     source = Path(operators.__file__).read_text(encoding="utf-8")
-    assert "cuda" not in source and "cpu" not in source
+    assert not re.search(r"\.(cuda|cpu)\(|device=[\"']", source)
     tokens = torch.empty(2, 13, 29, 8, device="meta")
     clusters, sizes = cluster_tokens(tokens, (7, 11), weights=tokens[..., 0])
     assert (clusters.shape, clusters.device.type) == ((2, 7, 11, 8), "meta")
