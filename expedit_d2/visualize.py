@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import matplotlib
@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from detectron2.data.catalog import Metadata
 from detectron2.structures import Instances
-from detectron2.utils.visualizer import ColorMode, Visualizer
 from matplotlib.figure import Figure
 from torch import Tensor
+from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 
 from .operators import cluster_tokens, reconstruct_tokens
 from .settings import Settings
@@ -69,13 +69,43 @@ def draw_clusters(image: np.ndarray, labels: np.ndarray) -> np.ndarray:
 def draw_instances(
     image: np.ndarray, instances: Instances, metadata: Metadata, threshold: float = 0.5
 ) -> np.ndarray:
-    """Detections over an image (height, width, 3) uint8 RGB, by Detectron2's visualizer."""
+    """Detections over an image, enlarged to at least 512 pixels so that the names can be read.
+
+    Drawn by torchvision; Detectron2's visualizer would need OpenCV.
+
+    Args:
+        image: (height, width, 3) uint8 RGB.
+        instances: Detectron2's predictions for it.
+        metadata: of the data set, for the names and colours of the classes.
+        threshold: lowest score that is drawn.
+    """
     instances = instances.to("cpu")
-    scale = max(1.0, 512 / max(image.shape[:2]))
-    visualizer = Visualizer(image, metadata, scale=scale, instance_mode=ColorMode.SEGMENTATION)
-    return visualizer.draw_instance_predictions(
-        instances[instances.scores >= threshold]
-    ).get_image()
+    instances = instances[instances.scores >= threshold]
+    scale = max(1, round(512 / max(image.shape[:2])))
+    canvas = torch.as_tensor(image).permute(2, 0, 1).repeat_interleave(scale, 1)
+    canvas = canvas.repeat_interleave(scale, 2)
+    if len(instances) == 0:
+        return canvas.permute(1, 2, 0).numpy()
+    names = metadata.get("thing_classes", None)
+    palette = metadata.get("thing_colors", None) or list(matplotlib.colormaps["tab10"].colors)
+    classes = instances.pred_classes.tolist()
+    colors = [_color(palette[index % len(palette)]) for index in classes]
+    labels = [
+        f"{names[index] if names else index} {score:.0%}"
+        for index, score in zip(classes, instances.scores.tolist(), strict=True)
+    ]
+    if instances.has("pred_masks"):
+        masks = instances.pred_masks.repeat_interleave(scale, 1).repeat_interleave(scale, 2)
+        canvas = draw_segmentation_masks(canvas, masks, alpha=0.5, colors=colors)
+    boxes = instances.pred_boxes.tensor * scale
+    canvas = draw_bounding_boxes(canvas, boxes, labels=labels, colors=colors, width=2)
+    return canvas.permute(1, 2, 0).numpy()
+
+
+def _color(color: Sequence[float]) -> tuple[int, int, int]:
+    """0 to 255, from that or from 0 to 1 as matplotlib has it."""
+    scale = 255 if max(color) <= 1 else 1
+    return tuple(int(scale * value) for value in color)
 
 
 def save_panels(rows: list[Mapping[str, np.ndarray]], path: str | Path) -> None:

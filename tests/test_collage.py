@@ -119,7 +119,7 @@ def test_image_and_labels_agree_pixel_by_pixel(monkeypatch):
     monkeypatch.setattr(collage, "_paint_ground", lambda *args: 0)
     monkeypatch.setattr(collage, "_paint_wall", lambda *args: 0)
     monkeypatch.setattr(collage, "_paint_sky", lambda *args: 0)
-    overlapping = 0
+    checked = 0
     for index in range(8):
         scene = make_scene("val", index)
         things = scene.instances()
@@ -132,9 +132,12 @@ def test_image_and_labels_agree_pixel_by_pixel(monkeypatch):
                 scene.image[inner], np.broadcast_to(expected, (inner.sum(), 3)), rtol=1e-5
             )
         is_thing = scene.semantic < NUM_THINGS
-        assert not scene.image[interior(~is_thing)].any()
-        overlapping += len({scene.depth[mask][0] for _, mask in things}) > 1
-    assert overlapping == 8
+        coverage = scene.image[..., 2]  # of all things together, soft at their edges
+        assert (coverage[is_thing] > 0.5).all()
+        assert (coverage[interior(~is_thing)] <= 0.5).all()
+        assert (coverage[interior(~is_thing)] == 0).mean() > 0.999
+        checked += sum(interior(mask).sum() for _, mask in things)
+    assert checked > 10000
 
 
 def test_a_thing_that_is_too_well_hidden_is_not_painted():
@@ -169,7 +172,7 @@ def test_scenes_repeat_in_any_order_and_leave_global_random_state_alone():
 
 def test_scene_of_this_version_is_the_known_one():
     """When this fails the generator has changed: raise ``VERSION`` and write new numbers."""
-    assert collage.VERSION == 1
+    assert collage.VERSION == 2
     scene = make_scene("val", 0)
     names = [CLASSES[segment["category_id"]] for segment in scene.segments]
     assert names == KNOWN_NAMES
@@ -218,7 +221,7 @@ def test_run_lengths_decode_to_the_mask(first):
 
 def test_files_hold_the_scenes(tmp_path):
     folder = write_collage(tmp_path, COUNTS, SIZE)
-    assert folder == tmp_path / "collage-v1-2+2-96x128"
+    assert folder == tmp_path / "collage-v2-2+2-96x128"
     assert [path.name for path in tmp_path.iterdir()] == [folder.name]
     for split in ("train", "val"):
         instances = json.loads((folder / f"annotations/instances_{split}.json").read_text())
@@ -280,10 +283,10 @@ def test_a_foreign_folder_is_left_alone(tmp_path):
 
 def test_folder_follows_the_environment_and_names_what_is_unusual(monkeypatch, tmp_path):
     monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
-    assert collage.collage_folder() == tmp_path / "collage-v1"
-    assert collage.collage_folder(size=(96, 128)) == tmp_path / "collage-v1-96x128"
+    assert collage.collage_folder() == tmp_path / "collage-v2"
+    assert collage.collage_folder(size=(96, 128)) == tmp_path / "collage-v2-96x128"
     monkeypatch.delenv("DETECTRON2_DATASETS")
-    assert str(collage.collage_folder()) == "datasets/collage-v1"
+    assert str(collage.collage_folder()) == "datasets/collage-v2"
     with pytest.raises(ValueError, match="counts must give"):
         collage.collage_folder(counts={"train": 3})
 

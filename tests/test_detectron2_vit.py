@@ -91,7 +91,7 @@ def test_one_cluster_a_token_at_other_sizes(size, scope):
     [
         {"use_rel_pos": False},
         {"use_abs_pos": False},
-        {"window_block_indexes": ()},
+        {"window_block_indexes": (3,)},
         {"window_block_indexes": (0, 1, 2, 3)},
         {"qkv_bias": False},
         {"residual_block_indexes": (1, 3)},
@@ -99,14 +99,19 @@ def test_one_cluster_a_token_at_other_sizes(size, scope):
     ids=str,
 )
 def test_one_cluster_a_token_for_other_architectures(changes, scope):
-    if scope == "window" and changes.get("window_block_indexes") == ():
-        pytest.skip("no windows")
     vit, x = tiny_vit(**changes), images((9, 12))
     expected = features(vit, x)
     grid = (9, 12) if scope == "map" else (7, 7)
     for size_aware in (True, False):
         with expedite(vit, 0, grid=grid, scope=scope, size_aware=size_aware, **IDENTITY):
             assert error(features(vit, x), expected) < 1e-5
+
+
+def test_one_cluster_a_token_without_windows():
+    vit, x = tiny_vit(window_block_indexes=()), images((9, 12))
+    expected = features(vit, x)
+    with expedite(vit, 1, grid=(9, 12), **IDENTITY):
+        assert error(features(vit, x), expected) < 1e-5
 
 
 @pytest.mark.parametrize("settings", [{"residual": True}, {"ratio": 1.0, "grid": None}], ids=str)
@@ -268,6 +273,19 @@ def test_padded_places_are_not_seen_by_real_ones(index, size_aware):
         assert torch.isfinite(tokens.features).all()
         outputs.append(tokens.features[valid])
     torch.testing.assert_close(outputs[1], outputs[0], atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("index", [0, 1])
+def test_sizes_not_given_are_one_each(index):
+    """For methods that keep no count; the padding of windows keeps its votes all the same."""
+    vit = tiny_vit(window_size=4)
+    layout = find_host(vit).layout(True)
+    outputs, x = [], torch.randn(2, 5, 5, 32)
+    for sizes in (None, torch.ones(2, 5, 5)):
+        tokens = Tokens(x, size=(10, 10), span=(10, 10), sizes=sizes)
+        outputs.append(layout.run(vit.blocks[index], None, tokens)[1].features)
+    torch.testing.assert_close(outputs[1], outputs[0])
 
 
 @pytest.mark.parametrize("scope,grid", [("map", (5, 4)), ("window", (4, 4))])

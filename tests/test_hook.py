@@ -281,6 +281,18 @@ def test_blocks_before_alpha_are_called_as_ever(vit):
     assert len(seen) == 2 and torch.equal(seen[0], seen[1])
 
 
+def test_the_map_is_rebuilt_only_where_it_is_read(vit):
+    x, rebuilt = images(), []
+    with expedite(vit, 1, grid=(4, 6)) as handle:
+        rebuild = handle.blocks.methods["after_1"].rebuild
+        rebuild.register_forward_hook(lambda m, args, out: rebuilt.append(out))
+        run(vit, x)
+        assert len(rebuilt) == 1
+        if hasattr(vit, "forward_intermediates"):
+            vit.forward_intermediates(x)
+            assert len(rebuilt) == 1 + 3  # any of the blocks after alpha may be asked for
+
+
 class Halve(nn.Module):
     """Keeps a random half of the tokens, which then lie on no grid."""
 

@@ -49,7 +49,7 @@ from PIL import Image
 from tqdm import tqdm
 
 #: Raise whenever a scene of the same (split, index) would look different: it names the folder.
-VERSION = 1
+VERSION = 2
 
 THING_CLASSES = ("disk", "square", "triangle", "star", "ring", "cross")
 STUFF_CLASSES = ("grass", "gravel", "brick", "sky")
@@ -81,6 +81,7 @@ MIN_SIDE = 64
 MIN_VISIBLE_PIXELS = 40
 MIN_VISIBLE_FRACTION = 0.15
 
+_SEED = 1
 _DIAMETERS = (20 / 256, 120 / 256)  # apparent diameters over the shorter image side
 _TRAIN_COLUMNS = 0.65
 _PHOTOS = (
@@ -544,7 +545,7 @@ def make_scene(split: str, index: int, size: tuple[int, int] = SIZE) -> Scene:
         ValueError: for an unknown split, a negative index or a side below ``MIN_SIDE``.
     """
     _check_arguments(split, index, size)
-    rng = np.random.default_rng(np.random.SeedSequence([VERSION, SPLITS.index(split), index]))
+    rng = np.random.default_rng(np.random.SeedSequence([_SEED, SPLITS.index(split), index]))
     frame = (int(size[0]), int(size[1]))
     stage = _build_stage(rng, split, frame)
     things = _draw_things(rng, stage, frame)

@@ -1,6 +1,6 @@
 """Training and evaluation with Detectron2, from YAML configs and from LazyConfigs."""
 
-from .checkpoint import load_weights
+from .checkpoint import load_weights, slim_checkpoint
 from .config import add_solver_config, choose_device
 from .lazy import evaluate_lazy, load_lazy_config, train_lazy
 from .trainer import Trainer
@@ -12,5 +12,6 @@ __all__ = [
     "evaluate_lazy",
     "load_lazy_config",
     "load_weights",
+    "slim_checkpoint",
     "train_lazy",
 ]

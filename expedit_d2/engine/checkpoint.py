@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 from typing import Any
 
+import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.utils.file_io import PathManager
 from torch import nn
 
-__all__ = ["load_weights"]
+__all__ = ["load_weights", "slim_checkpoint"]
 
 
 class _StrictCheckpointer(DetectionCheckpointer):
@@ -50,3 +51,21 @@ def load_weights(model: nn.Module, path: str, key: str = "MODEL.WEIGHTS") -> Non
         _StrictCheckpointer(model).load(path)
     except ValueError as error:
         raise ValueError(f"{key} {path!r}: {error}") from None
+
+
+def slim_checkpoint(source: str, target: str) -> int:
+    """Write a checkpoint's weights alone, floating-point ones in fp16; returns the size in bytes.
+
+    Raises:
+        FileNotFoundError: if there is no source.
+        FileExistsError: if the target is there already.
+    """
+    if not os.path.isfile(source):
+        raise FileNotFoundError(f"there is no checkpoint {source!r}")
+    if os.path.exists(target):
+        raise FileExistsError(f"{target!r} is there already; remove it or choose another name")
+    # Training checkpoints hold the state of the optimizer and schedule beside the tensors.
+    weights = torch.load(source, map_location="cpu", weights_only=False)["model"]
+    weights = {key: w.half() if w.is_floating_point() else w for key, w in weights.items()}
+    torch.save({"model": weights}, target)
+    return os.path.getsize(target)
