@@ -82,6 +82,7 @@ def expedite(model: nn.Module, alpha: int | tuple[int, ...] | None, **settings: 
     setattr(host.owner, host.attribute, blocks)
 
     def undo() -> None:
+        original.training = blocks.training
         setattr(host.owner, host.attribute, original)
         detach()
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .operators import shape_of
 
-__all__ = ["key_bias", "relative_positions"]
+__all__ = ["key_bias", "position_bias", "relative_positions"]
 
 
 def key_bias(sizes: Tensor) -> Tensor:
@@ -46,3 +46,43 @@ def relative_positions(table: Tensor, cells: int, span: float, size: int) -> Ten
     share = (place - low)[:, None].to(table.dtype)
     resampled = table[low] * (1 - share) + table[high] * share  # (2 cells - 1, D)
     return resampled[index[:, None] - index[None, :] + cells - 1]
+
+
+def position_bias(
+    q: Tensor,
+    tables: tuple[Tensor, Tensor],
+    positions: Tensor,
+    size: tuple[int, int],
+    margin: int = 0,
+) -> Tensor:
+    """Decomposed relative-position logits of tokens at any positions.
+
+    A query's term is linear in its offset from each whole row of the map, and a key between two
+    rows takes its share of both. So no pair of tokens needs a look-up of its own: the logits are
+    one product, of (N, rows + columns) with (rows + columns, N).
+
+    Args:
+        q: (B, heads, N, D) queries, not scaled.
+        tables: relative-position tables of rows and of columns, (2 S - 1, D) each.
+        positions: (B, N, 2) row and column of each token, from 0.
+        size: rows and columns of the original attention; see `relative_positions`.
+        margin: positions may lie this far outside of it.
+
+    Returns:
+        (B, heads, N, N).
+    """
+    query, key = [], []
+    for axis, table in enumerate(tables):
+        rows = shape_of(table)[0]
+        limit = size[axis] - 1 + margin
+        place = positions[..., axis].clamp(-margin, limit)[..., None]  # (B, N, 1)
+        whole = torch.arange(-margin, limit + 1, device=q.device)
+        offset = place - whole  # (B, N, n)
+        row = ((rows - 1) / 2 + offset * (rows / (2 * size[axis] - 1))).clamp(0, rows - 1)
+        low = row.floor().clamp(max=rows - 2)
+        share = (row - low).to(q.dtype)[:, None]
+        low = low.long()[:, None].expand(-1, q.shape[1], -1, -1)
+        terms = q @ table.to(q.dtype).transpose(0, 1)  # (B, heads, N, 2 S - 1)
+        query.append(torch.lerp(terms.gather(-1, low), terms.gather(-1, low + 1), share))
+        key.append((1 - offset.abs()).clamp_min(0).to(q.dtype)[:, None])
+    return torch.cat(query, dim=-1) @ torch.cat(key, dim=-1).transpose(-2, -1)

@@ -53,6 +53,8 @@ def add_expedit_config(cfg: CN) -> None:
             "NORMALIZE": "l1",
             # Add log(cluster size) to the attention logits of each key.
             "SIZE_AWARE": True,
+            # Relative positions follow the "clusters", or a regular "grid" (the published code).
+            "POSITIONS": "clusters",
             # Rebuild the change (refined - clusters) on top of the original tokens.
             "RESIDUAL": False,
         },

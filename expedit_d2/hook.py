@@ -8,8 +8,10 @@ is kept between them. The model, its blocks and its state-dict keys are untouche
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from .tokens import Layout, Method, Tokens
@@ -17,32 +19,48 @@ from .tokens import Layout, Method, Tokens
 __all__ = ["ExpeditedBlocks"]
 
 
+@dataclass(frozen=True)
+class _State:
+    """What one block leaves to the next; ``tokens`` is None before the first reduction."""
+
+    prefix: Tensor | None = None
+    tokens: Tokens | None = None
+    records: tuple[tuple[nn.Module, Any], ...] = ()
+
+
 class _Pass:
-    """One run through the blocks: the tokens now, and the records to rebuild them from."""
+    """One run through the blocks.
+
+    A block's state is written once and kept by its index, so that a block may run again, as
+    gradient checkpointing makes it.
+    """
 
     def __init__(self, layout: Layout, outputs: Collection[int] | None) -> None:
-        self.layout = layout
+        self.layout = layout.begin()
         self.outputs = outputs
-        self.prefix: Tensor | None = None
-        self.tokens: Tokens | None = None
-        self.records: list[tuple[nn.Module, Any]] = []
+        self.states = {-1: _State()}
 
     def run(
         self, index: int, block: nn.Module, method: Method | None, x: Tensor, *args, **kwargs
     ) -> Tensor:
+        state = self.states.get(index - 1, self.states[-1])
+        prefix, tokens, records = state.prefix, state.tokens, state.records
         if method is not None:
-            if self.tokens is None:
-                self.prefix, self.tokens = self.layout.split(x)
-            self.tokens, record = method.reduce(self.tokens)
-            self.records.append((method.rebuild, record))
-        if self.tokens is None:
+            if tokens is None:
+                prefix, tokens = self.layout.split(x)
+            tokens, record = method.reduce(tokens)
+            records = (*records, (method.rebuild, record))
+        if tokens is None:
             return block(x, *args, **kwargs)
-        self.prefix, self.tokens = self.layout.run(block, self.prefix, self.tokens, *args, **kwargs)
-        features = self.tokens.features
+        prefix, tokens = self.layout.run(block, prefix, tokens, *args, **kwargs)
+        self.states[index] = _State(prefix, tokens, records)
+        if not torch.is_grad_enabled() and index > 0:
+            self.states.pop(index - 1, None)  # nobody will run this block again
+        features = tokens.features
         if self.outputs is None or index in self.outputs:
-            for rebuild, record in reversed(self.records):
+            for rebuild, record in reversed(records):
                 features = rebuild(features, record)
-        return self.layout.join(self.prefix, features)
+        return self.layout.join(prefix, features)
 
 
 class _Step:
@@ -58,6 +76,8 @@ class _Step:
         return self._run.run(self._index, self._block, self._method, x, *args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
+        if name == "_block":  # not there yet, while being copied
+            raise AttributeError(name)
         return getattr(self._block, name)
 
 

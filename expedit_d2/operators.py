@@ -17,12 +17,22 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import wraps
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["TokenClustering", "TokenReconstruction", "cluster_tokens", "reconstruct_tokens"]
+__all__ = [
+    "Clusters",
+    "TokenClustering",
+    "TokenReconstruction",
+    "cluster_tokens",
+    "reconstruct_tokens",
+]
+
+_R = TypeVar("_R")
 
 AUTO = "auto"
 NORMALIZATIONS = ("l1", "l2")
@@ -36,6 +46,8 @@ _NOISE = 1e-6
 _TINY = 1e-30
 # Stands for "not allowed" in logits: finite, so that a row without any candidate stays finite too.
 _NEVER = -1e30
+# Lowest logit: a candidate that is not allowed stays finite at any temperature.
+_LOWEST = -1e38
 # Cells along a side of a tile; larger tiles copy less of the rim, smaller ones multiply less.
 _TILE = 8
 
@@ -43,6 +55,22 @@ _TILE = 8
 def shape_of(x: Tensor) -> tuple[int, ...]:
     """The shape in numbers, also while torch.jit traces, where sizes are tensors."""
     return tuple(int(n) if isinstance(n, Tensor) else n for n in x.shape)
+
+
+class Clusters(NamedTuple):
+    """What a clustering returns.
+
+    Attributes:
+        features: (B, h, w, C) in the tokens' type.
+        sizes: (B, h, w) fp32, each cluster's share of the affinities. Those of an image sum to
+            H * W (or to its weights); a cluster of size 0 stands for no token.
+        positions: (B, h, w, 2) fp32, the mean row and column of a cluster's tokens, weighted by
+            the affinities.
+    """
+
+    features: Tensor
+    sizes: Tensor
+    positions: Tensor
 
 
 @dataclass(frozen=True)
@@ -109,11 +137,23 @@ def _tile(
     )
 
 
+def _in_fp32(function: Callable[..., _R]) -> Callable[..., _R]:
+    """Run a function of tokens outside autocast, which would take its products in half."""
+
+    @wraps(function)
+    def run(tokens: Tensor, *args: Any, **kwargs: Any) -> _R:
+        with torch.autocast(tokens.device.type, enabled=False):
+            return function(tokens, *args, **kwargs)
+
+    return run
+
+
 def _take(items: Tensor, index: Tensor) -> Tensor:
     """Rows of ``items`` (B, L, C) at ``index`` (T, K): (B, T, K, C)."""
     return items.index_select(1, index.flatten()).unflatten(1, tuple(index.shape))
 
 
+@torch.no_grad()
 def auto_temperature(distances: Tensor, x: Tensor, weights: Tensor | None = None) -> Tensor:
     """Temperature that follows the scale of the features, one for each image.
 
@@ -183,6 +223,16 @@ def _score(x: Tensor, centroids: Tensor) -> Tensor:
     return x @ centroids.transpose(-2, -1) - centroids.square().sum(-1)[..., None, :] / 2
 
 
+def grid_positions(height: int, width: int, device: torch.device | None = None) -> Tensor:
+    """Row and column of every token, (1, H, W, 2) fp32."""
+    rows = torch.arange(height, device=device, dtype=torch.float32)
+    cols = torch.arange(width, device=device, dtype=torch.float32)
+    return torch.stack(
+        [rows[:, None].expand(-1, width), cols[None].expand(height, -1)], dim=-1
+    ).unsqueeze(0)
+
+
+@_in_fp32
 def cluster_tokens(
     tokens: Tensor,
     grid: tuple[int, int],
@@ -190,7 +240,8 @@ def cluster_tokens(
     temperature: float | str = AUTO,
     window: int = 5,
     weights: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+    positions: Tensor | None = None,
+) -> Clusters:
     """Cluster a token map by a few steps of local soft k-means (section 3.2, token clustering).
 
     Centroids start as the adaptive average pooling of the map. Each step computes every token's
@@ -205,11 +256,11 @@ def cluster_tokens(
         window: odd side, in cells, of the square of clusters a token may join.
         weights: optional (B, H, W), how many tokens each one stands for: 0 for padding, which
             then joins nothing, or the sizes that an earlier clustering returned.
+        positions: optional (B, H, W, 2) or (1, H, W, 2), the tokens' rows and columns; default
+            their places in the map.
 
     Returns:
-        clusters (B, h, w, C) in the tokens' type and sizes (B, h, w) in fp32: each cluster's
-        share of the affinities. The sizes of an image sum to H * W (or to its weights); a
-        cluster with size 0 stands for no token.
+        The clusters, with their sizes and mean positions.
 
     Raises:
         ValueError: if the grid does not fit the map.
@@ -224,8 +275,12 @@ def cluster_tokens(
     tiles = _tile((height, width), grid, window // 2, tokens.device)
     flat = None if weights is None else weights.flatten(1).float()
     x, mean = _centered(tokens.flatten(1, 2), flat)
+    if positions is None:
+        positions = grid_positions(height, width, tokens.device)
+    positions = positions.float().expand(batch, -1, -1, -1)
 
     counts = tiles.real.float().expand(batch, -1, -1)  # (B, T, R) tokens that each one stands for
+    allowed = tiles.allowed
     if flat is None:
         centroids = _pool(x.unflatten(1, (height, width)), grid)
     else:
@@ -233,28 +288,41 @@ def cluster_tokens(
         total = _pool(flat.view(batch, height, width, 1), grid)
         weighted = (x * flat[..., None]).unflatten(1, (height, width))
         centroids = _pool(weighted, grid) / total.clamp_min(_TINY)
+        # A cell of padding alone is no candidate for a token (padding itself joins nothing).
+        filled = (total[..., 0] > 0)[:, tiles.cells]  # (B, T, P)
+        allowed = allowed & (filled[..., None, :] | (counts == 0)[..., None])
 
     tiled = _take(x, tiles.tokens)  # (B, T, R, C)
-    sizes = x.new_zeros(batch, grid[0] * grid[1])
     cells = tiles.cells.flatten()
+
+    def add_up(parts: Tensor) -> Tensor:
+        """(B, T, P, ...) of every tile to (B, M, ...), added where rims overlap."""
+        whole = parts.new_zeros(batch, grid[0] * grid[1], *parts.shape[3:])
+        return whole.index_add(1, cells, parts.flatten(1, 2))
+
     for _ in range(iterations):
         score = _score(tiled, _take(centroids, tiles.cells))  # (B, T, R, P)
-        score = score.masked_fill(~tiles.allowed, _NEVER)
+        score = score.masked_fill(~allowed, _NEVER)
         if temperature == AUTO:
             best = tiles.cells.expand(batch, -1, -1).gather(2, score.argmax(-1))
             distances = _nearest_distance(tiled, centroids, best).flatten(1)[:, tiles.place]
             temperature = auto_temperature(distances, x, flat).view(-1, 1, 1, 1)
-        affinity = (2 * temperature * score).softmax(-1) * counts[..., None]
-        # (B, T, P, C) of every tile, added up where the rims overlap.
-        sums = torch.zeros_like(centroids).index_add(
-            1, cells, (affinity.transpose(-2, -1) @ tiled).flatten(1, 2)
-        )
-        sizes = torch.zeros_like(sizes).index_add(1, cells, affinity.sum(-2).flatten(1))
+        affinity = (2 * temperature * score).clamp_min(_LOWEST).softmax(-1) * counts[..., None]
+        shares = affinity.transpose(-2, -1)  # (B, T, P, R)
+        sizes = add_up(shares.sum(-1))
         # A cluster that no token joins stays where it is.
         joined = sizes[..., None] > _TINY
-        centroids = torch.where(joined, sums / sizes[..., None].clamp_min(_TINY), centroids)
+        means = add_up(shares @ tiled) / sizes[..., None].clamp_min(_TINY)
+        centroids = torch.where(joined, means, centroids)
+    places = add_up(shares @ _take(positions.flatten(1, 2), tiles.tokens))
+    places = places / sizes[..., None].clamp_min(_TINY)
+    places = torch.where(joined, places, _pool(positions, grid))
     clusters = (centroids + mean).to(tokens.dtype)
-    return clusters.view(batch, *grid, channels), sizes.view(batch, *grid)
+    return Clusters(
+        clusters.view(batch, *grid, channels),
+        sizes.view(batch, *grid),
+        places.view(batch, *grid, 2),
+    )
 
 
 def _normalize(similarity: Tensor, normalize: str) -> Tensor:
@@ -267,6 +335,7 @@ def _normalize(similarity: Tensor, normalize: str) -> Tensor:
     return (similarity - 0.5 * (2 * similarity).logsumexp(-1, keepdim=True)).exp()
 
 
+@_in_fp32
 def reconstruct_tokens(
     refined: Tensor,
     tokens: Tensor,
@@ -324,7 +393,7 @@ def reconstruct_tokens(
         if temperature == AUTO:
             factor = auto_temperature(nearest_distance(), x, weights)
             factor = factor.view(-1, *[1] * (score.dim() - 1))
-        return _normalize(2 * factor * score, normalize)
+        return _normalize((2 * factor * score).clamp_min(_LOWEST), normalize)
 
     if window is None:
         out = _rebuild_from_all(values, x, centroids, keep, neighbors, weigh)
@@ -397,14 +466,14 @@ def check_temperature(temperature: float | str) -> None:
 
 def check_window(window: int, name: str = "window") -> None:
     """Raise ValueError unless ``window`` is a positive odd integer."""
-    if not isinstance(window, int) or window < 1 or window % 2 == 0:
+    if not isinstance(window, int) or isinstance(window, bool) or window < 1 or window % 2 == 0:
         raise ValueError(f"{name} must be a positive odd integer, got {window!r}")
 
 
 def check_grid(grid: tuple[int, int]) -> None:
     """Raise ValueError unless ``grid`` is two positive integers (h, w)."""
     ok = isinstance(grid, (tuple, list)) and len(grid) == 2
-    if not ok or not all(isinstance(side, int) and side >= 1 for side in grid):
+    if not ok or not all(type(side) is int and side >= 1 for side in grid):
         raise ValueError(f"grid must be two positive integers (h, w), got {grid!r}")
 
 
@@ -440,10 +509,10 @@ class TokenClustering(nn.Module):
         self, tokens: Tensor, weights: Tensor | None = None, return_sizes: bool = False
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Clusters (B, h, w, C) and, on request, their sizes (B, h, w); see `cluster_tokens`."""
-        clusters, sizes = cluster_tokens(
+        clusters = cluster_tokens(
             tokens, self.grid, self.iterations, self.temperature, self.window, weights
         )
-        return (clusters, sizes) if return_sizes else clusters
+        return (clusters.features, clusters.sizes) if return_sizes else clusters.features
 
     def extra_repr(self) -> str:
         return (

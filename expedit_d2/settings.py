@@ -11,6 +11,7 @@ from .operators import AUTO, NORMALIZATIONS, check_grid, check_temperature, chec
 __all__ = ["SCOPES", "Settings"]
 
 SCOPES = ("map", "window")
+POSITIONS = ("clusters", "grid")
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,8 @@ class Settings:
         neighbor_window: odd side, in cells, of where these are looked for; 0: everywhere.
         normalize: rebuild weights "l1" (sum to one) or "l2" (unit norm).
         size_aware: add log(cluster size) to the attention logits of each key.
+        positions: relative positions by the clusters' mean positions, "clusters", or as if they
+            lay on a regular grid, "grid" (as published).
         residual: rebuild the change of the clusters on top of the original tokens.
 
     Raises:
@@ -48,6 +51,7 @@ class Settings:
     neighbor_window: int = 5
     normalize: str = "l1"
     size_aware: bool = True
+    positions: str = "clusters"
     residual: bool = False
 
     def __post_init__(self) -> None:
@@ -77,6 +81,8 @@ class Settings:
             raise ValueError(f"RATIO must be in (0, 1], got {self.ratio!r}")
         if self.scope not in SCOPES:
             raise ValueError(f"SCOPE must be one of {SCOPES}, got {self.scope!r}")
+        if self.positions not in POSITIONS:
+            raise ValueError(f"POSITIONS must be one of {POSITIONS}, got {self.positions!r}")
         _keyed("TEMPERATURE", check_temperature, self.temperature)
         _keyed("WINDOW", check_window, self.window)
         if self.neighbor_window != 0:

@@ -24,6 +24,8 @@ class Tokens:
         span: what the grid spreads over, in tokens of that map: its size, or more where windows
             are padded.
         sizes: (B, *shape) fp32, how many original tokens each one stands for; None: one each.
+        positions: (B, *shape, 2) fp32, mean row and column in the original map; None: where the
+            grid has them.
         valid: (B, *shape) bool, False for grid places that only hold padding; None: all valid.
     """
 
@@ -31,6 +33,7 @@ class Tokens:
     size: tuple[int, int]
     span: tuple[int, int]
     sizes: Tensor | None = None
+    positions: Tensor | None = None
     valid: Tensor | None = None
 
 
@@ -45,6 +48,9 @@ class Method(Protocol):
 
 class Layout(Protocol):
     """How one family of transformers looks to the hook. One small class a family."""
+
+    def begin(self) -> Layout:
+        """The layout for one run through the blocks, called before the first of them."""
 
     def split(self, x: Tensor) -> tuple[Tensor | None, Tokens]:
         """What a block is given, taken apart: class and register tokens (or None), and the map."""

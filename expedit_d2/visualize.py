@@ -34,9 +34,9 @@ def cluster_labels(tokens: Tensor, settings: Settings) -> Tensor:
         (B, H, W) index of the cluster, row-major on the grid.
     """
     grid = settings.grid_for(tokens.shape[1], tokens.shape[2])
-    clusters, _ = cluster_tokens(
+    clusters = cluster_tokens(
         tokens, grid, settings.iterations, settings.temperature, settings.window
-    )
+    ).features
     # Rebuilding one-hot clusters from the single nearest one gives its index.
     count = grid[0] * grid[1]
     one_hot = torch.eye(count, device=tokens.device).view(1, *grid, count)

@@ -91,7 +91,7 @@ def test_labels_are_the_nearest_cluster_by_explicit_search():
     tokens = torch.randn(1, 6, 9, 4)
     settings = Settings(alpha=1, grid=(3, 4), iterations=2, temperature=0.5, window=3)
     labels = cluster_labels(tokens, settings)
-    clusters = cluster_tokens(tokens, (3, 4), 2, 0.5, 3)[0][0]
+    clusters = cluster_tokens(tokens, (3, 4), 2, 0.5, 3).features[0]
     for i in range(6):
         for j in range(9):
             home = (i * 3 // 6, j * 4 // 9)

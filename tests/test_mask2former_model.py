@@ -372,8 +372,7 @@ def test_bf16_autocast_trains_and_infers():
 
 
 def test_semantic_output_may_be_resized_after_the_masks_are_combined():
-    state = None
-    outs = []
+    state, outs, item = None, [], {**sample(), "height": 32, "width": 48}
     for before in (False, True):
         cfg = tiny_config(
             MODEL__MASK_FORMER__TEST__PANOPTIC_ON=False,
@@ -384,10 +383,10 @@ def test_semantic_output_may_be_resized_after_the_masks_are_combined():
         state = state or model.state_dict()
         model.load_state_dict(state)
         with torch.no_grad():
-            outs.append(model([{**sample(), "height": 32, "width": 48}])[0])
+            outs.append(model([item])[0])
     assert all(set(out) == {"sem_seg"} for out in outs)
     assert outs[0]["sem_seg"].shape == outs[1]["sem_seg"].shape == (4, 32, 48)
-    assert 0 < (outs[0]["sem_seg"] - outs[1]["sem_seg"]).abs().mean() < 0.02
+    assert 0 < (outs[0]["sem_seg"] - outs[1]["sem_seg"]).abs().mean() < 0.01
 
 
 @pytest.mark.parametrize("version", [1, 2])

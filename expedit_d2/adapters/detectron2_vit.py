@@ -1,6 +1,7 @@
 """Detectron2's plain ViT (ViTDet): a map (B, H, W, C), windowed and global blocks.
 
-After clustering, windows shrink with the grid and relative positions are resampled for it.
+After clustering, windows shrink with the grid, and relative positions follow the clusters: by
+their mean positions, or on the regular grid by resampling the tables.
 """
 
 from __future__ import annotations
@@ -11,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..attention import key_bias, relative_positions
-from ..operators import shape_of
+from ..attention import key_bias, position_bias, relative_positions
+from ..operators import grid_positions, shape_of
 from ..tokens import Tokens
 from ..windows import partition, unpartition
 from .host import Host, is_class
@@ -35,9 +36,16 @@ def adapt(vit: nn.Module) -> Host:
     )
 
 
+#: How far, in tokens, the clusters of a window may have moved out of it.
+_MARGIN = 3
+
+
 class _Layout:
     def __init__(self, size_aware: bool) -> None:
         self.size_aware = size_aware
+
+    def begin(self) -> _Layout:
+        return self
 
     def split(self, x: Tensor) -> tuple[None, Tokens]:
         size = shape_of(x)[1:3]
@@ -52,7 +60,7 @@ class _Layout:
         x = x + block.drop_path(attend(block, block.norm1(x), tokens))
         x = x + block.drop_path(block.mlp(block.norm2(x)))
         if block.use_residual_block:
-            x = block.residual(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+            x = x + _convolve(block.residual, x, tokens.valid)
         return None, replace(tokens, features=x)
 
     def _votes(self, tokens: Tokens, padding: float) -> Tensor | None:
@@ -65,7 +73,8 @@ class _Layout:
 
     def _global(self, block: nn.Module, x: Tensor, tokens: Tokens) -> Tensor:
         # Padding is not part of the stock model's global attention: it has no vote here.
-        return _attend(block.attn, x, tokens.span, tokens.size, self._votes(tokens, padding=0.0))
+        votes = self._votes(tokens, padding=0.0)
+        return _attend(block.attn, x, votes, tokens.positions, tokens.span, tokens.size)
 
     def _windowed(self, block: nn.Module, x: Tensor, tokens: Tokens) -> Tensor:
         size = shape_of(x)[1:3]
@@ -85,29 +94,66 @@ class _Layout:
             votes = x.new_ones(x.shape[:3])
         if votes is not None:
             votes = partition(votes[..., None], window, value=per_place)[..., 0]
-        out = _attend(block.attn, partition(x, window), (side, side), (side, side), votes)
+        positions = tokens.positions
+        if positions is not None:
+            positions = _in_windows(positions, window, tokens.span)
+        out = _attend(
+            block.attn, partition(x, window), votes, positions, (side, side), (side, side), _MARGIN
+        )
         return unpartition(out, size)
+
+
+def _convolve(residual: nn.Module, x: Tensor, valid: Tensor | None) -> Tensor:
+    """The convolutional branch behind some blocks, on a map (B, h, w, C)."""
+    x = x.permute(0, 3, 1, 2)
+    for name, layer in residual.named_children():
+        if valid is not None and name == "conv2":
+            x = x * valid[:, None]  # its 3 x 3 kernel reads zeros around the stock model's map
+        x = layer(x)
+    return x.permute(0, 2, 3, 1)
+
+
+def _in_windows(positions: Tensor, window: tuple[int, int], span: tuple[int, int]) -> Tensor:
+    """Positions (B, h, w, 2) by window, from the corner of each; padding continues the grid."""
+    batch, height, width, _ = shape_of(positions)
+    rows, cols = -(-height // window[0]), -(-width // window[1])
+    pitch = positions.new_tensor([span[0] / height, span[1] / width])
+    whole = grid_positions(rows * window[0], cols * window[1], positions.device)
+    regular = (whole + 0.5) * pitch - 0.5
+    inside = (whole[..., 0] < height) & (whole[..., 1] < width)
+    padding = (0, 0, 0, cols * window[1] - width, 0, rows * window[0] - height)
+    positions = torch.where(inside[..., None], F.pad(positions, padding), regular)
+    corner = (whole / whole.new_tensor(window)).floor() * whole.new_tensor(window) * pitch
+    return partition(positions - corner, window)
 
 
 def _attend(
     attn: nn.Module,
     x: Tensor,
+    votes: Tensor | None,
+    positions: Tensor | None,
     span: tuple[int, int],
     size: tuple[int, int],
-    votes: Tensor | None,
+    margin: int = 0,
 ) -> Tensor:
-    """The attention layer on a grid (B, h, w, C), with votes (B, h, w) of the keys.
+    """The attention layer on a grid (B, h, w, C).
 
     Args:
-        span: tokens of the original map, or window, that the grid spreads over.
+        votes: (B, h, w) of the keys; None: one each.
+        positions: (B, h, w, 2) in tokens of the original attention; None: on a regular grid.
+        span: tokens of the original map, or window, that a regular grid spreads over.
         size: tokens along the sides of the original attention.
+        margin: how far positions may lie outside of it.
     """
     batch, height, width, _ = shape_of(x)
     heads = attn.num_heads
     qkv = attn.qkv(x).reshape(batch, height * width, 3, heads, -1).permute(2, 0, 3, 1, 4)
     q, k, v = qkv.unbind(0)  # (B, heads, N, D)
     bias = None
-    if attn.use_rel_pos:
+    if attn.use_rel_pos and positions is not None:
+        tables = (attn.rel_pos_h, attn.rel_pos_w)
+        bias = position_bias(q, tables, positions.flatten(1, 2), size, margin)
+    elif attn.use_rel_pos:
         grid = q.unflatten(2, (height, width))
         row = relative_positions(attn.rel_pos_h, height, span[0], size[0]).to(q.dtype)
         col = relative_positions(attn.rel_pos_w, width, span[1], size[1]).to(q.dtype)

@@ -30,14 +30,13 @@ def matches(module: nn.Module) -> bool:
     return is_class(module, "VisionTransformer", "timm.models.vision_transformer")
 
 
+def _remember_size(patch_embed: nn.Module, args: tuple[Tensor], output: Tensor) -> None:
+    _call.size = patch_embed.dynamic_feat_size(shape_of(args[0])[-2:])
+
+
 def adapt(vit: nn.Module) -> Host:
-    patch_embed = vit.patch_embed
-
-    def remember_size(module: nn.Module, args: tuple[Tensor], output: Tensor) -> None:
-        _call.size = patch_embed.dynamic_feat_size(shape_of(args[0])[-2:])
-
     def attach() -> Callable[[], None]:
-        return patch_embed.register_forward_hook(remember_size).remove
+        return vit.patch_embed.register_forward_hook(_remember_size).remove
 
     def layout(size_aware: bool) -> _Layout:
         if size_aware and not all(
@@ -53,12 +52,16 @@ def adapt(vit: nn.Module) -> Host:
 
 
 class _Layout:
-    def __init__(self, prefix: int, size_aware: bool) -> None:
+    def __init__(self, prefix: int, size_aware: bool, size: tuple[int, int] | None = None) -> None:
         self.prefix = prefix
         self.size_aware = size_aware
+        self.size = size
+
+    def begin(self) -> _Layout:
+        return _Layout(self.prefix, self.size_aware, _call.size)
 
     def split(self, x: Tensor) -> tuple[Tensor, Tokens]:
-        size = _call.size
+        size = self.size
         tokens = x[:, self.prefix :]
         if tokens.shape[1] != size[0] * size[1]:
             raise ValueError(
@@ -73,6 +76,8 @@ class _Layout:
     def run(
         self, block: nn.Module, prefix: Tensor, tokens: Tokens, **kwargs
     ) -> tuple[Tensor, Tokens]:
+        if kwargs.get("attn_mask") is not None or kwargs.get("is_causal"):
+            raise ValueError("a model with Expedit takes no attn_mask: it is for all tokens")
         x = self.join(prefix, tokens.features)
         if self.size_aware and tokens.sizes is not None:
             # Class and register tokens count one each.

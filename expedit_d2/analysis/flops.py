@@ -64,6 +64,7 @@ HANDLES: dict[str, Handle] = {
     "aten::einsum": _einsum,
     "aten::embedding_bag": _embedding_bag,
     "aten::index_add": _index_add,
+    "aten::lerp": elementwise_flop_counter(0, 1),
     "aten::square": elementwise_flop_counter(0, 1),
     "aten::linalg_vector_norm": elementwise_flop_counter(1, 0),
     "aten::_adaptive_avg_pool2d": elementwise_flop_counter(1, 0),

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..operators import cluster_tokens, reconstruct_tokens, shape_of
+from ..operators import cluster_tokens, grid_positions, reconstruct_tokens, shape_of
 from ..settings import Settings
 from ..tokens import Tokens
 from ..windows import partition, unpartition
@@ -44,35 +44,58 @@ class _Clustering(nn.Module):
         self.window = (attention_window,) * 2 if settings.scope == "window" else None
 
     def forward(self, tokens: Tokens) -> tuple[Tokens, Record]:
-        features, weights, s = tokens.features, tokens.sizes, self.settings
-        size = shape_of(features)[1:3]
-        valid = None
+        features, weights, positions = tokens.features, tokens.sizes, tokens.positions
+        size, s = shape_of(features)[1:3], self.settings
+        padded = False
         if self.window is not None:
-            padded = size[0] % self.window[0] or size[1] % self.window[1]
+            # An earlier clustering has shrunken the windows, but not changed their number.
+            count = [-(-span // w) for span, w in zip(tokens.span, self.window, strict=True)]
+            window = self.window
+            if tokens.sizes is not None:
+                window = tuple(side // n for side, n in zip(size, count, strict=True))
+            padded = tokens.valid is not None or any(
+                side % w for side, w in zip(size, window, strict=True)
+            )
             if padded and weights is None:
                 weights = features.new_ones(features.shape[:3], dtype=torch.float32)
-            features = partition(features, self.window)
+            if positions is None:  # of padding too
+                whole = (n * w for n, w in zip(count, window, strict=True))
+                positions = grid_positions(*whole, features.device)
+            positions = positions.expand(features.shape[0], -1, -1, -1)
+            features, positions = partition(features, window), partition(positions, window)
             if weights is not None:
-                weights = partition(weights[..., None], self.window)[..., 0]
+                weights = partition(weights[..., None], window)[..., 0]
         grid = s.grid_for(*shape_of(features)[1:3])
-        clusters, sizes = cluster_tokens(
-            features, grid, s.iterations, s.temperature, s.window, weights
+        clusters = cluster_tokens(
+            features, grid, s.iterations, s.temperature, s.window, weights, positions
         )
-        if self.window is not None and padded:
+        valid = None
+        if padded:
             valid = F.adaptive_max_pool2d(weights[:, None], grid)[:, 0] > 0
-        record = Record(features, clusters, weights, valid, size)
+        record = Record(features, clusters.features, weights, valid, size)
+        reduced = replace(
+            tokens,
+            features=clusters.features,
+            sizes=clusters.sizes,
+            positions=clusters.positions if s.positions == "clusters" else None,
+            valid=valid,
+        )
         if self.window is None:
-            return replace(tokens, features=clusters, sizes=sizes), record
+            return reduced, record
 
-        windows = [-(-side // w) for side, w in zip(size, self.window, strict=True)]
-        whole = (windows[0] * grid[0], windows[1] * grid[1])
+        whole = tuple(n * g for n, g in zip(count, grid, strict=True))
 
-        def to_map(x: Tensor | None) -> Tensor | None:
-            return None if x is None else unpartition(x[..., None], whole)[..., 0]
+        def to_map(x: Tensor) -> Tensor:
+            return unpartition(x, whole) if x.dim() == 4 else to_map(x[..., None])[..., 0]
 
-        span = (windows[0] * self.window[0], windows[1] * self.window[1])
-        features = unpartition(clusters, whole)
-        return Tokens(features, tokens.size, span, to_map(sizes), to_map(valid)), record
+        return replace(
+            reduced,
+            features=to_map(reduced.features),
+            span=tuple(n * w for n, w in zip(count, self.window, strict=True)),
+            sizes=to_map(reduced.sizes),
+            positions=None if reduced.positions is None else to_map(reduced.positions),
+            valid=None if valid is None else to_map(valid),
+        ), record
 
 
 class _Reconstruction(nn.Module):

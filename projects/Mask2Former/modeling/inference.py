@@ -89,7 +89,7 @@ def instance_inference(
     classes = scores.shape[1]
     scores, index = scores.flatten().topk(min(limit, scores.numel()), sorted=False)
     labels = index % classes
-    queries = index.div(classes, rounding_mode="floor")
+    queries = index // classes
     if things is not None:
         keep = torch.isin(labels, torch.tensor(sorted(things), device=labels.device))
         scores, labels, queries = scores[keep], labels[keep], queries[keep]

@@ -79,8 +79,9 @@ class MaskFormer(nn.Module):
             size_divisibility = backbone.size_divisibility
         self.size_divisibility = size_divisibility
         self.resize_first = sem_seg_postprocess_before_inference
-        self.register_buffer("pixel_mean", torch.tensor(pixel_mean).view(-1, 1, 1), False)
-        self.register_buffer("pixel_std", torch.tensor(pixel_std).view(-1, 1, 1), False)
+        for name, values in (("pixel_mean", pixel_mean), ("pixel_std", pixel_std)):
+            values = torch.tensor(values, dtype=torch.float32).view(-1, 1, 1)
+            self.register_buffer(name, values, persistent=False)
         self.semantic_on = semantic_on
         self.panoptic_on = panoptic_on
         self.instance_on = instance_on
@@ -118,9 +119,7 @@ class MaskFormer(nn.Module):
             "things": _things(cfg),
             "size_divisibility": node.SIZE_DIVISIBILITY,
             "sem_seg_postprocess_before_inference": (
-                test.SEM_SEG_POSTPROCESSING_BEFORE_INFERENCE
-                or test.PANOPTIC_ON
-                or test.INSTANCE_ON
+                test.SEM_SEG_POSTPROCESSING_BEFORE_INFERENCE or test.PANOPTIC_ON or test.INSTANCE_ON
             ),
             "pixel_mean": cfg.MODEL.PIXEL_MEAN,
             "pixel_std": cfg.MODEL.PIXEL_STD,

@@ -231,10 +231,10 @@ def build_pixel_decoder(cfg: CfgNode, input_shape: Mapping[str, ShapeSpec]) -> n
             f"MODEL.SEM_SEG_HEAD.PIXEL_DECODER_NAME: {name!r} is not registered; this project has "
             "'MSDeformAttnPixelDecoder'"
         )
-    decoder = SEM_SEG_HEADS_REGISTRY.get(name)(cfg, input_shape)
-    if not callable(getattr(decoder, "forward_features", None)):
+    decoder = SEM_SEG_HEADS_REGISTRY.get(name)
+    if not hasattr(decoder, "forward_features"):
         raise ValueError(
             f"MODEL.SEM_SEG_HEAD.PIXEL_DECODER_NAME: {name!r} is no pixel decoder, it has no "
             "forward_features"
         )
-    return decoder
+    return decoder(cfg, input_shape)

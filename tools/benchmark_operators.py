@@ -1,0 +1,288 @@
+#!/usr/bin/env python
+"""Time the two operators beside a dense implementation and beside the ViT-L that they serve.
+
+Dense is what the published code does (expedit_d2/analysis/dense.py). Everything for one map size
+is timed in turns in one run, after a check that both implementations agree.
+
+Examples::
+
+    python tools/benchmark_operators.py
+    python tools/benchmark_operators.py --device cuda --dtype float16 --vit-blocks 24
+    python tools/benchmark_operators.py --sizes 40x40:28x28 27x64:19x45 --no-vit --json times.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+# The profiler, here for the memory alone, reports on the GPU that it does not find.
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+
+import torch
+from tabulate import tabulate
+from torch import Tensor, nn
+
+from expedit_d2.analysis.dense import dense_clustering, dense_reconstruction
+from expedit_d2.analysis.timing import Timing, interleaved
+from expedit_d2.operators import cluster_tokens, reconstruct_tokens
+
+SIZES = ["40x40:28x28", "48x48:32x32", "64x64:45x45"]
+VIT_DEPTH = 24
+DTYPES = ["float32", "float16", "bfloat16"]
+
+Call = Callable[[], Tensor]
+Size = tuple[int, int]
+
+
+def parse_size(text: str) -> tuple[Size, Size]:
+    """'40x40:28x28', a map and its grid, to ((40, 40), (28, 28))."""
+    try:
+        (height, width), (rows, cols) = (map(int, part.split("x")) for part in text.split(":"))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not like 40x40:28x28") from None
+    return (height, width), (rows, cols)
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    option = parser.add_argument
+    option(
+        "--sizes",
+        nargs="+",
+        type=parse_size,
+        default=[parse_size(size) for size in SIZES],
+        metavar="MAP:GRID",
+        help=f"token maps and cluster grids ({' '.join(SIZES)})",
+    )
+    option("--batch", type=int, default=1, help="images (%(default)s)")
+    option("--channels", type=int, default=1024, help="a multiple of 64 (%(default)s)")
+    option("--iterations", type=int, default=5, help="of the clustering (%(default)s)")
+    option("--window", type=int, default=5, help="of the clustering, in cells (%(default)s)")
+    option("--neighbors", type=int, default=20, help="of the reconstruction (%(default)s)")
+    option("--repeats", type=int, default=7, help="timed rounds (%(default)s)")
+    option("--warmup", type=int, default=1, help="rounds before these (%(default)s)")
+    option("--threads", type=int, help="CPU threads of torch (its own choice)")
+    option("--dtype", choices=DTYPES, default="float32", help="(%(default)s)")
+    option("--device", choices=["cpu", "cuda"], default="cpu", help="(%(default)s)")
+    option(
+        "--vit-blocks",
+        type=int,
+        choices=range(1, VIT_DEPTH + 1),
+        default=4,
+        metavar="N",
+        help=f"blocks of the ViT-L to time, scaled to all {VIT_DEPTH} (%(default)s)",
+    )
+    option("--no-vit", action="store_true", help="leave the ViT-L out")
+    option("--json", type=Path, metavar="FILE", help="also write the numbers here")
+    args = parser.parse_args(argv)
+    if args.channels % 64:
+        parser.error("--channels must be a multiple of 64, the width of a head")
+    return args
+
+
+def vit_blocks(args: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> nn.Module:
+    """The first blocks of a ViT-L with random weights: their speed is that of any weights."""
+    import timm
+
+    model = timm.create_model(
+        "vit_large_patch16_224",
+        pretrained=False,
+        depth=args.vit_blocks,
+        embed_dim=args.channels,
+        num_heads=args.channels // 64,
+    )
+    return model.blocks.eval().to(device, dtype)
+
+
+def peak_memory(call: Call, device: torch.device) -> int:
+    """Bytes that a call has allocated at once, beyond what was there before."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        return torch.cuda.max_memory_allocated() - before
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+        call()
+    # Allocations and releases in order; what a kernel takes and gives back itself is not seen.
+    now = peak = 0
+    for event in sorted(profile.events(), key=lambda event: event.time_range.end):
+        now += event.self_cpu_memory_usage
+        peak = max(peak, now)
+    return peak
+
+
+def check_agreement(name: str, ours: Call, dense: Call) -> None:
+    """Leave unless both compute the same; a token in a hundred may differ.
+
+    Such tokens have two clusters equally far and take another one as their last neighbor.
+    """
+    expected = dense()
+    errors = (ours() - expected).norm(dim=-1) / expected.norm(dim=-1)
+    error = errors.flatten().quantile(0.99)
+    if not error < 1e-3:
+        raise SystemExit(f"{name}: differs from dense by {error:.1e}; nothing timed")
+
+
+def make_calls(
+    args: argparse.Namespace, tokens: Tensor, refined: Tensor
+) -> tuple[dict[str, Call], list[tuple[str, str]]]:
+    """What to time, by name, and which of them have the same result."""
+    grid = (refined.shape[1], refined.shape[2])
+    # Of the order that "auto" would choose for such tokens.
+    temperature = 6 / args.channels
+    clustering = (tokens, grid, args.iterations, temperature, args.window)
+    rebuild = (refined, tokens, cluster_tokens(*clustering)[0], args.neighbors, temperature)
+    calls: dict[str, Call] = {
+        "dense clustering": partial(dense_clustering, *clustering),
+        "dense rebuild": partial(dense_reconstruction, *rebuild),
+        "ours clustering": lambda: cluster_tokens(*clustering)[0],
+        "ours clustering, auto": lambda: cluster_tokens(
+            tokens, grid, args.iterations, "auto", args.window
+        )[0],
+        "ours rebuild, all": partial(reconstruct_tokens, *rebuild),
+        "ours rebuild, window": partial(reconstruct_tokens, *rebuild, window=args.window),
+    }
+    same = [("ours clustering", "dense clustering"), ("ours rebuild, all", "dense rebuild")]
+    return calls, same
+
+
+def measure(args: argparse.Namespace, size: Size, grid: Size, blocks: nn.Module | None) -> dict:
+    """All times (seconds) and memory (bytes) for one map size."""
+    device, dtype = torch.device(args.device), getattr(torch, args.dtype)
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(args.batch, *shape, args.channels, generator=generator).to(device)
+
+    tokens, refined = random(*size), random(*grid)
+    # In full precision: the dense code in half precision is too coarse to compare with.
+    calls, same = make_calls(args, tokens, refined)
+    for ours, dense in same:
+        check_agreement(ours, calls[ours], calls[dense])
+    calls, _ = make_calls(args, tokens.to(dtype), refined.to(dtype))
+    memory = {name: peak_memory(call, device) for name, call in calls.items()}
+    if blocks is not None:
+        sequence = random(1 + size[0] * size[1]).to(dtype)  # and the class token
+        calls["vit"] = partial(blocks, sequence)
+    times = interleaved(calls, args.repeats, args.warmup)
+    if blocks is not None:
+        times["vit"] = times["vit"].scaled(VIT_DEPTH / args.vit_blocks)
+    return {"map": size, "grid": grid, "seconds": times, "bytes": memory}
+
+
+HEADERS = [
+    "map to grid",
+    "",
+    "dense, ms",
+    "ours, ms",
+    "speed-up",
+    "ours / ViT-L",
+    "dense, MiB",
+    "ours, MiB",
+]
+
+
+def table_rows(result: dict, window: int) -> list[list[str]]:
+    """The rows of one map size, as in `HEADERS`."""
+    times: dict[str, Timing] = result["seconds"]
+    memory: dict[str, int] = result["bytes"]
+    vit = times["vit"].median if "vit" in times else None
+
+    def spread(timing: Timing) -> str:
+        return f"{1e3 * timing.median:.1f} ({1e3 * timing.low:.1f}-{1e3 * timing.high:.1f})"
+
+    def compared(ours: float, dense: float) -> list[str]:
+        return [f"{dense / ours:.1f}x", "" if vit is None else f"{100 * ours / vit:.2f} %"]
+
+    def row(label: str, ours: str, dense: str) -> list[str]:
+        mine, theirs = times[f"ours {ours}"], times[f"dense {dense}"]
+        sizes = [f"{memory[key] / 2**20:.1f}" for key in (f"dense {dense}", f"ours {ours}")]
+        both = [spread(theirs), spread(mine)]
+        return [label, *both, *compared(mine.median, theirs.median), *sizes]
+
+    def total(label: str, rebuild: str) -> list[str]:
+        """Sum of the medians; of the memory, the larger."""
+        mine = ["ours clustering", f"ours {rebuild}"]
+        theirs = ["dense clustering", "dense rebuild"]
+        seconds = [sum(times[name].median for name in names) for names in (theirs, mine)]
+        sizes = [max(memory[name] for name in names) / 2**20 for names in (theirs, mine)]
+        both = [f"{1e3 * s:.1f}" for s in seconds]
+        return [label, *both, *compared(seconds[1], seconds[0]), *(f"{s:.1f}" for s in sizes)]
+
+    rows = [
+        row("clustering", "clustering", "clustering"),
+        row("clustering, automatic temperature", "clustering, auto", "clustering"),
+        row("rebuild from all", "rebuild, all", "rebuild"),
+        row(f"rebuild, window {window} (dense: all)", "rebuild, window", "rebuild"),
+        total("clustering + rebuild from all", "rebuild, all"),
+        total(f"clustering + rebuild, window {window}", "rebuild, window"),
+    ]
+    if vit is not None:
+        rows.append([f"ViT-L, {VIT_DEPTH} blocks", "", spread(times["vit"]), "", "", "", ""])
+    name = "{}x{} to {}x{}".format(*result["map"], *result["grid"])
+    return [[name if index == 0 else "", *row] for index, row in enumerate(rows)]
+
+
+def processor(device: str) -> str:
+    """What the numbers were taken on."""
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_args(argv)
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise SystemExit("--device cuda: torch finds no GPU")
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
+    environment = {
+        "device": processor(args.device),
+        "threads": torch.get_num_threads(),
+        "dtype": args.dtype,
+        "torch": torch.__version__,
+    }
+    settings = {
+        name: getattr(args, name)
+        for name in ("batch", "channels", "iterations", "window", "neighbors", "repeats")
+    }
+    print(", ".join(f"{name} {value}" for name, value in {**environment, **settings}.items()))
+    if not args.no_vit:
+        timed = "all timed" if args.vit_blocks == VIT_DEPTH else f"scaled up from {args.vit_blocks}"
+        print(f"ViT-L: {VIT_DEPTH} blocks with random weights, {timed}")
+        settings["vit_blocks_timed"] = args.vit_blocks
+
+    results = []
+    with torch.inference_mode():
+        blocks = None
+        if not args.no_vit:
+            blocks = vit_blocks(args, torch.device(args.device), getattr(torch, args.dtype))
+        for size, grid in args.sizes:
+            print(f"measuring {size} to {grid} ...", file=sys.stderr, flush=True)
+            results.append(measure(args, size, grid, blocks))
+
+    rows = [row for result in results for row in table_rows(result, args.window)]
+    aligned = ("left", "left", *["right"] * (len(HEADERS) - 2))
+    print(tabulate(rows, HEADERS, disable_numparse=True, colalign=aligned))
+    print("Median (middle half) of the repeats; memory: most at once, beyond the inputs.")
+    if args.json:
+        report = {"environment": environment, "settings": settings, "results": results}
+        # Timings are the only thing that json does not know.
+        args.json.write_text(json.dumps(report, indent=2, default=vars) + "\n", encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
