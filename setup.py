@@ -59,14 +59,14 @@ setup(
         "Pillow>=10.4",
         "matplotlib>=3.7.5,<4",
         "tabulate>=0.8,<1",
-        "rich>=13",
+        "scipy>=1.10,<2",  # Hungarian matching, when Mask2Former is trained
         "tqdm>=4.60,<5",
     ],
     extras_require={
         "demo": ["scikit-image>=0.21,<1"],
         # ruff is pinned because another version formats differently; .pre-commit-config.yaml
         # names the same one.
-        "test": ["pytest>=8,<10", "ruff==0.17.6", "scikit-image>=0.21,<1", "scipy>=1.10,<2"],
+        "test": ["pytest>=8,<10", "ruff==0.17.6", "scikit-image>=0.21,<1"],
         "onnx": ["onnx>=1.16,<2", "onnxruntime>=1.18,<2", "onnxscript>=0.1"],
     },
     classifiers=[

@@ -79,10 +79,11 @@ def position_bias(
         whole = torch.arange(-margin, limit + 1, device=q.device)
         offset = place - whole  # (B, N, n)
         row = ((rows - 1) / 2 + offset * (rows / (2 * size[axis] - 1))).clamp(0, rows - 1)
-        low = row.floor().clamp(max=rows - 2)
+        low = row.floor()
         share = (row - low).to(q.dtype)[:, None]
         low = low.long()[:, None].expand(-1, q.shape[1], -1, -1)
+        high = (low + 1).clamp(max=rows - 1)
         terms = q @ table.to(q.dtype).transpose(0, 1)  # (B, heads, N, 2 S - 1)
-        query.append(torch.lerp(terms.gather(-1, low), terms.gather(-1, low + 1), share))
+        query.append(torch.lerp(terms.gather(-1, low), terms.gather(-1, high), share))
         key.append((1 - offset.abs()).clamp_min(0).to(q.dtype)[:, None])
     return torch.cat(query, dim=-1) @ torch.cat(key, dim=-1).transpose(-2, -1)

@@ -55,8 +55,9 @@ def add_expedit_config(cfg: CN) -> None:
             "SIZE_AWARE": True,
             # Relative positions follow the "clusters", or a regular "grid" (the published code).
             "POSITIONS": "clusters",
-            # Rebuild the change (refined - clusters) on top of the original tokens.
-            "RESIDUAL": False,
+            # Rebuild the change (refined - clusters) on top of the original tokens; the paper
+            # replaces the tokens.
+            "RESIDUAL": True,
         },
     )
 

@@ -45,9 +45,9 @@ _NOISE = 1e-6
 # Below this no fp32 product of temperature and distance can overflow.
 _TINY = 1e-30
 # Stands for "not allowed" in logits: finite, so that a row without any candidate stays finite too.
-_NEVER = -1e30
-# Lowest logit: a candidate that is not allowed stays finite at any temperature.
-_LOWEST = -1e38
+_NEVER = -3e38
+# Highest temperature: twice as much still fits fp32.
+_HOTTEST = 1e38
 # Cells along a side of a tile; larger tiles copy less of the rim, smaller ones multiply less.
 _TILE = 8
 
@@ -141,9 +141,12 @@ def _in_fp32(function: Callable[..., _R]) -> Callable[..., _R]:
     """Run a function of tokens outside autocast, which would take its products in half."""
 
     @wraps(function)
-    def run(tokens: Tensor, *args: Any, **kwargs: Any) -> _R:
+    def run(*args: Any, **kwargs: Any) -> _R:
+        tokens = args[0] if args else next(iter(kwargs.values()))
+        if tokens.is_meta:  # has no autocast
+            return function(*args, **kwargs)
         with torch.autocast(tokens.device.type, enabled=False):
-            return function(tokens, *args, **kwargs)
+            return function(*args, **kwargs)
 
     return run
 
@@ -232,6 +235,13 @@ def grid_positions(height: int, width: int, device: torch.device | None = None) 
     ).unsqueeze(0)
 
 
+def _logits(score: Tensor, temperature: float | Tensor) -> Tensor:
+    """Twice temperature * (score - the best of the row): never above 0, so nothing overflows."""
+    if not isinstance(temperature, Tensor):
+        temperature = min(temperature, _HOTTEST)
+    return 2 * temperature * (score - score.detach().amax(-1, keepdim=True))
+
+
 @_in_fp32
 def cluster_tokens(
     tokens: Tensor,
@@ -307,7 +317,7 @@ def cluster_tokens(
             best = tiles.cells.expand(batch, -1, -1).gather(2, score.argmax(-1))
             distances = _nearest_distance(tiled, centroids, best).flatten(1)[:, tiles.place]
             temperature = auto_temperature(distances, x, flat).view(-1, 1, 1, 1)
-        affinity = (2 * temperature * score).clamp_min(_LOWEST).softmax(-1) * counts[..., None]
+        affinity = _logits(score, temperature).softmax(-1) * counts[..., None]
         shares = affinity.transpose(-2, -1)  # (B, T, P, R)
         sizes = add_up(shares.sum(-1))
         # A cluster that no token joins stays where it is.
@@ -321,7 +331,7 @@ def cluster_tokens(
     return Clusters(
         clusters.view(batch, *grid, channels),
         sizes.view(batch, *grid),
-        places.view(batch, *grid, 2),
+        places.view(batch, *grid, -1),
     )
 
 
@@ -371,7 +381,12 @@ def reconstruct_tokens(
     Raises:
         ValueError: if shapes disagree or there are fewer clusters than ``neighbors``.
     """
-    if clusters.dim() != 4 or tokens.dim() != 4 or refined.shape[:3] != clusters.shape[:3]:
+    agree = (
+        clusters.dim() == tokens.dim() == 4
+        and refined.shape[:3] == clusters.shape[:3]
+        and tokens.shape[::3] == clusters.shape[::3]
+    )
+    if not agree:
         raise ValueError(
             "refined, tokens and clusters must have shapes (B, h, w, D), (B, H, W, C) and "
             f"(B, h, w, C), got {tuple(refined.shape)}, {tuple(tokens.shape)} and "
@@ -393,7 +408,7 @@ def reconstruct_tokens(
         if temperature == AUTO:
             factor = auto_temperature(nearest_distance(), x, weights)
             factor = factor.view(-1, *[1] * (score.dim() - 1))
-        return _normalize((2 * factor * score).clamp_min(_LOWEST), normalize)
+        return _normalize(_logits(score, factor), normalize)
 
     if window is None:
         out = _rebuild_from_all(values, x, centroids, keep, neighbors, weigh)

@@ -52,7 +52,7 @@ class Settings:
     normalize: str = "l1"
     size_aware: bool = True
     positions: str = "clusters"
-    residual: bool = False
+    residual: bool = True
 
     def __post_init__(self) -> None:
         fix = lambda name, value: object.__setattr__(self, name, value)  # noqa: E731

@@ -9,6 +9,8 @@ from expedit_d2 import backbones as _  # noqa: F401  only registration
 from expedit_d2.config import add_expedit_config, add_vit_config
 from expedit_d2.engine import add_solver_config
 
+from .Mask2Former import add_maskformer2_config
+
 __all__ = ["get_cfg"]
 
 
@@ -18,4 +20,5 @@ def get_cfg() -> CfgNode:
     add_vit_config(cfg)
     add_expedit_config(cfg)
     add_solver_config(cfg)
+    add_maskformer2_config(cfg)
     return cfg

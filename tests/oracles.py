@@ -1,4 +1,4 @@
-"""Token clustering and reconstruction in the slowest, plainest form, to check the fast ones by.
+"""Clustering, reconstruction and relative positions in the slowest, plainest form.
 
 Written from the paper (section 3.2) and not from `expedit_d2.operators`: one image at a time, in
 float64, every token against every cluster, the difference squared and not expanded. All of it can
@@ -7,6 +7,7 @@ be differentiated.
 
 from __future__ import annotations
 
+import math
 import statistics
 from fractions import Fraction
 from functools import lru_cache
@@ -63,27 +64,33 @@ def pool(tokens: Tensor, weights: Tensor, grid: tuple[int, int]) -> Tensor:
     return torch.stack(cells)
 
 
+def filled_cells(weights: Tensor, grid: tuple[int, int]) -> Tensor:
+    """(h * w,) bool: any token of the cell, as it is pooled, has a weight."""
+    return pool(weights[..., None], torch.ones_like(weights), grid)[:, 0] > 0
+
+
+def coordinates(size: tuple[int, int]) -> Tensor:
+    """(H * W, 2): the row and column of every token."""
+    return torch.tensor([[i, j] for i in range(size[0]) for j in range(size[1])]).double()
+
+
 def squared_distances(x: Tensor, clusters: Tensor) -> Tensor:
     """(N, C) and (M, C) to (N, M)."""
     return (x[:, None, :] - clusters[None, :, :]).square().sum(-1)
 
 
-def auto_temperature(distances: Tensor, x: Tensor, weights: Tensor) -> Tensor:
+def auto_temperature(distances: Tensor, x: Tensor, weights: Tensor) -> float:
     """6 / median of the distances (N, M) to the nearest cluster, over tokens with any.
 
     A distance below a millionth of the variance of the tokens counts as none; if all do, this
-    threshold takes the place of the median.
+    threshold takes the place of the median. A number: gradients do not pass through it.
     """
     mean = (x * weights[:, None]).sum(0) / weights.sum()
     variance = ((x - mean).square().sum(1) * weights).sum() / weights.sum()
     floor = max(1e-6 * variance.item(), 1e-30)
-    informative = [
-        d for d, w in zip(distances.min(1).values, weights, strict=True) if w > 0 and d > floor
-    ]
-    if not informative:
-        return torch.tensor(6 / floor, dtype=torch.float64)
-    middle = statistics.median_low([d.item() for d in informative])
-    return 6 / next(d for d in informative if d.item() == middle)
+    nearest = distances.min(1).values.tolist()
+    informative = [d for d, w in zip(nearest, weights, strict=True) if w > 0 and d > floor]
+    return 6 / (statistics.median_low(informative) if informative else floor)
 
 
 def cluster_image(
@@ -93,13 +100,22 @@ def cluster_image(
     temperature: float | str,
     window: int,
     weights: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Dense soft k-means of one image (H, W, C): clusters (h, w, C) and sizes (h, w)."""
+    positions: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Dense soft k-means of one image (H, W, C).
+
+    Clusters (h, w, C), sizes (h, w) and mean positions (h, w, 2). A cell without any weight is
+    no candidate.
+    """
     tokens = tokens.double()
     size = (tokens.shape[0], tokens.shape[1])
     weights = tokens.new_ones(size) if weights is None else weights.double()
     allowed = allowed_pairs(size, grid, window)
     x, counts = tokens.flatten(0, 1), weights.flatten()
+    if counts.sum() > 0:
+        # What padding would like to join does not matter.
+        allowed = allowed & (filled_cells(weights, grid) | (counts == 0)[:, None])
+    places = coordinates(size) if positions is None else positions.double().flatten(0, 1)
     clusters = pool(tokens, weights, grid)
     for _ in range(iterations):
         distances = squared_distances(x, clusters)
@@ -113,7 +129,10 @@ def cluster_image(
         empty = sizes < 1e-30
         means = affinity.T @ x / sizes.masked_fill(empty, 1.0)[:, None]
         clusters = torch.where(empty[:, None], clusters, means)
-    return clusters.unflatten(0, grid), sizes.unflatten(0, grid)
+    means = affinity.T @ places / sizes.masked_fill(empty, 1.0)[:, None]
+    pooled = pool(places.unflatten(0, size), torch.ones_like(weights), grid)
+    places = torch.where(empty[:, None], pooled, means)
+    return tuple(result.unflatten(0, grid) for result in (clusters, sizes, places))
 
 
 def rebuild_image(
@@ -153,11 +172,13 @@ def _images(batch: int, items: tuple) -> list[tuple]:
     return [tuple(i[b] if isinstance(i, Tensor) else i for i in items) for b in range(batch)]
 
 
-def cluster(tokens: Tensor, *args, weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def cluster(
+    tokens: Tensor, *args, weights: Tensor | None = None, positions: Tensor | None = None
+) -> tuple[Tensor, ...]:
     """`cluster_image` for every image of (B, H, W, C)."""
-    images = _images(len(tokens), (tokens, *args, weights))
-    clusters, sizes = zip(*(cluster_image(*image) for image in images), strict=True)
-    return torch.stack(clusters), torch.stack(sizes)
+    images = _images(len(tokens), (tokens, *args, weights, positions))
+    results = zip(*(cluster_image(*image) for image in images), strict=True)
+    return tuple(torch.stack(result) for result in results)
 
 
 def rebuild(
@@ -172,3 +193,26 @@ def rebuild(
     """`rebuild_image` for every image of a batch."""
     items = (refined, tokens, clusters, *args, window, valid, weights)
     return torch.stack([rebuild_image(*image) for image in _images(len(tokens), items)])
+
+
+def offset_row(table: Tensor, offset: float, size: int) -> Tensor:
+    """Row of a relative-position table for an offset in tokens, by linear interpolation.
+
+    The offset is stretched as ``F.interpolate`` resamples the table for ``size`` tokens.
+    """
+    rows = table.shape[0]
+    at = (rows - 1) / 2 + offset * rows / (2 * size - 1)
+    at = min(max(at, 0.0), rows - 1.0)
+    low = int(at)
+    high = min(low + 1, rows - 1)
+    return table[low] + (at - low) * (table[high] - table[low])
+
+
+def position_row(table: Tensor, here: float, there: float, size: int, margin: int = 0) -> Tensor:
+    """The same for a query and a key at any positions: the key shared by two whole rows."""
+    first, last = -margin, size - 1 + margin
+    here, there = min(max(here, first), last), min(max(there, first), last)
+    low = math.floor(there)
+    share = there - low
+    above, below = (offset_row(table, here - row, size) for row in (low, low + 1))
+    return above * (1 - share) + below * share

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import oracles
 import pytest
 import torch
-from detectron2.modeling.backbone.utils import get_rel_pos, window_partition, window_unpartition
+from detectron2.modeling.backbone.utils import (
+    add_decomposed_rel_pos,
+    get_rel_pos,
+    window_partition,
+    window_unpartition,
+)
+from torch import Tensor
 
-from expedit_d2.attention import key_bias, relative_positions
+from expedit_d2.attention import key_bias, position_bias, relative_positions
+from expedit_d2.operators import grid_positions
 from expedit_d2.windows import partition, unpartition
 
 
@@ -91,6 +99,122 @@ def test_relative_positions_keep_the_type_and_let_gradients_through():
     low = relative_positions(table.detach().bfloat16(), 4, 7, 7)
     assert low.dtype == torch.bfloat16
     torch.testing.assert_close(low.float(), relative_positions(table, 4, 7, 7), atol=5e-2, rtol=0.1)
+
+
+# --- positions anywhere ----------------------------------------------------------------------
+
+# The sizes that the two tables were made for, and the size of the attention.
+TABLES = [
+    ((7, 7), (7, 7)),
+    ((6, 4), (6, 4)),
+    ((7, 9), (5, 12)),
+    ((2, 20), (8, 3)),
+    ((3, 3), (1, 1)),
+]
+
+
+def queries_and_tables(
+    made_for: tuple[int, int], tokens: int, batch: int = 3
+) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    return torch.randn(batch, 2, tokens, 6), tuple(torch.randn(2 * n - 1, 6) for n in made_for)
+
+
+@pytest.mark.parametrize("margin", [0, 3])
+@pytest.mark.parametrize("made_for,size", TABLES)
+def test_whole_positions_are_detectron2s(made_for, size, margin):
+    q, tables = queries_and_tables(made_for, size[0] * size[1])
+    positions = grid_positions(*size).flatten(1, 2).expand(3, -1, -1)
+    ours = position_bias(q, tables, positions, size, margin)
+    expected = add_decomposed_rel_pos(
+        torch.zeros(6, q.shape[2], q.shape[2]), q.flatten(0, 1), *tables, size, size
+    )
+    torch.testing.assert_close(ours.flatten(0, 1), expected, atol=2e-5, rtol=1e-5)
+
+
+def test_whole_positions_in_any_order_are_detectron2s():
+    """Rows of the result follow the queries, columns the keys; each image has its own order."""
+    q, tables = queries_and_tables((5, 6), 30)
+    orders = torch.stack([torch.randperm(30) for _ in range(3)])
+    expected = add_decomposed_rel_pos(
+        torch.zeros(6, 30, 30), q.flatten(0, 1), *tables, (5, 6), (5, 6)
+    ).unflatten(0, (3, 2))
+    positions = grid_positions(5, 6).flatten(1, 2)[0]
+    for image, order in enumerate(orders):
+        ours = position_bias(q[image : image + 1, :, order], tables, positions[order][None], (5, 6))
+        wanted = expected[image][:, order][:, :, order]
+        torch.testing.assert_close(ours[0], wanted, atol=2e-5, rtol=1e-5)
+    shuffled = torch.stack([q[image, :, order] for image, order in enumerate(orders)])
+    together = position_bias(shuffled, tables, positions[orders], (5, 6))
+    torch.testing.assert_close(together[2], ours[0])
+
+
+@pytest.mark.parametrize("margin", [0, 1, 3])
+@pytest.mark.parametrize("made_for,size", TABLES)
+def test_positions_anywhere_by_explicit_loop(made_for, size, margin):
+    q, tables = queries_and_tables(made_for, 9)
+    # Some beyond the margin, and the ends themselves.
+    positions = torch.rand(3, 9, 2) * (torch.tensor(size) + 10.0) - 5.0
+    positions[0, 0], positions[0, 1] = -margin, torch.tensor(size) - 1.0 + margin
+    positions[1, 0], positions[1, 1] = 0.0, torch.tensor(size) - 1.0
+    ours = position_bias(q, tables, positions, size, margin)
+    assert ours.shape == (3, 2, 9, 9)
+    expected = torch.zeros(3, 2, 9, 9)
+    for image in range(3):
+        for here in range(9):
+            for there in range(9):
+                for axis, table in enumerate(tables):
+                    at = [positions[image, place, axis].item() for place in (here, there)]
+                    row = oracles.position_row(table, *at, size[axis], margin)
+                    expected[image, :, here, there] += q[image, :, here] @ row
+    torch.testing.assert_close(ours, expected, atol=3e-5, rtol=1e-5)
+
+
+def test_positions_measure_offsets_in_tokens():
+    """The table of a map of 7 holds the offset itself: linear, so nothing is lost."""
+    offsets = torch.arange(-6.0, 7.0)[:, None]
+    positions = torch.rand(2, 11, 2) * 6
+    rows = position_bias(torch.ones(2, 1, 11, 1), (offsets, 0 * offsets), positions, (7, 7))
+    cols = position_bias(torch.ones(2, 1, 11, 1), (0 * offsets, offsets), positions, (7, 7))
+    difference = positions[:, :, None] - positions[:, None]
+    torch.testing.assert_close(rows[:, 0], difference[..., 0], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(cols[:, 0], difference[..., 1], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("margin", [0, 3])
+def test_positions_with_a_table_of_one_row(margin):
+    """Made for an axis of one token: every offset is the same one."""
+    q, tables = queries_and_tables((1, 1), 4)
+    ours = position_bias(q, tables, 3 * torch.randn(3, 4, 2), (1, 1), margin)
+    expected = (q @ (tables[0] + tables[1])[0])[..., None].expand(-1, -1, -1, 4)
+    torch.testing.assert_close(ours, expected)
+
+
+def test_positions_keep_the_type_and_let_gradients_through():
+    q, tables = queries_and_tables((7, 7), 9)
+    positions = torch.rand(3, 9, 2) * 6
+    for tensor in (q, *tables, positions):
+        tensor.requires_grad_()
+    full = position_bias(q, tables, positions, (7, 7), 3)
+    full.square().sum().backward()
+    for tensor in (q, *tables, positions):
+        assert torch.isfinite(tensor.grad).all() and tensor.grad.abs().sum() > 0
+    for dtype in (torch.bfloat16, torch.float16):
+        low = position_bias(q.to(dtype), tables, positions, (7, 7), 3)
+        assert low.dtype == dtype
+        torch.testing.assert_close(low.float(), full, atol=8e-2, rtol=0.1)
+
+
+def test_positions_of_large_maps_stay_sharp_in_half_precision():
+    """bf16 holds no 250.5; offsets are taken before anything is rounded."""
+    offsets = torch.arange(-255.0, 256.0)[:, None] % 2
+    positions = torch.tensor([[[250.0, 0.0], [251.0, 0.0], [250.25, 0.0]]])
+    q = torch.ones(1, 1, 3, 1, dtype=torch.bfloat16)
+    bias = position_bias(q, (offsets, 0 * offsets), positions, (256, 256))[0, 0]
+    expected = torch.tensor([[0.0, 1.0, 0.25], [1.0, 0.0, 0.75], [0.25, 0.75, 0.375]])
+    torch.testing.assert_close(bias.float(), expected)
+
+
+# --- windows ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("size", [(7, 7), (14, 21), (20, 16), (3, 5), (1, 8)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import oracles
 import pytest
 import torch
 from detectron2.modeling import SimpleFeaturePyramid, ViT
@@ -65,23 +66,25 @@ def error(actual: Tensor, expected: Tensor) -> float:
 # --- one cluster a token is the plain model --------------------------------------------------
 
 
+@pytest.mark.parametrize("positions", ["clusters", "grid"])
 @pytest.mark.parametrize("scope", ["map", "window"])
 @pytest.mark.parametrize("alpha", [0, 1, 2, 3, (0, 2), (1, 3), (0, 1, 2, 3)])
-def test_one_cluster_a_token_is_the_plain_model(alpha, scope):
+def test_one_cluster_a_token_is_the_plain_model(alpha, scope, positions):
     vit, x = tiny_vit(), images((20, 16), batch=3)  # 20 x 16 needs window padding
     expected = features(vit, x)
     grid = (20, 16) if scope == "map" else (7, 7)
-    with expedite(vit, alpha, grid=grid, scope=scope, **IDENTITY):
+    with expedite(vit, alpha, grid=grid, scope=scope, positions=positions, **IDENTITY):
         assert error(features(vit, x), expected) < 1e-5
 
 
+@pytest.mark.parametrize("positions", ["clusters", "grid"])
 @pytest.mark.parametrize("scope", ["map", "window"])
 @pytest.mark.parametrize("size", [(12, 12), (7, 7), (5, 6), (14, 7), (3, 17)])
-def test_one_cluster_a_token_at_other_sizes(size, scope):
+def test_one_cluster_a_token_at_other_sizes(size, scope, positions):
     vit, x = tiny_vit(), images(size)
     expected = features(vit, x)
     grid = size if scope == "map" else (7, 7)
-    with expedite(vit, 1, grid=grid, scope=scope, **IDENTITY):
+    with expedite(vit, 1, grid=grid, scope=scope, positions=positions, **IDENTITY):
         assert error(features(vit, x), expected) < 1e-5
 
 
@@ -95,13 +98,16 @@ def test_one_cluster_a_token_at_other_sizes(size, scope):
         {"window_block_indexes": (0, 1, 2, 3)},
         {"qkv_bias": False},
         {"residual_block_indexes": (1, 3)},
+        {"window_size": 1},
+        {"img_size": 2 * PATCH},
     ],
     ids=str,
 )
 def test_one_cluster_a_token_for_other_architectures(changes, scope):
     vit, x = tiny_vit(**changes), images((9, 12))
     expected = features(vit, x)
-    grid = (9, 12) if scope == "map" else (7, 7)
+    side = changes.get("window_size", 7)
+    grid = (9, 12) if scope == "map" else (side, side)
     for size_aware in (True, False):
         with expedite(vit, 0, grid=grid, scope=scope, size_aware=size_aware, **IDENTITY):
             assert error(features(vit, x), expected) < 1e-5
@@ -218,10 +224,32 @@ def test_clusters_of_a_padded_window_are_those_of_its_real_part(temperature):
         for col in range(4):
             part = maps[:, 4 * row : 4 * row + 4, 4 * col : 4 * col + 4]
             h, w = part.shape[1] // 2, part.shape[2] // 2
-            clusters, sizes = cluster_tokens(part, (h, w), 5, temperature, 5)
+            clusters, sizes, places = cluster_tokens(part, (h, w), 5, temperature, 5)
             here = (slice(None), slice(2 * row, 2 * row + h), slice(2 * col, 2 * col + w))
             torch.testing.assert_close(tokens.features[here], clusters, atol=1e-5, rtol=1e-5)
             torch.testing.assert_close(tokens.sizes[here], sizes, atol=1e-4, rtol=1e-5)
+            places = places + torch.tensor([4.0 * row, 4.0 * col])
+            torch.testing.assert_close(tokens.positions[here], places, atol=1e-4, rtol=1e-5)
+
+
+def mean_position(tokens: Tokens) -> Tensor:
+    """(B, 2), of all the tokens that the clusters stand for."""
+    sizes = tokens.sizes if tokens.valid is None else tokens.sizes * tokens.valid
+    sizes = sizes[..., None]
+    return (tokens.positions * sizes).sum((1, 2)) / sizes.sum((1, 2))
+
+
+@pytest.mark.parametrize("scope,grid", [("map", (5, 4)), ("window", (4, 4))])
+@pytest.mark.parametrize("temperature", ["auto", 0.1])
+def test_positions_are_those_of_the_map(scope, grid, temperature):
+    """Their mean, weighted by size, is that of the tokens."""
+    maps, settings = torch.randn(2, 20, 16, 32), {"scope": scope, "temperature": temperature}
+    tokens, _ = reduce(tiny_vit(), maps, grid=grid, **settings)
+    assert tokens.positions.shape == (*tokens.features.shape[:3], 2)
+    torch.testing.assert_close(mean_position(tokens), torch.tensor([[9.5, 7.5]] * 2))
+    without, _ = reduce(tiny_vit(), maps, grid=grid, positions="grid", **settings)
+    assert without.positions is None
+    assert torch.equal(without.features, tokens.features)
 
 
 @pytest.mark.parametrize("size", [(20, 16), (5, 6), (8, 15)])
@@ -300,21 +328,15 @@ def test_flat_images_stay_finite(x, scope, grid):
 # --- an explicit forward pass to compare with ------------------------------------------------
 
 
-def looked_up(table: Tensor, offset: float, size: int) -> Tensor:
-    """Row of a relative-position table for an offset in tokens, by linear interpolation."""
-    rows = table.shape[0]
-    at = (rows - 1) / 2 + offset * rows / (2 * size - 1)
-    at = min(max(at, 0.0), rows - 1.0)
-    low = int(at)
-    high = min(low + 1, rows - 1)
-    return table[low] + (at - low) * (table[high] - table[low])
+def explicit_attention(attn, places, step, size, margin) -> dict[tuple[int, int], Tensor]:
+    """Attention among places {(row, col): (vector, votes, position)}, one pair at a time.
 
+    A position is in tokens; None is on the regular grid.
 
-def explicit_attention(attn, places, step, size) -> dict[tuple[int, int], Tensor]:
-    """Attention among places {(row, col): (vector, votes)}, one query and key at a time.
-
-    ``step``: tokens from one place to the next, along rows and columns; ``size``: tokens along
-    the sides of the original attention.
+    Args:
+        step: tokens from one place of the grid to the next, along rows and columns.
+        size: tokens along the sides of the original attention.
+        margin: tokens that positions may lie outside of it.
     """
     heads, width = attn.num_heads, attn.proj.in_features // attn.num_heads
     at = list(places)
@@ -326,40 +348,65 @@ def explicit_attention(attn, places, step, size) -> dict[tuple[int, int], Tensor
         for j, there in enumerate(at):
             logits[j] += torch.log(torch.as_tensor(places[there][1]))
             for axis, table in enumerate((attn.rel_pos_h, attn.rel_pos_w)):
-                offset = (here[axis] - there[axis]) * step[axis]
-                logits[j] += q[i] @ looked_up(table, offset, size[axis])
+                if places[here][2] is None:
+                    offset = (here[axis] - there[axis]) * step[axis]
+                    row = oracles.offset_row(table, offset, size[axis])
+                else:
+                    ends = [places[p][2][axis].item() for p in (here, there)]
+                    row = oracles.position_row(table, *ends, size[axis], margin)
+                logits[j] += q[i] @ row
         weights = (logits - logits.max(0).values).exp()
         weights = weights / weights.sum(0)
         out[here] = attn.proj((weights[..., None] * v).sum(0).flatten())
     return out
 
 
-def explicit_block(block, x, sizes, valid, span, size, window) -> Tensor:
-    """One block on clusters (h, w, C) of one image; ``window``: cells of a window."""
+def explicit_block(block, x, sizes, valid, span, size, window, positions=None) -> Tensor:
+    """One block on clusters (h, w, C) of one image.
+
+    Args:
+        window: cells of a window.
+        positions: (h, w, 2) of the clusters on the map, in tokens; None: on the grid.
+    """
     h, w, channels = x.shape
+    pitch = (span[0] / h, span[1] / w)
     normed = block.norm1(x)
     attended = torch.zeros_like(x)
     if block.window_size == 0:
         places = {
-            (i, j): (normed[i, j], sizes[i, j]) for i in range(h) for j in range(w) if valid[i, j]
+            (i, j): (normed[i, j], sizes[i, j], None if positions is None else positions[i, j])
+            for i in range(h)
+            for j in range(w)
+            if valid[i, j]
         }
-        out = explicit_attention(block.attn, places, (span[0] / h, span[1] / w), size)
+        out = explicit_attention(block.attn, places, pitch, size, 0)
         for (i, j), value in out.items():
             attended[i, j] = value
     else:
         side = block.window_size
         step = (side / window[0], side / window[1])
-        padding = (torch.zeros(channels), float(step[0] * step[1]))
+        nothing, votes = torch.zeros(channels), float(step[0] * step[1])
         for top in range(0, h, window[0]):
             for left in range(0, w, window[1]):
                 places = {}
                 for i in range(window[0]):
                     for j in range(window[1]):
                         row, col = top + i, left + j
-                        inside = row < h and col < w and valid[row, col]
-                        real = (normed[row, col], sizes[row, col]) if inside else padding
-                        places[i, j] = real
-                out = explicit_attention(block.attn, places, step, (side, side))
+                        on_map = row < h and col < w
+                        inside = on_map and valid[row, col]
+                        where = None
+                        if positions is not None:
+                            # The middle of the cell, where there is no cluster.
+                            where = torch.tensor([(row + 0.5) * pitch[0], (col + 0.5) * pitch[1]])
+                            where = positions[row, col] if on_map else where - 0.5
+                            where = where - torch.tensor([top * pitch[0], left * pitch[1]])
+                        places[i, j] = (
+                            (normed[row, col], sizes[row, col], where)
+                            if inside
+                            else (nothing, votes, where)
+                        )
+                # Clusters of the map may leave the window they belong to by three tokens.
+                out = explicit_attention(block.attn, places, step, (side, side), 3)
                 for (i, j), value in out.items():
                     if top + i < h and left + j < w:
                         attended[top + i, left + j] = value
@@ -377,36 +424,66 @@ def after_first_block(vit: ViT, x: Tensor) -> Tensor:
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("positions", ["clusters", "grid"])
 @pytest.mark.parametrize("temperature", ["auto", 0.3])
-def test_explicit_forward_with_clusters_of_the_map(temperature):
+def test_explicit_forward_with_clusters_of_the_map(temperature, positions):
     vit, x = tiny_vit(window_size=4, depth=4), images((9, 7))
-    with expedite(vit, 1, grid=(5, 4), temperature=temperature, neighbors=3):
+    settings = {"grid": (5, 4), "temperature": temperature, "neighbors": 3, "residual": False}
+    with expedite(vit, 1, positions=positions, **settings):
         actual = vit(x)["last_feat"]
     maps = after_first_block(vit, x)
-    clusters, sizes = cluster_tokens(maps, (5, 4), 5, temperature, 5)
+    clusters, sizes, places = cluster_tokens(maps, (5, 4), 5, temperature, 5)
     assert sizes.std() > 0.1  # the votes differ
     refined = []
-    for cluster, size in zip(clusters, sizes, strict=True):
+    for cluster, size, place in zip(clusters, sizes, places, strict=True):
         for block in vit.blocks[1:]:
-            # 4 tokens of 9 over 5 cells, and of 7 over 4: two cells each.
+            # 4 tokens of 9 over 5 cells, and of 7 over 4: two cells each, so one row is padded.
             valid = torch.ones(5, 4, dtype=torch.bool)
-            cluster = explicit_block(block, cluster, size, valid, (9, 7), (9, 7), (2, 2))
+            where = place if positions == "clusters" else None
+            cluster = explicit_block(block, cluster, size, valid, (9, 7), (9, 7), (2, 2), where)
         refined.append(cluster)
     expected = reconstruct_tokens(
         torch.stack(refined), maps, clusters, 3, temperature, "l1", window=5
     )
     assert error(actual, expected.permute(0, 3, 1, 2)) < 1e-5
+    other = "grid" if positions == "clusters" else "clusters"
+    with expedite(vit, 1, positions=other, **settings):  # so that the test could fail
+        assert error(features(vit, x), actual) > 1e-3
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("index", [0, 1])
+@pytest.mark.parametrize("span", [(9, 7), (12, 8)])
+def test_explicit_block_with_clusters_anywhere(index, span):
+    """Also far outside of their window, or of the map."""
+    vit = tiny_vit(window_size=4)
+    x, sizes = torch.randn(2, 5, 3, 32), 4 * torch.rand(2, 5, 3) + 0.1
+    places = torch.rand(2, 5, 3, 2) * 20 - 5
+    valid = torch.ones(2, 5, 3, dtype=torch.bool)
+    valid[:, 4], valid[1, 1, 2] = False, False
+    tokens = Tokens(x, size=(9, 7), span=span, sizes=sizes, positions=places, valid=valid)
+    layout = find_host(vit).layout(True)
+    _, actual = layout.run(vit.blocks[index], None, tokens)
+    assert torch.equal(actual.positions, places)
+    for image in range(2):
+        args = (x[image], sizes[image], valid[image], span, (9, 7), (2, 2), places[image])
+        expected = explicit_block(vit.blocks[index], *args)
+        assert error(actual.features[image][valid[image]], expected[valid[image]]) < 1e-5
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("positions", ["clusters", "grid"])
 @pytest.mark.parametrize("residual", [False, True])
-def test_explicit_forward_with_clusters_of_each_window(residual):
+def test_explicit_forward_with_clusters_of_each_window(residual, positions):
     """10 x 6 tokens in windows of 4, each to 2 x 2: the last ones are half padding."""
     vit, x = tiny_vit(window_size=4, depth=4), images((10, 6))
-    with expedite(vit, 1, grid=(2, 2), scope="window", neighbors=3, residual=residual):
+    settings = {"scope": "window", "neighbors": 3, "residual": residual, "positions": positions}
+    with expedite(vit, 1, grid=(2, 2), **settings):
         actual = vit(x)["last_feat"]
     maps = after_first_block(vit, x)
     clusters, sizes = torch.zeros(2, 6, 4, 32), torch.zeros(2, 6, 4)
+    # Without a token, a place is the middle of its cell of two tokens.
+    places = (2 * oracles.coordinates((6, 4)) + 0.5).view(6, 4, 2).float().repeat(2, 1, 1, 1)
     valid = torch.zeros(6, 4, dtype=torch.bool)
     parts = []
     for top in range(0, 10, 4):
@@ -415,13 +492,15 @@ def test_explicit_forward_with_clusters_of_each_window(residual):
             grid = (part.shape[1] // 2, part.shape[2] // 2)
             rows = slice(top // 2, top // 2 + grid[0])
             cols = slice(left // 2, left // 2 + grid[1])
-            clusters[:, rows, cols], sizes[:, rows, cols] = cluster_tokens(part, grid)
+            clusters[:, rows, cols], sizes[:, rows, cols], inside = cluster_tokens(part, grid)
+            places[:, rows, cols] = inside + torch.tensor([top, left])
             valid[rows, cols] = True
             parts.append((top, left, rows, cols))
     refined = []
-    for cluster, size in zip(clusters, sizes, strict=True):
+    for cluster, size, place in zip(clusters, sizes, places, strict=True):
         for block in vit.blocks[1:]:
-            cluster = explicit_block(block, cluster, size, valid, (12, 8), (10, 6), (2, 2))
+            where = place if positions == "clusters" else None
+            cluster = explicit_block(block, cluster, size, valid, (12, 8), (10, 6), (2, 2), where)
         refined.append(cluster)
     refined = torch.stack(refined)
     expected = torch.zeros_like(maps)
@@ -448,6 +527,7 @@ def test_several_alphas_cluster_clusters():
     for tokens in seen:
         assert tokens.size == (20, 16) and tokens.span == (20, 16)
         torch.testing.assert_close(tokens.sizes.sum((1, 2)), torch.full((2,), 320.0))
+        torch.testing.assert_close(mean_position(tokens), torch.tensor([[9.5, 7.5]] * 2))
     assert out.shape == plain.shape and torch.isfinite(out).all()
     assert 1e-3 < error(out, plain)
 
@@ -468,6 +548,8 @@ def test_several_alphas_cluster_the_same_windows_again(size):
         assert tokens.features.shape[1:3] == (windows[0] * side, windows[1] * side)
         total = tokens.sizes if tokens.valid is None else tokens.sizes * tokens.valid
         torch.testing.assert_close(total.sum((1, 2)), torch.full((2,), float(size[0] * size[1])))
+        middle = torch.tensor([[(size[0] - 1) / 2, (size[1] - 1) / 2]] * 2)
+        torch.testing.assert_close(mean_position(tokens), middle)
 
 
 # --- types, gradients, compilation -----------------------------------------------------------

@@ -122,11 +122,47 @@ def test_plain_vitdet():
 
 def test_expedited_vitdet_counts_its_attention_and_positions():
     vit = vitdet()
-    with expedite(vit, alpha=1, grid=(4, 4), iterations=3, temperature=0.1):
+    settings = {"iterations": 3, "temperature": 0.1, "positions": "grid"}
+    with expedite(vit, alpha=1, grid=(4, 4), **settings):
         flops = count_flops(vit, torch.randn(1, 3, 64, 64))
     windowed = block(16, 16, keys=4) + relative(16, 2, 2, 16)
     assert flops.after == windowed + block(16, 16) + relative(16, 4, 4, 16)
     assert flops.clustering == clustering(8, 8, (4, 4), 2, 16, iterations=3)
+    assert flops.uncounted == {}
+
+
+def positioned(tokens, keys, size, margin, dim, heads):
+    """Position terms of tokens anywhere, along two axes of ``size`` tokens and a margin each."""
+    rows = 2 * (2 * size - 1)  # of both tables, made for this size
+    places = 2 * (size + 2 * margin)
+    # Each query with every row, between two of them, and summed over the places for each key.
+    return tokens * rows * dim + tokens * places * heads + tokens * keys * places * heads
+
+
+def positions_of_clusters(height, width, grid, radius):
+    """Mean rows and columns: products and sums of one more update, and their pooling."""
+    rows, cols = (axis(n, g, radius) for n, g in zip((height, width), grid, strict=True))
+    tiles, tokens, cells = (a * b for a, b in zip(rows, cols, strict=True))
+    return 2 * (tiles * tokens * cells + tiles * cells + height * width)
+
+
+@pytest.mark.parametrize("grid", [(4, 4), (5, 7)])
+def test_expedited_vitdet_counts_its_positions_of_clusters(grid):
+    vit = vitdet()
+    with expedite(vit, alpha=1, grid=grid, iterations=3, temperature=0.1):
+        flops = count_flops(vit, torch.randn(1, 3, 64, 64))
+    # A window of 4 x 4 tokens is one of 2 x 2 or of 2 x 4 cells; 5 rows are padded to 6.
+    window = (2, 2) if grid == (4, 4) else (2, 4)
+    keys = window[0] * window[1]
+    real = grid[0] * grid[1]
+    padded = 16 if grid == (4, 4) else 6 * 8
+    # Attention works on padding too, the rest of the block does not.
+    windowed = block(real, 16, keys=0) + 4 * (padded - real) * 16 * 16 + 2 * padded * keys * 16
+    windowed += positioned(padded, keys, size=4, margin=3, dim=16, heads=2)
+    everywhere = block(real, 16) + positioned(real, real, size=8, margin=0, dim=16, heads=2)
+    assert flops.after == windowed + everywhere
+    expected = clustering(8, 8, grid, 2, 16, iterations=3)
+    assert flops.clustering == expected + positions_of_clusters(8, 8, grid, 2)
     assert flops.uncounted == {}
 
 

@@ -566,6 +566,8 @@ WRONG = [
     ({"neighbor_window": 4}, "NEIGHBOR_WINDOW", "4", "odd"),
     ({"neighbor_window": -1}, "NEIGHBOR_WINDOW", "-1", "odd"),
     ({"neighbor_window": None}, "NEIGHBOR_WINDOW", "None", "odd"),
+    ({"positions": "x"}, "POSITIONS", "'x'", "('clusters', 'grid')"),
+    ({"positions": None}, "POSITIONS", "None", "('clusters', 'grid')"),
     ({"normalize": "l3"}, "NORMALIZE", "'l3'", "('l1', 'l2')"),
 ]
 

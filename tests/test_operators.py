@@ -56,7 +56,7 @@ def upsample(cells: Tensor, factor: tuple[int, int]) -> Tensor:
 
 def spread_clusters(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
     """Clusters of a map, moved apart: which of two near-equal ones is the k-th is chance."""
-    clusters, _ = cluster_tokens(tokens, grid)
+    clusters, *_ = cluster_tokens(tokens, grid)
     return clusters + 0.2 * torch.randn_like(clusters)
 
 
@@ -101,7 +101,7 @@ def test_oracle_is_the_published_operator(golden):
     arrays, meta = golden
     tokens, clusters = arrays["tokens"], arrays["clusters"]
     grid, temperature = tuple(meta["grid"]), meta["temperature"]
-    ours, _ = oracles.cluster(tokens, grid, meta["iterations"], temperature, meta["window"])
+    ours, *_ = oracles.cluster(tokens, grid, meta["iterations"], temperature, meta["window"])
     assert relative_error(ours, clusters) < 1e-4
     rebuilt = oracles.rebuild(
         arrays["refined"], tokens, clusters, meta["neighbors"], temperature, "l2"
@@ -130,10 +130,11 @@ MAPS = [
 @pytest.mark.parametrize(("size", "grid", "window"), MAPS)
 def test_clustering_equals_dense_oracle(size, grid, window, temperature):
     tokens = smooth_map(2, size, 12)
-    clusters, sizes = cluster_tokens(tokens, grid, 4, temperature, window)
-    expected, expected_sizes = oracles.cluster(tokens, grid, 4, temperature, window)
-    assert relative_error(clusters, expected) < 1e-4
-    assert relative_error(sizes, expected_sizes) < 1e-4
+    clusters = cluster_tokens(tokens, grid, 4, temperature, window)
+    expected = oracles.cluster(tokens, grid, 4, temperature, window)
+    assert clusters.features.dtype == clusters.sizes.dtype == clusters.positions.dtype
+    for ours, reference in zip(clusters, expected, strict=True):
+        assert relative_error(ours, reference) < 1e-4
 
 
 def padding(batch: int, size: tuple[int, int]) -> Tensor:
@@ -162,8 +163,8 @@ WEIGHTS = {
 )
 def test_weighted_clustering_equals_dense_oracle(size, grid, window, kind, temperature):
     tokens, weights = smooth_map(2, size, 12), WEIGHTS[kind](2, size)
-    clusters, sizes = cluster_tokens(tokens, grid, 4, temperature, window, weights)
-    expected, expected_sizes = oracles.cluster(
+    clusters, sizes, places = cluster_tokens(tokens, grid, 4, temperature, window, weights)
+    expected, expected_sizes, expected_places = oracles.cluster(
         tokens, grid, 4, temperature, window, weights=weights
     )
     assert relative_error(sizes, expected_sizes) < 1e-4
@@ -171,14 +172,48 @@ def test_weighted_clustering_equals_dense_oracle(size, grid, window, kind, tempe
     # Where a cluster stands for no token its position says nothing.
     used = expected_sizes > 1e-6
     assert relative_error(clusters[used], expected[used]) < 1e-4
+    assert relative_error(places[used], expected_places[used]) < 1e-4
+
+
+def test_a_cell_of_padding_stays_empty():
+    """Its centroid says nothing, so no token may be drawn to it, however close."""
+    tokens, weights = smooth_map(1, (16, 24), 8), torch.ones(1, 16, 24)
+    weights[:, 8:] = 0
+    for temperature in (1e-3, 0.3, "auto"):
+        _, sizes, places = cluster_tokens(tokens, (8, 12), temperature=temperature, weights=weights)
+        assert (sizes[:, 4:] == 0).all() and (sizes[:, :4] > 0).all()
+        assert places.isfinite().all()
+        # The other half of the map might as well not be there.
+        half = cluster_tokens(tokens[:, :8], (4, 12), temperature=temperature)
+        torch.testing.assert_close(sizes[:, :4], half.sizes, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("images", [1, 2])
+def test_given_positions(images):
+    """Those of an earlier clustering are averaged, for all images alike or for each."""
+    tokens, positions = smooth_map(2, (13, 29), 8), 9 * torch.randn(images, 13, 29, 2)
+    weights = 4 * torch.rand(2, 13, 29)
+    settings = (tokens, (7, 11), 3, 0.3, 3)
+    places = cluster_tokens(*settings, weights, positions).positions
+    _, _, expected = oracles.cluster(
+        *settings, weights=weights, positions=positions.expand(2, -1, -1, -1)
+    )
+    assert relative_error(places, expected) < 1e-4
+
+
+def test_positions_stay_in_the_window():
+    """A mean of tokens whose home cells are at most r away."""
+    places = cluster_tokens(smooth_map(1, (24, 36), 8), (12, 18), window=3).positions
+    centers = oracles.coordinates((12, 18)).view(12, 18, 2) * 2 + 0.5
+    assert (places[0] - centers).abs().max() <= 2 + 0.5
 
 
 def test_integer_weights_repeat_tokens():
     """A weight of 2 is the same as the token twice: columns doubled, and the grid with them."""
     tokens = smooth_map(1, (12, 8), 6)
     doubled = tokens.repeat_interleave(2, 2)
-    clusters, sizes = cluster_tokens(tokens, (6, 4), 3, 0.5, 3, torch.full((1, 12, 8), 2.0))
-    expected, expected_sizes = cluster_tokens(doubled, (6, 4), 3, 0.5, 3)
+    clusters, sizes, _ = cluster_tokens(tokens, (6, 4), 3, 0.5, 3, torch.full((1, 12, 8), 2.0))
+    expected, expected_sizes, _ = cluster_tokens(doubled, (6, 4), 3, 0.5, 3)
     torch.testing.assert_close(clusters, expected)
     torch.testing.assert_close(sizes, expected_sizes)
 
@@ -224,7 +259,7 @@ def test_padded_reconstruction_equals_dense_oracle(window, temperature):
 def test_dense_baseline_agrees():
     """What the benchmark compares with computes the same."""
     tokens, refined = smooth_map(2, (13, 29), 12), torch.randn(2, 7, 11, 5)
-    clusters, _ = cluster_tokens(tokens, (7, 11), 4, 0.3, 5)
+    clusters, *_ = cluster_tokens(tokens, (7, 11), 4, 0.3, 5)
     dense = dense_clustering(tokens, (7, 11), 4, 0.3, 5)
     assert relative_error(dense, clusters) < 1e-4
     for normalize in ("l1", "l2"):
@@ -257,7 +292,7 @@ def test_gradients_of_clustering(temperature, weighted):
     weights = padding(2, size) if weighted else None
     probe, size_probe = torch.randn(2, *grid, 6), torch.randn(2, *grid)
     gradients = []
-    for clusters, sizes in (
+    for clusters, sizes, _ in (
         cluster_tokens(tokens, grid, 3, temperature, 3, weights),
         oracles.cluster(tokens, grid, 3, temperature, 3, weights=weights),
     ):
@@ -274,7 +309,7 @@ def test_gradients_are_finite_where_distances_are_zero():
     tokens[1, :, :9] = -2.0
     tokens[2] = upsample(torch.randn(1, 6, 9, 6), (2, 2))[0]
     tokens.requires_grad_()
-    clusters, sizes = cluster_tokens(tokens, (6, 9))
+    clusters, sizes, _ = cluster_tokens(tokens, (6, 9))
     rebuilt = reconstruct_tokens(clusters, tokens, clusters)
     (rebuilt.square().sum() + sizes.square().sum()).backward()
     assert tokens.grad.isfinite().all()
@@ -286,7 +321,7 @@ def test_gradients_are_finite_where_distances_are_zero():
 @pytest.mark.parametrize("size", [(6, 6), (11, 20)])
 def test_as_many_clusters_as_tokens_is_the_identity(size):
     tokens = torch.randn(2, *size, 8)
-    clusters, sizes = cluster_tokens(tokens, size, temperature=100.0)
+    clusters, sizes, _ = cluster_tokens(tokens, size, temperature=100.0)
     torch.testing.assert_close(clusters, tokens)
     torch.testing.assert_close(sizes, torch.ones_like(sizes))
     rebuilt = reconstruct_tokens(clusters, tokens, clusters, temperature=100.0)
@@ -297,7 +332,7 @@ def test_as_many_clusters_as_tokens_is_the_identity(size):
 def test_constant_map_stays_constant(temperature):
     value = torch.randn(2, 1, 1, 8)
     tokens = value.expand(2, 13, 29, 8)
-    clusters, sizes = cluster_tokens(tokens, (7, 11), temperature=temperature)
+    clusters, sizes, _ = cluster_tokens(tokens, (7, 11), temperature=temperature)
     torch.testing.assert_close(clusters, value.expand_as(clusters))
     torch.testing.assert_close(sizes.sum((1, 2)), torch.full((2,), 13.0 * 29))
     for window in (None, 5):
@@ -331,7 +366,7 @@ def test_constant_cells_are_recovered_exactly(window, dtype):
     """
     cells = torch.randn(2, 20, 20, 16).to(dtype)
     tokens = upsample(cells, (2, 3))
-    clusters, sizes = cluster_tokens(tokens, (20, 20), window=window)
+    clusters, sizes, _ = cluster_tokens(tokens, (20, 20), window=window)
     tolerance = {"rtol": 0, "atol": 1e-5 if dtype == torch.float32 else 0}
     torch.testing.assert_close(clusters, cells, **tolerance)
     torch.testing.assert_close(sizes, torch.full_like(sizes, 6.0))
@@ -343,7 +378,7 @@ def test_constant_cells_are_recovered_exactly(window, dtype):
 @pytest.mark.parametrize("window", [None, 5])
 def test_weights_are_normalised(window, temperature):
     tokens = smooth_map(2, (13, 29), 12)
-    clusters, _ = cluster_tokens(tokens, (7, 11))
+    clusters, *_ = cluster_tokens(tokens, (7, 11))
     settings = {"temperature": temperature, "window": window}
     ones = torch.ones(2, 7, 11, 3)
     torch.testing.assert_close(
@@ -363,7 +398,7 @@ def test_batch_members_do_not_meet(temperature):
     refined = torch.randn(4, 7, 10, 8)
 
     def both(chosen: list[int]) -> list[Tensor]:
-        clusters, sizes = cluster_tokens(tokens[chosen], (7, 10), temperature=temperature)
+        clusters, sizes, _ = cluster_tokens(tokens[chosen], (7, 10), temperature=temperature)
         around = [
             reconstruct_tokens(
                 refined[chosen], tokens[chosen], clusters, temperature=temperature, window=window
@@ -387,8 +422,8 @@ def test_nothing_reaches_beyond_the_window():
     tokens = smooth_map(1, (24, 36), 8)
     changed = tokens.clone()
     changed[0, 0, 0] += 3
-    before, sizes = cluster_tokens(tokens, (12, 18), 2, 0.3, window=3)
-    after, new_sizes = cluster_tokens(changed, (12, 18), 2, 0.3, window=3)
+    before, sizes, _ = cluster_tokens(tokens, (12, 18), 2, 0.3, window=3)
+    after, new_sizes, _ = cluster_tokens(changed, (12, 18), 2, 0.3, window=3)
     moved = (before - after).abs().amax(-1)[0]
     reach = 2 * 2 * 1  # iterations * 2 * r
     assert moved[0, 0] > 1e-3
@@ -434,14 +469,14 @@ TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 6e-2}
 def test_auto_temperature_follows_the_scale(image, scale, dtype):
     base = IMAGES[image]()
     tokens = (base * scale).to(dtype)
-    clusters, sizes = cluster_tokens(tokens, (12, 12))
+    clusters, sizes, _ = cluster_tokens(tokens, (12, 12))
     rebuilt = reconstruct_tokens(clusters, tokens, clusters)
     assert clusters.dtype == rebuilt.dtype == dtype and sizes.dtype == torch.float32
     for result in (clusters, sizes, rebuilt):
         assert result.isfinite().all()
     torch.testing.assert_close(sizes.sum(), torch.tensor(24.0 * 24))
     # The oracle on the image before it was scaled and rounded.
-    expected, expected_sizes = oracles.cluster(base, (12, 12), 5, "auto", 5)
+    expected, expected_sizes, _ = oracles.cluster(base, (12, 12), 5, "auto", 5)
     expected_rebuilt = oracles.rebuild(expected, base, expected, 20, "auto", "l1")
     assert relative_error(clusters.float() / scale, expected) < TOLERANCE[dtype]
     assert relative_error(rebuilt.float() / scale, expected_rebuilt) < TOLERANCE[dtype]
@@ -456,7 +491,7 @@ def test_auto_temperature_ignores_a_shift(image, shift):
     offset = shift * torch.randn(8)
     results = []
     for moved in (tokens, tokens + offset):
-        clusters, sizes = cluster_tokens(moved, (12, 12))
+        clusters, sizes, _ = cluster_tokens(moved, (12, 12))
         results.append((clusters, reconstruct_tokens(clusters, moved, clusters), sizes))
     (clusters, rebuilt, sizes), (moved_clusters, moved_rebuilt, moved_sizes) = results
     torch.testing.assert_close(moved_clusters - offset, clusters, rtol=0, atol=2e-3)
@@ -467,7 +502,7 @@ def test_auto_temperature_ignores_a_shift(image, shift):
 @pytest.mark.parametrize("window", [None, 1])
 def test_a_single_token(window):
     tokens = torch.randn(2, 1, 1, 4)
-    clusters, sizes = cluster_tokens(tokens, (1, 1))
+    clusters, sizes, _ = cluster_tokens(tokens, (1, 1))
     torch.testing.assert_close(clusters, tokens)
     assert (sizes == 1).all()
     rebuilt = reconstruct_tokens(clusters, tokens, clusters, neighbors=1, window=window)
@@ -478,9 +513,9 @@ def test_a_single_token(window):
 @pytest.mark.parametrize("temperature", [1e8, 1e20, 1e30, 1e38, 1e300])
 def test_huge_temperature_is_hard_assignment(temperature, window):
     tokens = smooth_map(1, (25, 13), 8)
-    clusters, sizes = cluster_tokens(tokens, (18, 9), 1, temperature, window)
+    clusters, sizes, _ = cluster_tokens(tokens, (18, 9), 1, temperature, window)
     # In float64 this one is far into the limit already, and everything stays representable.
-    expected, expected_sizes = oracles.cluster(tokens, (18, 9), 1, 1e8, window)
+    expected, expected_sizes, _ = oracles.cluster(tokens, (18, 9), 1, 1e8, window)
     assert relative_error(sizes, expected_sizes) < 1e-4
     assert relative_error(clusters, expected) < 1e-4
     refined, clusters = torch.randn(1, 18, 9, 4), spread_clusters(tokens, (18, 9))
@@ -496,8 +531,8 @@ def test_huge_temperature_is_hard_assignment(temperature, window):
 def test_tiny_temperature_is_the_mean_of_the_window():
     tokens = smooth_map(1, (16, 16), 8)
     for temperature in (1e-12, 1e-30):
-        clusters, sizes = cluster_tokens(tokens, (10, 10), 2, temperature, 3)
-        expected, expected_sizes = oracles.cluster(tokens, (10, 10), 2, temperature, 3)
+        clusters, sizes, _ = cluster_tokens(tokens, (10, 10), 2, temperature, 3)
+        expected, expected_sizes, _ = oracles.cluster(tokens, (10, 10), 2, temperature, 3)
         assert relative_error(sizes, expected_sizes) < 1e-4
         assert relative_error(clusters, expected) < 1e-4
 
@@ -507,7 +542,7 @@ def test_tiny_temperature_is_the_mean_of_the_window():
 def test_a_black_image_keeps_its_sizes(value, window):
     """No variance, so an extreme temperature; 25 to 18 gives tiles of unequal token counts."""
     tokens = torch.full((1, 25, 25, 8), value)
-    clusters, sizes = cluster_tokens(tokens, (18, 18), window=window)
+    clusters, sizes, _ = cluster_tokens(tokens, (18, 18), window=window)
     torch.testing.assert_close(clusters, torch.full_like(clusters, value))
     assert sizes.isfinite().all()
     torch.testing.assert_close(sizes.sum(), torch.tensor(25.0 * 25))
@@ -519,7 +554,7 @@ def test_a_black_image_keeps_its_sizes(value, window):
 @pytest.mark.parametrize("scale", [0.0, 1.0])
 def test_no_valid_cluster_in_reach_stays_finite(scale, window, normalize, temperature):
     tokens = scale * smooth_map(1, (24, 24), 8)
-    clusters, _ = cluster_tokens(tokens, (12, 12))
+    clusters, *_ = cluster_tokens(tokens, (12, 12))
     valid = torch.ones(1, 12, 12, dtype=torch.bool)
     valid[:, 6:] = False
     refined = torch.randn(1, 12, 12, 4)
@@ -534,10 +569,10 @@ def test_no_valid_cluster_in_reach_stays_finite(scale, window, normalize, temper
 def test_an_image_of_nothing_but_padding(temperature):
     tokens, weights = smooth_map(2, (12, 18), 8), torch.ones(2, 12, 18)
     weights[1] = 0
-    clusters, sizes = cluster_tokens(tokens, (6, 9), temperature=temperature, weights=weights)
+    clusters, sizes, _ = cluster_tokens(tokens, (6, 9), temperature=temperature, weights=weights)
     assert clusters.isfinite().all()
     assert (sizes[1] == 0).all()
-    alone, _ = cluster_tokens(tokens[:1], (6, 9), temperature=temperature)
+    alone, *_ = cluster_tokens(tokens[:1], (6, 9), temperature=temperature)
     torch.testing.assert_close(clusters[:1], alone)
 
 
@@ -545,8 +580,8 @@ def test_what_padding_holds_does_not_matter():
     tokens, weights = smooth_map(1, (16, 24), 8), padding(1, (16, 24))
     garbage = torch.where(weights[..., None] > 0, tokens, 1e3 * torch.randn_like(tokens))
     for temperature in (0.3, "auto"):
-        clusters, sizes = cluster_tokens(tokens, (8, 12), 5, temperature, weights=weights)
-        again, sizes_again = cluster_tokens(garbage, (8, 12), 5, temperature, weights=weights)
+        clusters, sizes, _ = cluster_tokens(tokens, (8, 12), 5, temperature, weights=weights)
+        again, sizes_again, _ = cluster_tokens(garbage, (8, 12), 5, temperature, weights=weights)
         torch.testing.assert_close(again, clusters, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(sizes_again, sizes, rtol=1e-4, atol=1e-5)
 
@@ -556,10 +591,10 @@ def test_memory_layout_does_not_matter_and_inputs_stay():
     weights = torch.rand(2, 13, 29)
     channels_first = tokens.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1)
     copies = tokens.clone(), weights.clone()
-    clusters, _ = cluster_tokens(tokens, (7, 11), weights=weights)
+    clusters, *_ = cluster_tokens(tokens, (7, 11), weights=weights)
     rebuilt = reconstruct_tokens(clusters, tokens, clusters)
     assert torch.equal(tokens, copies[0]) and torch.equal(weights, copies[1])
-    again, _ = cluster_tokens(channels_first, (7, 11), weights=weights)
+    again, *_ = cluster_tokens(channels_first, (7, 11), weights=weights)
     torch.testing.assert_close(again, clusters)
     torch.testing.assert_close(reconstruct_tokens(again, channels_first, again), rebuilt)
 
@@ -604,8 +639,8 @@ def test_weights_that_underflow(window, normalize):
 def test_cancellation_under_a_large_offset(window):
     """|x|^2 is 1e9 and differences are 1: expanding the square in fp32 would leave noise."""
     tokens = smooth_map(1, (13, 29), 16) + 1e4
-    clusters, sizes = cluster_tokens(tokens, (7, 11), 5, 0.3, 5)
-    expected, expected_sizes = oracles.cluster(tokens, (7, 11), 5, 0.3, 5)
+    clusters, sizes, _ = cluster_tokens(tokens, (7, 11), 5, 0.3, 5)
+    expected, expected_sizes, _ = oracles.cluster(tokens, (7, 11), 5, 0.3, 5)
     assert relative_error(sizes, expected_sizes) < 1e-4
     # The output itself is rounded to multiples of 1e-3.
     assert (clusters.double() - expected).abs().max() < 1.5e-3
@@ -631,8 +666,8 @@ def test_zero_distances_stay_zero():
 def test_half_precision_does_not_overflow(temperature, dtype):
     """Squared norms of 1e8 where fp16 ends at 65504."""
     tokens = (300 * smooth_map(1, (14, 21), 1024)).to(dtype)
-    clusters, sizes = cluster_tokens(tokens, (7, 10), temperature=temperature)
-    wanted, wanted_sizes = cluster_tokens(tokens.float(), (7, 10), temperature=temperature)
+    clusters, sizes, _ = cluster_tokens(tokens, (7, 10), temperature=temperature)
+    wanted, wanted_sizes, _ = cluster_tokens(tokens.float(), (7, 10), temperature=temperature)
     assert clusters.dtype == dtype and clusters.isfinite().all()
     torch.testing.assert_close(sizes, wanted_sizes)
     # The arithmetic is that of fp32: only the output is rounded.
@@ -652,9 +687,9 @@ def test_autocast_changes_nothing(dtype):
     """Under autocast a plain product is taken in half precision, whatever its inputs."""
     tokens, refined = 40 * smooth_map(1, (13, 29), 256), torch.randn(1, 7, 11, 8)
     for temperature in (1e-4, "auto"):
-        clusters, sizes = cluster_tokens(tokens, (7, 11), temperature=temperature)
+        clusters, sizes, _ = cluster_tokens(tokens, (7, 11), temperature=temperature)
         with torch.autocast("cpu", dtype):
-            again, sizes_again = cluster_tokens(tokens, (7, 11), temperature=temperature)
+            again, sizes_again, _ = cluster_tokens(tokens, (7, 11), temperature=temperature)
         torch.testing.assert_close(again, clusters)
         torch.testing.assert_close(sizes_again, sizes)
         for window in (None, 5):
@@ -669,7 +704,7 @@ def test_no_device_is_hard_coded():
     source = Path(operators.__file__).read_text(encoding="utf-8")
     assert not re.search(r"\.(cuda|cpu)\(|device=[\"']", source)
     tokens = torch.empty(2, 13, 29, 8, device="meta")
-    clusters, sizes = cluster_tokens(tokens, (7, 11), weights=tokens[..., 0])
+    clusters, sizes, _ = cluster_tokens(tokens, (7, 11), weights=tokens[..., 0])
     assert (clusters.shape, clusters.device.type) == ((2, 7, 11, 8), "meta")
     assert (sizes.shape, sizes.device.type) == ((2, 7, 11), "meta")
     for window in (None, 5):
@@ -680,8 +715,8 @@ def test_no_device_is_hard_coded():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_cuda_equals_cpu():
     tokens, refined = smooth_map(2, (25, 19), 64), torch.randn(2, 18, 17, 8)
-    clusters, sizes = cluster_tokens(tokens, (18, 17))
-    on_gpu, sizes_on_gpu = cluster_tokens(tokens.cuda(), (18, 17))
+    clusters, sizes, _ = cluster_tokens(tokens, (18, 17))
+    on_gpu, sizes_on_gpu, _ = cluster_tokens(tokens.cuda(), (18, 17))
     assert relative_error(on_gpu.cpu(), clusters) < 1e-3
     assert relative_error(sizes_on_gpu.cpu(), sizes) < 1e-3
     for window in (None, 5):
@@ -708,7 +743,7 @@ def test_layers_keep_nothing():
 def test_layers_are_the_functions():
     tokens, weights = smooth_map(2, (13, 29), 8), padding(2, (13, 29))
     clusters, sizes = TokenClustering((7, 11), 3, 0.2, 3)(tokens, weights, return_sizes=True)
-    expected, expected_sizes = oracles.cluster(tokens, (7, 11), 3, 0.2, 3, weights=weights)
+    expected, expected_sizes, _ = oracles.cluster(tokens, (7, 11), 3, 0.2, 3, weights=weights)
     used = expected_sizes > 1e-6
     assert relative_error(clusters[used], expected[used]) < 1e-4
     assert relative_error(sizes, expected_sizes) < 1e-4
@@ -748,17 +783,17 @@ def test_two_threads_share_a_layer():
 
 
 class Recorder(TorchDispatchMode):
-    """Counts matrix products and keeps the size of the largest tensor made."""
+    """Keeps the inner and the last axis of every matrix product and the largest tensor made."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.products = 0
+        self.products: list[tuple[int, int]] = []
         self.largest = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
-        packet = func.overloadpacket
-        self.products += packet in (torch.ops.aten.mm, torch.ops.aten.bmm, torch.ops.aten.baddbmm)
+        if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.bmm):
+            self.products.append(tuple(args[1].shape[-2:]))
         for tensor in result if isinstance(result, (tuple, list)) else (result,):
             # An expanded view takes no memory.
             if isinstance(tensor, Tensor) and tensor.numel():
@@ -770,11 +805,16 @@ class Recorder(TorchDispatchMode):
 @pytest.mark.parametrize("temperature", [0.3, "auto"])
 @pytest.mark.parametrize("iterations", [1, 3, 5])
 def test_no_product_is_wasted(iterations, temperature):
-    """One product for the scores and one for the update in each step, and none after the last."""
-    tokens = smooth_map(1, (20, 20), 8)
+    """One product for the scores and one for the update in each step; the positions once."""
+    channels = 24
+    tokens = smooth_map(1, (20, 20), channels)
     with Recorder() as recorder:
         cluster_tokens(tokens, (14, 14), iterations, temperature)
-    assert recorder.products == 2 * iterations
+    scores = [product for product in recorder.products if product[0] == channels]
+    updates = [product for product in recorder.products if product[1] == channels]
+    positions = [product for product in recorder.products if product[1] == 2]
+    assert (len(scores), len(updates), len(positions)) == (iterations, iterations, 1)
+    assert len(recorder.products) == 2 * iterations + 1
 
 
 def test_products_are_local():
@@ -790,7 +830,7 @@ def test_memory_stays_small():
     n, m, c = 40 * 40, 28 * 28, 256
     tokens = torch.randn(1, 40, 40, c)
     with Recorder() as clustering:
-        clusters, _ = cluster_tokens(tokens, (28, 28))
+        clusters, *_ = cluster_tokens(tokens, (28, 28))
     with Recorder() as windowed:
         reconstruct_tokens(clusters, tokens, clusters, window=5)
     with Recorder() as everywhere:
@@ -853,6 +893,15 @@ def test_grid_beyond_the_map(grid):
 def test_clustering_needs_a_map(shape):
     with pytest.raises(ValueError, match=r"tokens must have shape \(B, H, W, C\)"):
         cluster_tokens(torch.zeros(shape), (4, 4))
+
+
+def test_arguments_by_name():
+    tokens, refined = smooth_map(1, (12, 18), 8), torch.randn(1, 6, 9, 4)
+    clusters = cluster_tokens(tokens=tokens, grid=(6, 9)).features
+    expected = reconstruct_tokens(refined, tokens, clusters)
+    some = reconstruct_tokens(refined, tokens=tokens, clusters=clusters)
+    named = reconstruct_tokens(refined=refined, tokens=tokens, clusters=clusters)
+    assert torch.equal(some, expected) and torch.equal(named, expected)
 
 
 SHAPES = [

@@ -184,7 +184,7 @@ def test_explicit_forward(kind, size_aware):
     prefix = vit.num_prefix_tokens
     before = vit.blocks[0](vit.norm_pre(vit._pos_embed(vit.patch_embed(x))))
     maps = before[:, prefix:].reshape(2, *SIZE, 32)
-    clusters, sizes = cluster_tokens(maps, (3, 5))
+    clusters, sizes, _ = cluster_tokens(maps, (3, 5))
     assert sizes.std() > 0.1  # the votes differ
     expected = []
     for image in range(2):
@@ -192,8 +192,9 @@ def test_explicit_forward(kind, size_aware):
         votes = torch.cat([torch.ones(prefix), sizes[image].flatten()])
         for block in vit.blocks[1:]:
             tokens = explicit_block(block, tokens, votes if size_aware else torch.ones_like(votes))
-        rebuilt = reconstruct_tokens(
-            tokens[None, prefix:].view(1, 3, 5, 32), maps[[image]], clusters[[image]], 3, window=5
+        change = tokens[None, prefix:].view(1, 3, 5, 32) - clusters[[image]]
+        rebuilt = maps[[image]] + reconstruct_tokens(
+            change, maps[[image]], clusters[[image]], 3, window=5
         )
         expected.append(torch.cat([tokens[:prefix], rebuilt[0].flatten(0, 1)]))
     assert error(actual, vit.norm(torch.stack(expected))) < 1e-5

@@ -291,6 +291,7 @@ def test_published_operator_as_base_and_as_second_file() -> None:
         neighbor_window=0,
         normalize="l2",
         size_aware=False,
+        positions="grid",
         residual=False,
     )
 
@@ -348,6 +349,7 @@ def test_config_expedites_the_backbone(file: str, alpha: int, grid: tuple[int, i
         ({"TEMPERATURE": "hot"}, r"TEMPERATURE.*got 'hot'"),
         ({"WINDOW": 4}, r"WINDOW.*odd.*got 4"),
         ({"NEIGHBOR_WINDOW": 2}, r"NEIGHBOR_WINDOW.*odd.*got 2"),
+        ({"POSITIONS": "mean"}, r"POSITIONS must be one of .*clusters.*grid.*got 'mean'"),
         ({"NORMALIZE": "max"}, r"NORMALIZE must be one of .*got 'max'"),
         ({"ITERATIONS": 0}, r"ITERATIONS .*got 0"),
         ({"NEIGHBORS": 0}, r"NEIGHBORS .*got 0"),
@@ -425,6 +427,7 @@ def test_adding_keys_keeps_existing_ones(add: Any, name: str, key: str, value: A
         ("RATIO", "0.7", "ratio", 0.7),
         ("SCOPE", "window", "scope", "window"),
         ("SIZE_AWARE", "False", "size_aware", False),
+        ("POSITIONS", "grid", "positions", "grid"),
     ],
 )
 def test_command_line_forms(key: str, text: str, field: str, value: Any) -> None:

@@ -42,6 +42,7 @@ from expedit_d2.engine import (
 )
 from expedit_d2.settings import Settings
 from projects import get_cfg
+from projects.Mask2Former import MaskFormerTrainer
 
 
 def setup(args: argparse.Namespace) -> CfgNode:
@@ -55,16 +56,22 @@ def setup(args: argparse.Namespace) -> CfgNode:
     return cfg
 
 
+def trainer_of(cfg: CfgNode) -> type[Trainer]:
+    """The trainer of the project that the model belongs to."""
+    return MaskFormerTrainer if cfg.MODEL.META_ARCHITECTURE == "MaskFormer" else Trainer
+
+
 def run_yaml(args: argparse.Namespace) -> dict[str, Any]:
     cfg = setup(args)
     default_setup(cfg, args)
     if args.compare:
         return run_comparison(cfg)
+    trainer_class = trainer_of(cfg)
     if args.eval_only:
-        model = Trainer.build_model(cfg)
+        model = trainer_class.build_model(cfg)
         load_weights(model, cfg.MODEL.WEIGHTS)
-        return Trainer.test(cfg, model)
-    trainer = Trainer(cfg)
+        return trainer_class.test(cfg, model)
+    trainer = trainer_class(cfg)
     trainer.resume_or_load(resume=args.resume)
     return trainer.train()
 
@@ -75,12 +82,13 @@ def run_comparison(cfg: CfgNode) -> dict[str, Any]:
     plain = cfg.clone()
     plain.defrost()
     plain.MODEL.EXPEDIT.ENABLED = False
-    model = Trainer.build_model(plain).eval()
+    trainer = trainer_of(plain)
+    model = trainer.build_model(plain).eval()
     load_weights(model, plain.MODEL.WEIGHTS)
     for name in plain.DATASETS.TEST:
-        loader = Trainer.build_test_loader(plain, name)
+        loader = trainer.build_test_loader(plain, name)
         rows = compare(
-            model, {"expedit": settings}, loader, partial(Trainer.build_evaluator, plain, name)
+            model, {"expedit": settings}, loader, partial(trainer.build_evaluator, plain, name)
         )
         print(f"\n{name}\n{to_table(rows)}\n")
     return {}

@@ -79,9 +79,9 @@ _RESIZING = ("upsample_bicubic2d", "upsample_bilinear2d")
 # Without products: element-wise, comparing, moving. Not counted, as in fvcore; anything that is
 # in neither table is reported as uncounted.
 _FREE = frozenset(
-    "abs add add_ all alias any arange argmax argsort bitwise_and bitwise_or broadcast_to cat ceil "
-    "clamp clamp_max clamp_min clone constant_pad_nd cumsum detach div div_ empty_like eq exp "
-    "expand_as fill_ floor gather gelu ge glu group_norm_backward gt index index_put index_select "
+    "abs add add_ all alias amax any arange argmax argsort bitwise_and bitwise_or cat ceil "
+    "broadcast_to clamp clamp_max clamp_min clone constant_pad_nd cumsum detach div div_ eq exp "
+    "empty_like expand_as fill_ floor gather gelu ge glu gt index index_put index_select "
     "isfinite le leaky_relu lift_fresh log log2 logical_and logical_not logical_or logsumexp lt "
     "masked_fill masked_fill_ max max_pool2d maximum mean meshgrid min minimum mul mul_ ne neg "
     "new_ones new_tensor numpy_T ones_like pad pow prod reciprocal relu relu_ repeat "

@@ -62,6 +62,8 @@ class InstanceAgreement(DatasetEvaluator):
 
     def process(self, inputs: list[dict], outputs: list[dict]) -> None:
         for item, output in zip(inputs, outputs, strict=True):
+            if "instances" not in output:
+                raise ValueError("a comparison needs a model that predicts instances")
             instances = output["instances"].to("cpu")
             instances = instances[instances.scores >= self.threshold]
             masks = None

@@ -23,7 +23,17 @@ def build_evaluator(dataset_name: str, output_dir: str, masks: bool = True) -> D
     )
 
 
+#: Task of an evaluator -> (its headline metric, the name of that in tables).
+_MAIN = {
+    "bbox": ("AP", "box AP"),
+    "segm": ("AP", "mask AP"),
+    "panoptic_seg": ("PQ", "PQ"),
+    "sem_seg": ("mIoU", "mIoU"),
+}
+
+
 def main_metrics(results: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
     """The headline of each task in an evaluator's results: ``{"box AP": 41.2, …}``."""
-    names = {"bbox": "box AP", "segm": "mask AP"}
-    return {names[task]: values["AP"] for task, values in results.items() if task in names}
+    return {
+        name: results[task][metric] for task, (metric, name) in _MAIN.items() if task in results
+    }
