@@ -221,9 +221,21 @@ def _pool(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
     return F.adaptive_avg_pool2d(tokens.permute(0, 3, 1, 2), grid).flatten(2).transpose(1, 2)
 
 
-def _score(x: Tensor, centroids: Tensor) -> Tensor:
-    """Half of |x|^2 - |x - centroid|^2, (..., N, M): larger is closer."""
-    return x @ centroids.transpose(-2, -1) - centroids.square().sum(-1)[..., None, :] / 2
+def _score(x: Tensor, centroids: Tensor, cells: Tensor | None = None) -> Tensor:
+    """Half of |x|^2 - |x - centroid|^2: larger is closer.
+
+    Args:
+        x: (B, N, C), or tiled (B, T, R, C).
+        centroids: (B, M, C).
+        cells: (T, P) which of them each tile meets; None, not tiled: all.
+
+    Returns:
+        (B, N, M), or (B, T, R, P).
+    """
+    norms = centroids.square().sum(-1) / 2  # once a centroid, not once a tile
+    if cells is not None:
+        centroids, norms = _take(centroids, cells), norms[:, cells]
+    return x @ centroids.transpose(-2, -1) - norms[..., None, :]
 
 
 def grid_positions(height: int, width: int, device: torch.device | None = None) -> Tensor:
@@ -311,7 +323,7 @@ def cluster_tokens(
         return whole.index_add(1, cells, parts.flatten(1, 2))
 
     for _ in range(iterations):
-        score = _score(tiled, _take(centroids, tiles.cells))  # (B, T, R, P)
+        score = _score(tiled, centroids, tiles.cells)  # (B, T, R, P)
         score = score.masked_fill(~allowed, _NEVER)
         if temperature == AUTO:
             best = tiles.cells.expand(batch, -1, -1).gather(2, score.argmax(-1))
@@ -454,7 +466,7 @@ def _rebuild_from_window(
 ) -> Tensor:
     """Neighbors among the clusters near a token's home cell, (B, N, D)."""
     tiled = _take(x, tiles.tokens)  # (B, T, R, C)
-    score = _score(tiled, _take(centroids, tiles.cells))  # (B, T, R, P)
+    score = _score(tiled, centroids, tiles.cells)  # (B, T, R, P)
     allowed = tiles.allowed
     if keep is not None:
         allowed = allowed & keep[:, tiles.cells][..., None, :]

@@ -17,22 +17,30 @@ from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 
 from .operators import cluster_tokens, reconstruct_tokens
 from .settings import Settings
+from .windows import partition, unpartition
 
 __all__ = ["cluster_labels", "draw_clusters", "draw_instances", "save_panels"]
 
 matplotlib.use("Agg")  # only files are written
 
 
-def cluster_labels(tokens: Tensor, settings: Settings) -> Tensor:
+def cluster_labels(
+    tokens: Tensor, settings: Settings, attention_window: int | None = None
+) -> Tensor:
     """The cluster each token is nearest to.
 
     Args:
         tokens: (B, H, W, C) tokens as they enter the clustering.
-        settings: of the "expedit" method, over the whole map.
+        settings: of the "expedit" method.
+        attention_window: side of the model's attention windows, for scope "window".
 
     Returns:
-        (B, H, W) index of the cluster, row-major on the grid.
+        (B, H, W) index of the cluster; no two windows share one.
     """
+    size = (tokens.shape[1], tokens.shape[2])
+    windowed = settings.scope == "window"
+    if windowed:
+        tokens = partition(tokens, (attention_window, attention_window))
     grid = settings.grid_for(tokens.shape[1], tokens.shape[2])
     clusters = cluster_tokens(
         tokens, grid, settings.iterations, settings.temperature, settings.window
@@ -44,7 +52,11 @@ def cluster_labels(tokens: Tensor, settings: Settings) -> Tensor:
     nearest = reconstruct_tokens(
         one_hot, tokens, clusters, neighbors=1, window=settings.window, temperature=1.0
     )
-    return nearest.argmax(-1)
+    labels = nearest.argmax(-1)
+    if not windowed:
+        return labels
+    first = torch.arange(len(labels), device=labels.device)[:, None, None] * count
+    return unpartition((labels + first)[..., None], size)[..., 0]
 
 
 def draw_clusters(image: np.ndarray, labels: np.ndarray) -> np.ndarray:

@@ -104,6 +104,17 @@ def test_labels_are_the_nearest_cluster_by_explicit_search():
             assert labels[0, i, j] == min(near, key=near.get)
 
 
+def test_labels_by_window_are_those_of_each_window():
+    torch.manual_seed(0)
+    tokens = torch.randn(1, 8, 12, 4)
+    settings = Settings(alpha=1, grid=(2, 2), scope="window", iterations=2)
+    labels = cluster_labels(tokens, settings, attention_window=4)
+    alone = Settings(alpha=1, grid=(2, 2), iterations=2)
+    for index, (row, col) in enumerate((r, c) for r in (0, 4) for c in (0, 4, 8)):
+        window = cluster_labels(tokens[:, row : row + 4, col : col + 4], alone)
+        assert torch.equal(labels[:, row : row + 4, col : col + 4], window + 4 * index)
+
+
 def test_boundaries_lie_where_labels_change():
     image = np.zeros((4, 8, 3), np.uint8)
     drawn = draw_clusters(image, np.array([[0, 1]]))

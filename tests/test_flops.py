@@ -24,7 +24,7 @@ def clustering(height, width, grid, radius, dim, iterations):
     tiles = rows[0] * cols[0]
     tokens, cells = rows[1] * cols[1], rows[2] * cols[2]
     products = 2 * tiles * tokens * cells * dim  # scores, and weighted sums of tokens
-    squares = tiles * cells * dim
+    squares = grid[0] * grid[1] * dim
     added = tiles * cells * (dim + 1)  # weighted sums and sizes, put together
     once = height * width * dim  # pooling
     return iterations * (products + squares + added) + once

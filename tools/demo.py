@@ -18,6 +18,7 @@ from detectron2.data.detection_utils import convert_image_to_rgb
 from detectron2.utils.logger import setup_logger
 from torch import nn
 
+from expedit_d2.adapters import find_host
 from expedit_d2.api import expedite
 from expedit_d2.comparison import compare, to_table
 from expedit_d2.data import register_by_path, register_collage
@@ -41,6 +42,7 @@ def parse_arguments() -> argparse.Namespace:
         help="configs whose MODEL.EXPEDIT is compared with the plain model",
     )
     parser.add_argument("--pictures", type=int, default=4, help="images to draw")
+    parser.add_argument("--draw", default="a6_3x3", help="which of the settings is drawn")
     parser.add_argument("--timed", type=int, default=20, help="images to time")
     parser.add_argument("--output", default="output/demo", help="folder of the results")
     parser.add_argument("opts", nargs="*", help="config overrides, as KEY VALUE pairs")
@@ -72,6 +74,7 @@ def draw(
 ) -> None:
     """Input, clusters, and detections without and with Expedit, for the first images."""
     metadata = MetadataCatalog.get(dataset)
+    window = find_host(model).window
     entering: list[torch.Tensor] = []
     rows = []
     for inputs, _ in zip(loader, range(count), strict=False):
@@ -87,7 +90,7 @@ def draw(
                 )
                 ours = model(inputs)[0]["instances"]
                 hook.remove()
-        labels = cluster_labels(entering.pop(), setting)[0].cpu().numpy()
+        labels = cluster_labels(entering.pop(), setting, window)[0].cpu().numpy()
         rows.append(
             {
                 "image": image,
@@ -124,9 +127,9 @@ def main(args: argparse.Namespace) -> None:
         f"\n{dataset}, {len(loader)} images, batch 1, {cfg.MODEL.DEVICE}, "
         f"{torch.get_num_threads()} threads, torch {torch.__version__}\n\n{to_table(rows)}\n"
     )
-    name, setting = next(iter(settings.items()))
+    name = args.draw if args.draw in settings else next(iter(settings))
     picture = output / "clusters_and_predictions.png"
-    draw(model, setting, name, loader, dataset, args.pictures, picture, cfg.INPUT.FORMAT)
+    draw(model, settings[name], name, loader, dataset, args.pictures, picture, cfg.INPUT.FORMAT)
     print(f"table: {output / 'table.md'}\npicture: {picture}")
 
 
