@@ -150,3 +150,22 @@ def test_slim_checkpoint_keeps_the_weights_and_overwrites_nothing(tmp_path):
         slim.run([source, target])
     with pytest.raises(SystemExit, match="there is no checkpoint"):
         slim.run([str(tmp_path / "none.pth"), str(tmp_path / "other.pth")])
+
+
+def test_demo_writes_its_table_and_picture(tiny_opts, tmp_path, capsys):
+    demo = load_tool("demo")
+    setting = tmp_path / "vitdet_a1_2x2.yaml"
+    setting.write_text(
+        f"_BASE_: {EMBEDDED}\nMODEL:\n  EXPEDIT:\n    ENABLED: True\n    ALPHA: 1\n"
+        "    GRID: [2, 2]\n    SCOPE: window\n"
+    )
+    output = tmp_path / "demo"
+    options = ["--timed", "2", "--pictures", "1", "--output", str(output)]
+    demo.run([*options, "--expedit", str(setting), "--", *tiny_opts])
+    table = (output / "table.md").read_text()
+    assert "| plain" in table.replace(" ", "").replace("|", "| ") and "a1_2x2" in table
+    assert "a1_2x2" in capsys.readouterr().out
+    with Image.open(output / "clusters_and_predictions.png") as picture:
+        assert min(picture.size) > 100
+    with pytest.raises(SystemExit, match="demo.py: there is no config file 'none.yaml'"):
+        demo.run([*options, "--expedit", "none.yaml", "--", *tiny_opts])

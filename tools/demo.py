@@ -31,7 +31,7 @@ ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = ROOT / "configs" / "embedded"
 
 
-def parse_arguments() -> argparse.Namespace:
+def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--config-file", default=str(CONFIGS / "vitdet.yaml"), help="plain model")
     parser.add_argument(
@@ -46,7 +46,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--timed", type=int, default=20, help="images to time")
     parser.add_argument("--output", default="output/demo", help="folder of the results")
     parser.add_argument("opts", nargs="*", help="config overrides, as KEY VALUE pairs")
-    return parser.parse_args()
+    return parser.parse_args(arguments)
 
 
 def load_config(path: str, opts: list[str]) -> CfgNode:
@@ -133,8 +133,14 @@ def main(args: argparse.Namespace) -> None:
     print(f"table: {output / 'table.md'}\npicture: {picture}")
 
 
-if __name__ == "__main__":
+def run(arguments: list[str] | None = None) -> None:
+    """Parse the arguments and run; an expected error ends with one sentence."""
+    args = parse_arguments(arguments)
     try:
-        main(parse_arguments())
+        main(args)
     except (ValueError, OSError, KeyError) as error:
         sys.exit(f"demo.py: {error}")
+
+
+if __name__ == "__main__":
+    run()
