@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import importlib.machinery
 import importlib.util
 import os
 import platform
@@ -105,7 +106,9 @@ def check_interpreter(system: bool) -> None:
             f"Python 3.10, 3.11 or 3.12 is needed, but {sys.executable} is "
             f"{platform.python_version()}."
         )
-    if importlib.util.find_spec("pip") is None:
+    # Not importlib.util.find_spec, which setuptools hooks into: asked for pip, it turns off its own
+    # distutils for the rest of the process.
+    if importlib.machinery.PathFinder.find_spec("pip") is None:
         raise InstallError(
             f"{sys.executable} has no pip; get it with `{sys.executable} -m ensurepip`."
         )
