@@ -52,8 +52,8 @@ def expedite(model: nn.Module, alpha: int | tuple[int, ...] | None, **settings: 
 
     Args:
         model: a supported ViT, or any model that contains exactly one.
-        alpha: number of blocks run before clustering, 0 to depth - 1; several cluster again and
-            again; None changes nothing.
+        alpha: number of blocks run before clustering, 0 to depth - 1, counted over all stages of
+            the model; several cluster again and again; None changes nothing.
         **settings: grid or ratio, scope, temperature, …: see `expedit_d2.settings.Settings`.
 
     Returns:
@@ -69,12 +69,18 @@ def expedite(model: nn.Module, alpha: int | tuple[int, ...] | None, **settings: 
     host = find_host(model)
     if not checked.alphas:
         return Expedited(checked, None, lambda: None)
+    if checked.scope not in host.scopes:
+        raise ValueError(
+            f"SCOPE must be one of {host.scopes} for {type(host.owner).__name__}, got "
+            f"{checked.scope!r}"
+        )
 
+    host, first = host.stage_of(checked.alphas)
     original = host.blocks
     blocks = ExpeditedBlocks(
         original,
         host.layout(checked.size_aware),
-        {a: build_method(checked, host.window) for a in sorted(checked.alphas)},
+        {a - first: build_method(checked, host.window) for a in sorted(checked.alphas)},
         host.outputs,
     )
     blocks.train(original.training)

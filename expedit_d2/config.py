@@ -88,5 +88,6 @@ def add_vit_config(cfg: CN) -> None:
             "SCALE_FACTORS": [4.0, 2.0, 1.0, 0.5],
             "OUT_CHANNELS": 256,
             "SQUARE_PAD": 0,  # pad images to a square of this side; 0 keeps their shape
+            "FREEZE": False,  # train the pyramid and what follows, not the ViT itself
         },
     )

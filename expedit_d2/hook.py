@@ -64,13 +64,10 @@ class _Pass:
 
 
 class _Step:
-    """Block ``index`` in one pass; whatever else is asked of it, the block itself answers."""
+    """Block ``index`` in one pass; attributes are those of the block itself."""
 
     def __init__(self, run: _Pass, index: int, block: nn.Module, method: Method | None) -> None:
-        self._run = run
-        self._index = index
-        self._block = block
-        self._method = method
+        self.__dict__.update(_run=run, _index=index, _block=block, _method=method)
 
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return self._run.run(self._index, self._block, self._method, x, *args, **kwargs)
@@ -79,6 +76,9 @@ class _Step:
         if name == "_block":  # not there yet, while being copied
             raise AttributeError(name)
         return getattr(self._block, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self._block, name, value)
 
 
 class ExpeditedBlocks(nn.Module):
@@ -122,7 +122,7 @@ class ExpeditedBlocks(nn.Module):
 
     @property
     def first_alpha(self) -> int:
-        """Number of blocks that run on all tokens."""
+        """Number of blocks of this container that run on all tokens."""
         return min(int(name.removeprefix("after_")) for name in self.methods)
 
     def _steps(self, outputs: Collection[int] | None) -> list[_Step]:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 
 from torch import nn
 
+from ..settings import SCOPES
 from ..tokens import Layout
 
 __all__ = ["Host", "is_class"]
@@ -23,6 +24,9 @@ class Host:
         window: side of the attention windows in tokens; None if attention is global everywhere.
         outputs: indices of the blocks whose outputs the model reads; None if it may read any.
         attach: registers what the layout needs on the model, if anything; returns the undo.
+        scopes: what ``SCOPE`` may be.
+        stages: where the blocks lie in several containers, one host for each, in order; tokens
+            are then reduced in one of them. ``attribute`` names what holds these stages.
     """
 
     owner: nn.Module
@@ -31,10 +35,36 @@ class Host:
     window: int | None = None
     outputs: tuple[int, ...] | None = None
     attach: Callable[[], Callable[[], None]] = field(default=lambda: lambda: None)
+    scopes: tuple[str, ...] = SCOPES
+    stages: tuple[Host, ...] = ()
 
     @property
     def blocks(self) -> nn.Module:
         return getattr(self.owner, self.attribute)
+
+    def stage_of(self, alphas: Collection[int]) -> tuple[Host, int]:
+        """The host whose blocks the alphas count, and the number of blocks before its first.
+
+        Raises:
+            ValueError: if the alphas do not lie in one of the stages.
+        """
+        if not self.stages:
+            return self, 0
+        first = 0
+        for stage in self.stages:
+            end = first + len(stage.blocks)
+            if first <= min(alphas) < end:
+                if max(alphas) >= end:
+                    raise ValueError(
+                        f"ALPHA must stay inside one stage, here {first} to {end - 1}, got "
+                        f"{tuple(alphas)}"
+                    )
+                return stage, first
+            first = end
+        raise ValueError(
+            f"ALPHA must be in 0 to {first - 1} (blocks run before clustering, of {first}), got "
+            f"{min(alphas)}"
+        )
 
 
 def is_class(module: nn.Module, name: str, defined_in: str) -> bool:

@@ -88,7 +88,7 @@ _FREE = frozenset(
     "repeat_interleave resolve_conj rsub rsqrt scalar_tensor scatter sigmoid sigmoid_ silu sin "
     "cos softmax sort sqrt stack sub sub_ sum tanh tile topk unflatten unfold unsafe_split "
     "upsample_nearest2d where zeros_like __or__ view_as numel scatter_ bitwise_not full linspace "
-    "nonzero nonzero_numpy".split()
+    "nonzero nonzero_numpy roll flip amax".split()
 )
 
 
@@ -134,12 +134,14 @@ def count_flops(model: nn.Module, inputs: Any) -> Flops:
 
     Args:
         model: a Detectron2 model or backbone, or any module, with one supported transformer.
+            Where that has stages, ``after`` takes in those behind the reduced one.
         inputs: what ``model(inputs)`` takes: a tensor, or Detectron2's list of dicts.
 
     Raises:
         ValueError: if the model has no supported transformer.
     """
-    owner, container = _transformer(model)
+    host = find_host(model)
+    owner, stages = host.owner, host.stages or (host,)
     training = model.training
     model.eval()
     try:
@@ -168,13 +170,22 @@ def count_flops(model: nn.Module, inputs: Any) -> Flops:
             own.subtract(operators[names[id(child)]])
         return own
 
-    reduced = isinstance(container, ExpeditedBlocks)
-    alpha = container.first_alpha if reduced else len(container)
-    before = sum(total(container[index]) for index in range(alpha))
-    methods = container.methods.values() if reduced else ()
+    before, methods = 0.0, ()
+    for container in (stage.blocks for stage in stages):
+        reduced = isinstance(container, ExpeditedBlocks)
+        alpha = container.first_alpha if reduced else len(container)
+        before += sum(total(container[index]) for index in range(alpha))
+        if reduced:
+            methods = container.methods.values()
+            break
     clustering = sum(total(method.reduce) for method in methods)
     reconstruction = sum(total(method.rebuild) for method in methods)
-    others = [child for child in owner.children() if child is not container]
+    others = [
+        child
+        for part in {id(part.owner): part for part in (host, *stages)}.values()
+        for child in part.owner.children()
+        if child is not part.blocks
+    ]
     # What the transformer does outside its parts is resizing positions, and the attention of
     # blocks on reduced tokens, which the hook runs.
     resizing = sum(own_operators(owner)[name] for name in _RESIZING)
@@ -188,8 +199,3 @@ def count_flops(model: nn.Module, inputs: Any) -> Flops:
         head=float(totals[""]) - total(owner),
         uncounted=uncounted,
     )
-
-
-def _transformer(model: nn.Module) -> tuple[nn.Module, nn.Module]:
-    host = find_host(model)
-    return host.owner, host.blocks

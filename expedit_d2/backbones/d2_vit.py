@@ -39,6 +39,7 @@ class D2ViT(SimpleFeaturePyramid):
         scale_factors: list[float],
         norm: str = "LN",
         square_pad: int = 0,
+        freeze: bool = False,
         expedit: Mapping[str, Any] | None = None,
     ) -> None:
         """
@@ -49,6 +50,7 @@ class D2ViT(SimpleFeaturePyramid):
             scale_factors: size of each level relative to the token map: 4, 2, 1 or 0.5.
             norm: normalisation in the pyramid.
             square_pad: pad images to a square of this side; 0 keeps their shape.
+            freeze: train the pyramid alone.
             expedit: a ``MODEL.EXPEDIT`` node; None is the plain ViT.
 
         Raises:
@@ -74,6 +76,7 @@ class D2ViT(SimpleFeaturePyramid):
             # Pool the coarsest level, whatever its stride (Detectron2 assumes it is p5).
             self.top_block.in_feature = self._out_features[-2]
         self._names = dict(zip(self._out_features, out_features, strict=True))
+        net.requires_grad_(not freeze)
         if expedit is not None:
             expedite_from_node(self, expedit)
 
@@ -105,6 +108,7 @@ class D2ViT(SimpleFeaturePyramid):
             "out_channels": vit.OUT_CHANNELS,
             "scale_factors": list(vit.SCALE_FACTORS),
             "square_pad": vit.SQUARE_PAD,
+            "freeze": vit.FREEZE,
             "expedit": cfg.MODEL.get("EXPEDIT"),
         }
 

@@ -1,0 +1,173 @@
+"""Swin: windows in every block, every other block's shifted; several stages of blocks.
+
+The tokens of each window are clustered before block alpha and rebuilt at the end of its stage. In
+between, windows, their shift and its mask are those of the smaller grid. Relative positions are
+looked up in the model's own table, between its entries, at the clusters' mean positions or on the
+regular grid.
+
+Serves the ``D2SwinTransformer`` of this package and the official code, which Detectron2 has too.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..attention import key_bias
+from ..operators import grid_positions, shape_of
+from ..tokens import Tokens
+from ..windows import partition, shifted_mask, unpartition
+from .host import Host, is_class
+
+FAMILY = "Swin (Mask2Former's, Detectron2's)"
+
+_OURS = "expedit_d2.backbones.swin"
+# The same class, whose blocks take tokens (B, H * W, C).
+_OFFICIAL = (
+    "mask2former.modeling.backbone.swin",
+    "maskdino.modeling.backbone.swin",
+    "detectron2.modeling.backbone.swin",
+)
+
+# The size of a stage's map, known to its layer and needed where its blocks begin. Written and read
+# within one forward, by one thread.
+_call = threading.local()
+
+
+def matches(module: nn.Module) -> bool:
+    official = any(is_class(module, "SwinTransformer", name) for name in _OFFICIAL)
+    return official or is_class(module, "D2SwinTransformer", _OURS)
+
+
+def adapt(swin: nn.Module) -> Host:
+    flat = not is_class(swin, "D2SwinTransformer", _OURS)
+
+    def stage(layer: nn.Module) -> Host:
+        def attach() -> Callable[[], None]:
+            return layer.register_forward_pre_hook(_remember_size).remove
+
+        host = Host(
+            owner=layer,
+            attribute="blocks",
+            layout=partial(_Layout, flat=flat),
+            window=layer.window_size,
+            outputs=(len(layer.blocks) - 1,),
+        )
+        return replace(host, attach=attach) if flat else host
+
+    return Host(
+        owner=swin,
+        attribute="layers",
+        layout=_Layout,
+        scopes=("window",),
+        stages=tuple(stage(layer) for layer in swin.layers),
+    )
+
+
+def _remember_size(layer: nn.Module, args: tuple[Tensor, int, int]) -> None:
+    _, height, width = args
+    _call.size = (height, width)
+
+
+class _Layout:
+    def __init__(
+        self, size_aware: bool, flat: bool = False, size: tuple[int, int] | None = None
+    ) -> None:
+        """``flat``: blocks take tokens (B, H * W, C), of a map of ``size``; else (B, H, W, C)."""
+        self.size_aware = size_aware
+        self.flat = flat
+        self.size = size
+
+    def begin(self) -> _Layout:
+        if not self.flat:
+            return self
+        return _Layout(self.size_aware, True, getattr(_call, "size", None))
+
+    def split(self, x: Tensor) -> tuple[None, Tokens]:
+        if self.flat:
+            x = x.unflatten(1, self.size)
+        size = shape_of(x)[1:3]
+        return None, Tokens(x, size=size, span=size)
+
+    def join(self, prefix: None, features: Tensor) -> Tensor:
+        return features.flatten(1, 2) if self.flat else features
+
+    def run(
+        self, block: nn.Module, prefix: None, tokens: Tokens, mask: Tensor | None = None
+    ) -> tuple[None, Tokens]:
+        # The mask that the model passes is for the windows of all tokens.
+        x = tokens.features
+        x = x + block.drop_path(self._windowed(block, block.norm1(x), tokens))
+        x = x + block.drop_path(block.mlp(block.norm2(x)))
+        return None, replace(tokens, features=x)
+
+    def _windowed(self, block: nn.Module, x: Tensor, tokens: Tokens) -> Tensor:
+        size, side = shape_of(x)[1:3], block.window_size
+        # Each window of the model keeps its cells, those of padding included: none are missing.
+        window = tuple(side * n // span for n, span in zip(size, tokens.span, strict=True))
+        shift = tuple(round(block.shift_size * cells / side) for cells in window)
+        votes = tokens.sizes if self.size_aware else None
+        if tokens.valid is not None:
+            # The stock model pads with zeros behind the norm, and these take part in its windows.
+            # A cell stands for as many of them as it does for tokens.
+            per_cell = side * side / (window[0] * window[1]) if self.size_aware else 1.0
+            votes = tokens.valid.float() if votes is None else votes
+            votes = torch.where(tokens.valid, votes, per_cell)
+            x = x * tokens.valid[..., None]
+
+        def cut(t: Tensor) -> Tensor:
+            """(B, h, w, D) to (B * windows, cells, D), shifted."""
+            if any(shift):
+                t = t.roll((-shift[0], -shift[1]), dims=(1, 2))
+            return partition(t, window).flatten(1, 2)
+
+        if tokens.positions is None:  # those of a regular grid, the same in every window
+            pitch = x.new_tensor([side / cells for cells in window], dtype=torch.float32)
+            positions = grid_positions(*window, x.device).flatten(1, 2) * pitch
+        else:
+            positions = cut(tokens.positions)
+        bias = _position_bias(block.attn, positions)
+        if any(shift):
+            mask = shifted_mask(size, window, shift, x.device)
+            bias = bias + mask[:, None].repeat(x.shape[0], 1, 1, 1)
+        if votes is not None:
+            bias = bias + key_bias(cut(votes[..., None])).transpose(1, 2)[:, None]
+        out = _attend(block.attn, cut(x), bias)
+        out = unpartition(out.unflatten(1, window), size)
+        return out.roll(shift, dims=(1, 2)) if any(shift) else out
+
+
+def _position_bias(attn: nn.Module, positions: Tensor) -> Tensor:
+    """Relative-position bias (W, heads, N, N) of tokens at any positions (W, N, 2), in fp32.
+
+    Bilinear between the entries of the model's table; offsets beyond it take its border.
+    """
+    sides = [2 * side - 1 for side in attn.window_size]
+    table = attn.relative_position_bias_table.float().t().unflatten(1, sides)  # (heads, row, col)
+    reach = positions.new_tensor([max(side - 1, 1) for side in attn.window_size])
+    offsets = (positions[:, :, None] - positions[:, None]) / reach
+    with torch.autocast(positions.device.type, enabled=False):
+        return F.grid_sample(
+            table.expand(offsets.shape[0], -1, -1, -1),
+            offsets.flip(-1),  # it wants the column first
+            mode="bilinear",
+            padding_mode="border",
+            align_corners=True,
+        )
+
+
+def _attend(attn: nn.Module, x: Tensor, bias: Tensor) -> Tensor:
+    """The attention layer on windows (W, N, C); the bias is (W or 1, heads, N, N)."""
+    qkv = attn.qkv(x).unflatten(-1, (3, attn.num_heads, -1)).permute(2, 0, 3, 1, 4)
+    q, k, v = qkv.unbind(0)  # (W, heads, N, D)
+    dropout = attn.attn_drop.p if attn.training else 0.0
+    out = F.scaled_dot_product_attention(
+        q, k, v, attn_mask=bias.to(q.dtype), dropout_p=dropout, scale=attn.scale
+    )
+    return attn.proj_drop(attn.proj(out.transpose(1, 2).flatten(2)))
