@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from torch import nn
@@ -42,7 +42,12 @@ class Expedited:
         self.remove()
 
 
-def expedite(model: nn.Module, alpha: int | tuple[int, ...] | None, **settings: Any) -> Expedited:
+def expedite(
+    model: nn.Module,
+    alpha: int | tuple[int, ...] | None,
+    outputs: Collection[int] | None = None,
+    **settings: Any,
+) -> Expedited:
     """Make a vision transformer run its later blocks on fewer tokens.
 
     Example::
@@ -54,6 +59,8 @@ def expedite(model: nn.Module, alpha: int | tuple[int, ...] | None, **settings: 
         model: a supported ViT, or any model that contains exactly one.
         alpha: number of blocks run before clustering, 0 to depth - 1, counted over all stages of
             the model; several cluster again and again; None changes nothing.
+        outputs: indices of the blocks whose output is read, each rebuilt to the full map; None:
+            what is known of the model's family, else all.
         **settings: grid or ratio, scope, temperature, …: see `expedit_d2.settings.Settings`.
 
     Returns:
@@ -81,7 +88,8 @@ def expedite(model: nn.Module, alpha: int | tuple[int, ...] | None, **settings: 
         original,
         host.layout(checked.size_aware),
         {a - first: build_method(checked, host.window) for a in sorted(checked.alphas)},
-        host.outputs,
+        host.outputs if outputs is None else outputs,
+        checked.reconstruct_at == "backbone",
     )
     blocks.train(original.training)
     detach = host.attach()
@@ -95,7 +103,9 @@ def expedite(model: nn.Module, alpha: int | tuple[int, ...] | None, **settings: 
     return Expedited(checked, blocks, undo)
 
 
-def expedite_from_node(model: nn.Module, node: Mapping[str, Any]) -> Expedited | None:
+def expedite_from_node(
+    model: nn.Module, node: Mapping[str, Any], outputs: Collection[int] | None = None
+) -> Expedited | None:
     """`expedite` as a ``MODEL.EXPEDIT`` node says; None if it is not enabled.
 
     A model whose backbone was built expedited from the same config is left as it is.
@@ -107,7 +117,7 @@ def expedite_from_node(model: nn.Module, node: Mapping[str, Any]) -> Expedited |
     if settings is None or is_expedited(model):
         return None
     values = dict(vars(settings))
-    return expedite(model, values.pop("alpha"), **values)
+    return expedite(model, values.pop("alpha"), outputs, **values)
 
 
 def is_expedited(model: nn.Module) -> bool:

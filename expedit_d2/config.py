@@ -58,6 +58,9 @@ def add_expedit_config(cfg: CN) -> None:
             # Rebuild the change (refined - clusters) on top of the original tokens; the paper
             # replaces the tokens.
             "RESIDUAL": True,
+            # "backbone": rebuild the tokens behind the last block. "head": run a head that can do
+            # so (Segmenter's) on the clusters and rebuild its class logits, as published.
+            "RECONSTRUCT_AT": "backbone",
         },
     )
 

@@ -7,7 +7,7 @@ is kept between them. The model, its blocks and its state-dict keys are untouche
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,10 @@ from torch import Tensor, nn
 
 from .tokens import Layout, Method, Tokens
 
-__all__ = ["ExpeditedBlocks"]
+__all__ = ["ExpeditedBlocks", "Rebuild", "run_reduced"]
+
+#: Features of the reduced tokens (B, M, D), in the order of the tokens, to a map (B, H, W, D).
+Rebuild = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -93,6 +96,7 @@ class ExpeditedBlocks(nn.Module):
         layout: Layout,
         methods: Mapping[int, nn.Module],
         outputs: Collection[int] | None = None,
+        rebuilds: bool = True,
     ) -> None:
         """
         Args:
@@ -101,6 +105,8 @@ class ExpeditedBlocks(nn.Module):
             methods: for each alpha (number of blocks run before) the method that reduces there.
             outputs: indices of the blocks whose output the model reads, each rebuilt to the full
                 map. None: all of them, for models that may read any.
+            rebuilds: False leaves rebuilding to whoever calls `run_reduced`; the blocks cannot be
+                looped over then.
 
         Raises:
             ValueError: if an alpha is outside 0 to depth - 1.
@@ -117,6 +123,7 @@ class ExpeditedBlocks(nn.Module):
                 )
         self.layout = layout
         self.outputs = outputs
+        self.rebuilds = rebuilds
         # Not among the blocks' own names; without parameters, so without state-dict keys.
         self.methods = nn.ModuleDict({f"after_{alpha}": m for alpha, m in methods.items()})
 
@@ -125,27 +132,70 @@ class ExpeditedBlocks(nn.Module):
         """Number of blocks of this container that run on all tokens."""
         return min(int(name.removeprefix("after_")) for name in self.methods)
 
-    def _steps(self, outputs: Collection[int] | None) -> list[_Step]:
-        run = _Pass(self.layout, outputs)
+    def _steps(self, run: _Pass) -> list[_Step]:
         methods = dict(self.methods.items())
         return [
             _Step(run, index, getattr(self, name), methods.get(f"after_{index}"))
             for index, name in enumerate(self.names)
         ]
 
+    def _looped(self, outputs: Collection[int] | None) -> list[_Step]:
+        if not self.rebuilds:
+            raise ValueError(
+                'RECONSTRUCT_AT "head" needs a model whose head runs on clusters, such as '
+                'Segmenter; set RECONSTRUCT_AT "backbone"'
+            )
+        return self._steps(_Pass(self.layout, outputs))
+
+    def run_reduced(self, x: Tensor) -> tuple[Tensor, Rebuild]:
+        """See the function `run_reduced`."""
+        run = _Pass(self.layout, outputs=())
+        for step in self._steps(run):
+            x = step(x)
+        state = run.states[len(self.names) - 1]
+        shape = state.tokens.features.shape[1:-1]
+
+        def rebuild(features: Tensor) -> Tensor:
+            features = features.unflatten(1, shape)
+            for method, record in reversed(state.records):
+                # These are no tokens to which a change could be added.
+                features = method(features, record, residual=False)
+            return features
+
+        return x, rebuild
+
     def __iter__(self) -> Iterator[_Step]:
-        return iter(self._steps(self.outputs))
+        return iter(self._looped(self.outputs))
 
     def __len__(self) -> int:
         return len(self.names)
 
     def __getitem__(self, key: int | slice) -> Any:
         if isinstance(key, slice):
-            return self._steps(self.outputs)[key]
+            return self._looped(self.outputs)[key]
         return getattr(self, self.names[key])
 
     def forward(self, x: Tensor) -> Tensor:
         """All blocks in turn, as ``nn.Sequential`` runs them; only the last output is read."""
-        for step in self._steps((len(self.names) - 1,)):
+        for step in self._looped((len(self.names) - 1,)):
             x = step(x)
         return x
+
+
+def run_reduced(blocks: nn.Module, x: Tensor) -> tuple[Tensor, Rebuild | None]:
+    """Run a model's blocks without rebuilding the map, for a head that works on clusters.
+
+    Args:
+        blocks: the block container, expedited or plain.
+        x: what the first block takes.
+
+    Returns:
+        What the last block leaves, class tokens included, and the function that rebuilds a map from
+        features of its spatial tokens (as they are; RESIDUAL is for tokens only). None instead of
+        it if nothing was reduced.
+    """
+    if isinstance(blocks, ExpeditedBlocks):
+        return blocks.run_reduced(x)
+    for block in blocks:
+        x = block(x)
+    return x, None

@@ -12,6 +12,7 @@ __all__ = ["SCOPES", "Settings"]
 
 SCOPES = ("map", "window")
 POSITIONS = ("clusters", "grid")
+RECONSTRUCT_AT = ("backbone", "head")
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,8 @@ class Settings:
         positions: relative positions by the clusters' mean positions, "clusters", or as if they
             lay on a regular grid, "grid" (as published).
         residual: rebuild the change of the clusters on top of the original tokens.
+        reconstruct_at: "backbone" rebuilds the tokens behind the last block; "head" lets a head
+            that can do so (Segmenter's) run on the clusters, and rebuilds its class logits.
 
     Raises:
         ValueError: names the key, the value and what would be valid.
@@ -53,6 +56,7 @@ class Settings:
     size_aware: bool = True
     positions: str = "clusters"
     residual: bool = True
+    reconstruct_at: str = "backbone"
 
     def __post_init__(self) -> None:
         fix = lambda name, value: object.__setattr__(self, name, value)  # noqa: E731
@@ -83,6 +87,10 @@ class Settings:
             raise ValueError(f"SCOPE must be one of {SCOPES}, got {self.scope!r}")
         if self.positions not in POSITIONS:
             raise ValueError(f"POSITIONS must be one of {POSITIONS}, got {self.positions!r}")
+        if self.reconstruct_at not in RECONSTRUCT_AT:
+            raise ValueError(
+                f"RECONSTRUCT_AT must be one of {RECONSTRUCT_AT}, got {self.reconstruct_at!r}"
+            )
         _keyed("TEMPERATURE", check_temperature, self.temperature)
         _keyed("WINDOW", check_window, self.window)
         if self.neighbor_window != 0:

@@ -42,7 +42,8 @@ class Method(Protocol):
 
     # Tokens -> (fewer Tokens, record)
     reduce: nn.Module
-    # (features (B, *shape, D) of the reduced tokens, record) -> features (B, H, W, D)
+    # (features (B, *shape, D) of the reduced tokens, record, residual) -> features (B, H, W, D);
+    # residual: None as the settings say, False for what is no token, such as class logits
     rebuild: nn.Module
 
 

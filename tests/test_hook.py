@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from expedit_d2 import expedite
 from expedit_d2.adapters import FAMILIES, find_host
 from expedit_d2.api import Expedited, expedite_from_node, is_expedited
-from expedit_d2.hook import ExpeditedBlocks
+from expedit_d2.hook import ExpeditedBlocks, run_reduced
 from expedit_d2.settings import Settings
 from expedit_d2.tokens import Tokens
 
@@ -632,3 +632,67 @@ def test_nodes_in_any_case(vit):
         handle.remove()
     assert expedite_from_node(vit, {"ENABLED": False, "ALPHA": 1, "GRID": [4, 6]}) is None
     assert not is_expedited(vit)
+
+
+# --- heads that run on the clusters -----------------------------------------------------------
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("alphas,ratio", [(1, 0.5), ((1, 2), 0.7)])
+def test_features_rebuilt_by_the_head_are_those_of_the_backbone(vit, alphas, ratio):
+    settings = {"alpha": alphas, "ratio": ratio, "residual": False}
+    x = images()
+    with expedite(vit, **settings) as handle:
+        embedding = embedded(vit, x)
+        expected = handle.blocks(embedding)
+    with expedite(vit, **settings, reconstruct_at="head") as handle:
+        reduced, rebuild = run_reduced(handle.blocks, embedded(vit, x))
+        prefix = getattr(vit, "num_prefix_tokens", 0)
+        features = reduced[:, prefix:] if reduced.dim() == 3 else reduced.flatten(1, 2)
+        assert features.shape[1] < SIZE[0] * SIZE[1]
+        full = rebuild(features)
+        assert full.shape == (2, *SIZE, 32)
+        if prefix:
+            full = torch.cat([reduced[:, :prefix], full.flatten(1, 2)], dim=1)
+        torch.testing.assert_close(full, expected)
+
+
+@torch.no_grad()
+def test_what_is_no_token_is_rebuilt_without_residual():
+    """Ones stay ones: the weights of every token sum to one, and nothing is added."""
+    vit = timm_vit()
+    with expedite(vit, 1, ratio=0.5, residual=True, reconstruct_at="head") as handle:
+        reduced, rebuild = run_reduced(handle.blocks, embedded(vit, images()))
+        logits = torch.ones(2, reduced.shape[1] - vit.num_prefix_tokens, 7)
+        torch.testing.assert_close(rebuild(logits), torch.ones(2, *SIZE, 7))
+
+
+@torch.no_grad()
+def test_blocks_without_expedit_have_nothing_to_rebuild():
+    vit = timm_vit()
+    embedding = embedded(vit, images())
+    x, rebuild = run_reduced(vit.blocks, embedding)
+    assert rebuild is None and torch.equal(x, vit.blocks(embedding))
+
+
+def test_a_model_whose_head_cannot_rebuild_says_so(vit):
+    with (
+        expedite(vit, 1, ratio=0.5, reconstruct_at="head"),
+        pytest.raises(ValueError, match='RECONSTRUCT_AT "head" needs a model whose head'),
+    ):
+        run(vit, images())
+
+
+@torch.no_grad()
+def test_only_the_outputs_that_are_read_are_rebuilt():
+    vit, x = timm_vit(), images()
+    read = {"indices": [1, 3], "intermediates_only": True, "output_fmt": "NCHW"}
+    with expedite(vit, 1, ratio=0.5):
+        expected = vit.forward_intermediates(x, **read)
+    rebuilt = []
+    with expedite(vit, 1, outputs=(1, 3), ratio=0.5) as handle:
+        rebuild = handle.blocks.methods["after_1"].rebuild
+        rebuild.register_forward_hook(lambda *args: rebuilt.append(1))
+        actual = vit.forward_intermediates(x, **read)
+    assert len(rebuilt) == 2
+    assert all(map(torch.equal, actual, expected))

@@ -72,8 +72,7 @@ def error(actual: list[Tensor], expected: list[Tensor]) -> float:
     assert [a.shape for a in actual] == [e.shape for e in expected]
     assert all(torch.isfinite(a).all() for a in actual)
     return max(
-        ((a - e).abs().max() / e.abs().max()).item()
-        for a, e in zip(actual, expected, strict=True)
+        ((a - e).abs().max() / e.abs().max()).item() for a, e in zip(actual, expected, strict=True)
     )
 
 
@@ -447,9 +446,7 @@ def test_explicit_forward(size, size_aware, positions):
         cluster = clusters[image]
         for number, block in enumerate(blocks[1:], start=1):
             shift = (2, 2) if number % 2 else (0, 0)
-            cluster = explicit_block(
-                block, cluster, (4, 3), shift, at[image], votes[image], ~valid
-            )
+            cluster = explicit_block(block, cluster, (4, 3), shift, at[image], votes[image], ~valid)
         refined.append(cluster)
     refined = torch.stack(refined)
     expected = torch.zeros(2, count[0] * 6, count[1] * 6, 16)

@@ -105,11 +105,12 @@ class _Reconstruction(nn.Module):
         super().__init__()
         self.settings = settings
 
-    def forward(self, features: Tensor, record: Record) -> Tensor:
+    def forward(self, features: Tensor, record: Record, residual: bool | None = None) -> Tensor:
         s = self.settings
+        residual = s.residual if residual is None else residual
         grid = shape_of(record.clusters)[1:3]
         refined = features if shape_of(features)[1:3] == grid else partition(features, grid)
-        if s.residual:
+        if residual:
             refined = refined - record.clusters
         out = reconstruct_tokens(
             refined,
@@ -122,7 +123,7 @@ class _Reconstruction(nn.Module):
             record.valid,
             record.weights,
         )
-        if s.residual:
+        if residual:
             out = out + record.tokens
         windowed = shape_of(record.tokens)[1:3] != record.size
         return unpartition(out, record.size) if windowed else out
