@@ -33,7 +33,6 @@ from detectron2.utils import comm
 from expedit_d2.comparison import compare, to_table
 from expedit_d2.data import register_by_path, register_collage
 from expedit_d2.engine import (
-    Trainer,
     choose_device,
     evaluate_lazy,
     load_lazy_config,
@@ -41,8 +40,7 @@ from expedit_d2.engine import (
     train_lazy,
 )
 from expedit_d2.settings import Settings
-from projects import get_cfg
-from projects.Mask2Former import MaskFormerTrainer
+from projects import get_cfg, trainer_of
 
 
 def setup(args: argparse.Namespace) -> CfgNode:
@@ -54,11 +52,6 @@ def setup(args: argparse.Namespace) -> CfgNode:
     cfg.freeze()
     register_by_path([*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST])
     return cfg
-
-
-def trainer_of(cfg: CfgNode) -> type[Trainer]:
-    """The trainer of the project that the model belongs to."""
-    return MaskFormerTrainer if cfg.MODEL.META_ARCHITECTURE == "MaskFormer" else Trainer
 
 
 def run_yaml(args: argparse.Namespace) -> dict[str, Any]:
