@@ -18,7 +18,7 @@ from tqdm import tqdm
 from .analysis.flops import Flops, count_flops
 from .analysis.timing import Timing, interleaved
 from .api import expedite
-from .evaluation import InstanceAgreement, main_metrics
+from .evaluation import Agreement, main_metrics
 from .settings import Settings
 
 __all__ = ["Row", "compare", "share_weights", "to_table"]
@@ -33,14 +33,14 @@ class Row:
     Attributes:
         name: of the setting; ``PLAIN`` is the model as it is.
         metrics: headline metric of each task, in percent.
-        agreement: with the plain model's output, in percent.
+        agreement: of each kind of output with the plain model's, in percent.
         flops: of one forward on the first image.
         seconds: of one forward at batch 1, over several images.
     """
 
     name: str
     metrics: dict[str, float]
-    agreement: float
+    agreement: dict[str, float]
     flops: Flops
     seconds: Timing
 
@@ -80,10 +80,10 @@ def compare(
         models[name] = share_weights(model)
         expedite(models[name], values.pop("alpha"), **values)
 
-    reference = InstanceAgreement()
+    reference = Agreement()
     results = {}
     for name, candidate in models.items():
-        agreement = reference if name == PLAIN else InstanceAgreement().compare_with(reference)
+        agreement = reference if name == PLAIN else Agreement(reference)
         bar = tqdm(loader, desc=f"evaluating {name}", unit="image", disable=not progress)
         with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints its own tables
             results[name] = inference_on_dataset(
@@ -96,7 +96,7 @@ def compare(
         Row(
             name=name,
             metrics=main_metrics(results[name]),
-            agreement=results[name]["agreement"]["PQ"],
+            agreement=results[name]["agreement"],
             flops=count_flops(candidate, _images_only(images[0])),
             seconds=seconds[name],
         )
@@ -141,7 +141,8 @@ def to_table(rows: Sequence[Row], style: str = "simple") -> str:
     head = ["setting"]
     for metric in metrics:
         head += [metric, "kept"]
-    head += ["agreement", "GFLOPs ViT", "saved", "GFLOPs all", "saved", "FPS", "speed-up"]
+    head += [f"agree, {task}" for task in plain.agreement]
+    head += ["GFLOPs ViT", "saved", "GFLOPs all", "saved", "FPS", "speed-up"]
     lines = []
     for row in rows:
         line: list[str] = [row.name]
@@ -150,7 +151,7 @@ def to_table(rows: Sequence[Row], style: str = "simple") -> str:
                 f"{row.metrics[metric]:.1f}",
                 _percent(row.metrics[metric], plain.metrics[metric]),
             ]
-        line.append(f"{row.agreement:.1f}")
+        line += [f"{row.agreement[task]:.1f}" for task in plain.agreement]
         for part in ("transformer", "total"):
             now, was = getattr(row.flops, part), getattr(plain.flops, part)
             line += [f"{now / 1e9:.2f}", f"{100 * (1 - now / was):.0f} %"]

@@ -21,13 +21,13 @@ from expedit_d2.visualize import cluster_labels, draw_clusters, draw_instances, 
 
 def row(name, ap, after, seconds):
     flops = Flops(embed=1e9, before=2e9, clustering=0.0, after=after, reconstruction=0.0, head=4e9)
-    return Row(name, {"box AP": ap}, 97.0, flops, Timing(seconds, seconds, seconds))
+    return Row(name, {"box AP": ap}, {"instances": 97.0}, flops, Timing(seconds, seconds, seconds))
 
 
 def test_table_shows_ratios_to_the_plain_model():
     plain, ours = row("plain", 50.0, 3e9, 0.5), row("a1_8x8", 49.0, 1.5e9, 0.4)
     header, _, first, second = to_table([plain, ours]).splitlines()
-    assert "box AP" in header and "kept" in header and "speed-up" in header
+    assert "box AP" in header and "kept" in header and "agree, instances" in header and "speed-up" in header
     assert first.split() == "plain 50.0 100.0 % 97.0 6.00 0 % 10.00 0 % 2.00 1.00x".split()
     assert second.split() == "a1_8x8 49.0 98.0 % 97.0 4.50 25 % 8.50 15 % 2.50 1.25x".split()
 
@@ -77,7 +77,7 @@ def test_comparison_of_a_real_detector(tiny_model):
     plain, same, half = rows
     assert [r.name for r in rows] == ["plain", "same", "half"]
     assert set(plain.metrics) == {"box AP", "mask AP"}
-    assert plain.agreement == same.agreement == 100.0
+    assert plain.agreement == same.agreement == {"instances": 100.0}
     assert same.metrics == pytest.approx(plain.metrics)
     assert half.flops.total < plain.flops.total and half.flops.clustering > 0
     assert all(r.seconds.median > 0 for r in rows)

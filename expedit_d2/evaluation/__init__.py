@@ -1,6 +1,6 @@
 """Metrics: Detectron2's evaluators by data set, and agreement with the plain model's output."""
 
-from .agreement import InstanceAgreement
+from .agreement import Agreement
 from .build import build_evaluator, main_metrics
 
-__all__ = ["InstanceAgreement", "build_evaluator", "main_metrics"]
+__all__ = ["Agreement", "build_evaluator", "main_metrics"]
