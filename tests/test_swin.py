@@ -678,6 +678,28 @@ PUBLISHED = {  # ALPHA, ITERATIONS, TEMPERATURE, WINDOW, NEIGHBORS
 }
 
 
+#: Swin-L at 1152 x 1152, the backbone alone; None is the plain model.
+PUBLISHED_GFLOPS = {
+    None: 937,
+    "coco/panoptic-segmentation": 663,
+    "coco/instance-segmentation": 705,
+    "ade20k/panoptic-segmentation": 769,
+    "ade20k/semantic-segmentation": 620,
+}
+
+
+@pytest.mark.parametrize("task", PUBLISHED_GFLOPS)
+def test_published_flops(task):
+    """Whole windows in every stage at 384 x 384 as at 1152 x 1152, and a ninth of them."""
+    pattern = "*expedit*.yaml" if task else "*.yaml"
+    path = sorted((CONFIGS / (task or "coco/panoptic-segmentation") / "swin").glob(pattern))[0]
+    cfg = swin_config()
+    cfg.merge_from_file(str(path))
+    flops = count_flops(build(cfg).eval(), torch.zeros(1, 3, 384, 384))
+    assert flops.uncounted == {}
+    assert 9 * flops.total / 1e9 == pytest.approx(PUBLISHED_GFLOPS[task], rel=0.002)
+
+
 @pytest.mark.parametrize("task", PUBLISHED)
 def test_configs_hold_the_published_settings(task):
     (path,) = (CONFIGS / task / "swin").glob("*expedit*.yaml")
