@@ -1,9 +1,6 @@
 """Registration: Detectron2's own evaluators give full marks to the truth, and less to less."""
 
 import copy
-import json
-import uuid
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,9 +11,8 @@ from detectron2.structures import Boxes, BoxMode, Instances
 from PIL import Image
 from pycocotools import mask as mask_util
 
-from expedit_d2.data import collage, register_by_path, register_collage
+from expedit_d2.data import collage, register_collage
 
-MINICOCO = Path(__file__).resolve().parents[2] / "shared" / "data" / "minicoco"
 SIZE = (96, 128)
 COUNTS = {"train": 2, "val": 6}
 
@@ -167,95 +163,3 @@ def test_nothing_is_written_before_first_use_and_registering_again_is_harmless(t
     assert [path.name for path in tmp_path.iterdir()] == ["collage-v2-2+6-96x128"]
     with pytest.raises(ValueError, match="collage_lazy_train is already registered"):
         register_collage(tmp_path / "elsewhere", COUNTS, SIZE, name="collage_lazy")
-
-
-# ------------------------------------------------------------------------------------- by path
-
-
-@pytest.fixture
-def coco(tmp_path):
-    """Writes a two-category instance file with one image; returns a function of their places."""
-
-    def write(file, image):
-        for path in (tmp_path / file, tmp_path / image):
-            path.parent.mkdir(parents=True, exist_ok=True)
-        Image.new("RGB", (30, 20)).save(tmp_path / image)
-        annotation = {"id": 1, "image_id": 7, "category_id": 5, "bbox": [1, 2, 3, 4], "area": 12}
-        content = {
-            "images": [{"id": 7, "file_name": "a.png", "height": 20, "width": 30}],
-            "annotations": [annotation | {"iscrowd": 0, "segmentation": [[1, 2, 4, 2, 4, 6]]}],
-            "categories": [{"id": 2, "name": "cat"}, {"id": 5, "name": "dog"}],
-        }
-        (tmp_path / file).write_text(json.dumps(content))
-        return tmp_path / file
-
-    return write
-
-
-@pytest.mark.parametrize("image", ["labels/a.png", "labels/images/a.png", "images/a.png"])
-def test_images_are_found_near_the_file(coco, catalog, tmp_path, image):
-    name = str(coco("labels/instances.json", image))
-    register_by_path([name, "coco_2017_val"])
-    register_by_path([name])
-    (record,) = DatasetCatalog.get(name)
-    assert Path(record["file_name"]).resolve() == (tmp_path / image).resolve()
-    assert record["annotations"][0]["category_id"] == 1
-    assert MetadataCatalog.get(name).thing_classes == ["cat", "dog"]
-    assert MetadataCatalog.get(name).evaluator_type == "coco"
-
-
-def test_the_image_folder_can_be_given(coco, catalog, tmp_path):
-    name = f"{coco('x.json', 'far/away/a.png')}@{tmp_path / 'far' / 'away'}"
-    register_by_path((name,))
-    assert DatasetCatalog.get(name)[0]["file_name"] == str(tmp_path / "far" / "away" / "a.png")
-
-
-def test_names_of_another_kind_are_left_alone(catalog):
-    before = DatasetCatalog.list()
-    register_by_path(["collage_val", f"nothing_{uuid.uuid4().hex}", "folder/images@x"])
-    assert DatasetCatalog.list() == before
-
-
-def test_a_missing_file_is_named(catalog):
-    with pytest.raises(FileNotFoundError) as error:
-        register_by_path(["no/such.json"])
-    for part in ("DATASETS.TEST", "DATASETS.TRAIN", "'no/such.json'", "does not exist", "valid"):
-        assert part in str(error.value)
-
-
-def test_missing_images_are_named(coco, catalog, tmp_path):
-    file = coco("labels/instances.json", "elsewhere/a.png")
-    with pytest.raises(FileNotFoundError, match=r"first image a\.png is not in .*labels.*images"):
-        register_by_path([str(file)])
-    with pytest.raises(FileNotFoundError, match="DATASETS.TEST"):
-        register_by_path([f"{file}@{tmp_path / 'nowhere'}"])
-    assert str(file) not in DatasetCatalog.list()
-
-
-@pytest.mark.parametrize("text", ["{", "[]", '{"images": []}', '{"images": [{"id": 1}]}'])
-def test_a_file_of_another_format_is_named(tmp_path, catalog, text):
-    (tmp_path / "x.json").write_text(text)
-    with pytest.raises(ValueError, match="no COCO instance file"):
-        register_by_path([str(tmp_path / "x.json")])
-
-
-@pytest.mark.skipif(not MINICOCO.is_dir(), reason="shared/data/minicoco is not here")
-def test_real_coco_images_load_and_evaluate(catalog, tmp_path):
-    name = str(MINICOCO / "labels" / "val.json")
-    register_by_path([name])
-    records = DatasetCatalog.get(name)
-    assert len(records) == 10 and all(Path(r["file_name"]).is_file() for r in records)
-    evaluator = COCOEvaluator(
-        name, ("bbox",), distributed=False, output_dir=tmp_path, use_fast_impl=False
-    )
-
-    def truth(record):
-        annotations = [a for a in record["annotations"] if not a["iscrowd"]]
-        boxes = [BoxMode.convert(a["bbox"], a["bbox_mode"], BoxMode.XYXY_ABS) for a in annotations]
-        instances = Instances((record["height"], record["width"]))
-        instances.pred_boxes = Boxes(torch.tensor(boxes).reshape(-1, 4))
-        instances.pred_classes = torch.tensor([a["category_id"] for a in annotations])
-        instances.scores = torch.ones(len(annotations))
-        return {"instances": instances}
-
-    assert evaluate(evaluator, records, truth)["bbox"]["AP"] > 99

@@ -33,22 +33,18 @@ from detectron2.utils import comm
 from expedit_d2.comparison import compare, to_table
 from expedit_d2.data import register_by_path, register_collage
 from expedit_d2.engine import (
-    choose_device,
     evaluate_lazy,
     load_lazy_config,
     load_weights,
     train_lazy,
 )
 from expedit_d2.settings import Settings
-from projects import get_cfg, trainer_of
+from projects import load_cfg, trainer_of
 
 
 def setup(args: argparse.Namespace) -> CfgNode:
     """The YAML config with the command line's overrides, data sets registered."""
-    cfg = get_cfg()
-    cfg.merge_from_file(args.config_file)
-    cfg.merge_from_list(args.opts)
-    cfg.MODEL.DEVICE = choose_device(cfg.MODEL.DEVICE)
+    cfg = load_cfg(args.config_file, args.opts)
     cfg.freeze()
     register_by_path([*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST])
     return cfg
@@ -123,7 +119,7 @@ def run(arguments: list[str] | None = None) -> None:
             dist_url=args.dist_url,
             args=(args,),
         )
-    except (ValueError, OSError, KeyError) as error:
+    except (ValueError, OSError, KeyError, ModuleNotFoundError) as error:
         # str() of a KeyError is quoted.
         sys.exit(f"train_net.py: {error.args[0] if isinstance(error, KeyError) else error}")
 

@@ -1,19 +1,18 @@
-"""Registers data sets with Detectron2: the embedded "collage", and COCO-format files by path.
+"""Registers the embedded data set "collage" with Detectron2.
 
 ``register_collage()`` adds ``collage_train`` and ``collage_val``; nothing is written before one of
-them is first read. ``register_by_path(names)`` lets the path of any COCO instance file stand in
-``DATASETS.TRAIN`` and ``DATASETS.TEST``.
+them is first read.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.data.datasets import load_coco_json, register_coco_instances
+from detectron2.data.datasets import load_coco_json
 
 from . import collage
 
@@ -118,71 +117,3 @@ class _CollageLoader:
     def __call__(self) -> list[dict]:
         collage.write_collage(**self.place)
         return _load_collage(self.name)
-
-
-# --------------------------------------------------------------------------- COCO files by path
-
-_VALID = (
-    "valid are a registered name, `path/to/instances.json` or "
-    "`path/to/instances.json@path/to/images`"
-)
-
-
-def _split_name(name: str) -> tuple[Path, Path | None] | None:
-    """(JSON file, image folder or None), or None when the name is no path of this kind."""
-    if ".json@" in name:
-        file, images = name.split(".json@", 1)
-        return Path(file + ".json"), Path(images)
-    return (Path(name), None) if name.endswith(".json") else None
-
-
-def _first_file_name(file: Path, name: str) -> str:
-    if not file.is_file():
-        raise FileNotFoundError(
-            f"DATASETS.TEST or DATASETS.TRAIN names {name!r}, but the file {file} does not exist; "
-            f"{_VALID}."
-        )
-    try:
-        return json.loads(file.read_text())["images"][0]["file_name"]
-    except (ValueError, KeyError, IndexError, TypeError) as error:
-        raise ValueError(
-            f"DATASETS.TEST or DATASETS.TRAIN names {name!r}, but {file} is no COCO instance file "
-            "with at least one image."
-        ) from error
-
-
-def _find_images(file: Path, given: Path | None, name: str) -> Path:
-    """The folder that holds the first image, the given one or one of three near the file."""
-    first = _first_file_name(file, name)
-    here = file.parent
-    tried = [given] if given else [here, here / "images", here.parent / "images"]
-    for folder in tried:
-        if (folder / first).is_file():
-            return folder
-    raise FileNotFoundError(
-        f"DATASETS.TEST or DATASETS.TRAIN names {name!r}, but its first image {first} is not in "
-        f"{', '.join(map(str, tried))}; {_VALID}, with the folder that the images' file_name "
-        "entries start from."
-    )
-
-
-def register_by_path(names: Sequence[str]) -> None:
-    """Registers every name that is the path of a COCO instance file.
-
-    A name is ``path/to/instances.json`` or ``path/to/instances.json@path/to/images``. Without a
-    folder, the images are looked for in the file's own folder, its ``images`` and ``../images``.
-    Names that are registered already or end in something else are left alone.
-
-    Args:
-        names: the values of ``DATASETS.TRAIN`` or ``DATASETS.TEST``.
-
-    Raises:
-        FileNotFoundError: when the file, or its first image, does not exist.
-        ValueError: when the file is no COCO instance file.
-    """
-    for name in names:
-        place = _split_name(name)
-        if place is None or name in DatasetCatalog.list():
-            continue
-        images = _find_images(*place, name)
-        register_coco_instances(name, {}, str(place[0]), str(images))

@@ -6,6 +6,7 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 from detectron2.config import CfgNode
 from detectron2.data import Metadata, MetadataCatalog
 from detectron2.evaluation import (
@@ -17,9 +18,12 @@ from detectron2.evaluation import (
     DatasetEvaluators,
     SemSegEvaluator,
 )
+from detectron2.evaluation.sem_seg_evaluation import load_image_into_numpy_array
 from detectron2.structures import Instances
 
-__all__ = ["ThingEvaluator", "build_evaluators"]
+from .data.datasets import check_packages
+
+__all__ = ["SemanticEvaluator", "ThingEvaluator", "build_evaluators"]
 
 # Outputs that each kind of data set has labels for.
 _LABELS = {
@@ -64,6 +68,55 @@ class ThingEvaluator(COCOEvaluator):
         return instances
 
 
+class SemanticEvaluator(SemSegEvaluator):
+    """mIoU by Detectron2, which would count classes that the data set does not have as others."""
+
+    def __init__(self, dataset_name: str, output_dir: str) -> None:
+        super().__init__(dataset_name, output_dir=output_dir, sem_seg_loading_fn=self._read)
+
+    def _read(self, file_name: str, dtype: Any) -> np.ndarray:
+        labels = load_image_into_numpy_array(file_name, dtype=dtype)
+        largest = labels.max(initial=0, where=labels != self._ignore_label)
+        if largest >= self._num_classes:
+            raise ValueError(
+                f"{file_name} has the label {largest}, but {self._dataset_name!r} has "
+                f"{self._num_classes} classes: labels must be below that, or {self._ignore_label}"
+            )
+        return labels
+
+    def process(self, inputs: Sequence[dict], outputs: Sequence[dict[str, Any]]) -> None:
+        """Compare the scores (K, height, width) of a batch with its labels."""
+        for output in outputs:
+            if len(output["sem_seg"]) > self._num_classes:
+                raise ValueError(
+                    f"DATASETS.TEST: {self._dataset_name!r} has {self._num_classes} classes, but "
+                    f"the model has {len(output['sem_seg'])} (MODEL.SEM_SEG_HEAD.NUM_CLASSES)"
+                )
+        super().process(inputs, outputs)
+
+
+class _CityscapesSemanticEvaluator(CityscapesSemSegEvaluator):
+    """Detectron2's, with the mean over the classes under the name it has elsewhere."""
+
+    def evaluate(self) -> dict[str, dict[str, float]] | None:
+        results = super().evaluate()
+        if results is not None:
+            results["sem_seg"] = {"mIoU": results["sem_seg"]["IoU"], **results["sem_seg"]}
+        return results
+
+
+def _panoptic_evaluator(dataset_name: str, folder: str) -> COCOPanopticEvaluator:
+    """PQ, if there is something to average: panopticapi divides by the numbers of classes."""
+    meta = MetadataCatalog.get(dataset_name)
+    things = set(meta.thing_dataset_id_to_contiguous_id)
+    if not things or not set(meta.stuff_dataset_id_to_contiguous_id) - things:
+        raise ValueError(
+            f"DATASETS.TEST: {dataset_name!r} has no {'stuff' if things else 'things'}, which "
+            "panopticapi cannot do without: set MODEL.MASK_FORMER.TEST.PANOPTIC_ON False"
+        )
+    return COCOPanopticEvaluator(dataset_name, folder)
+
+
 def build_evaluators(cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
     """Evaluators of every output that is switched on and that the data set has labels for.
 
@@ -74,6 +127,7 @@ def build_evaluators(cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
 
     Raises:
         ValueError: if the type is unknown, or nothing is left to evaluate.
+        ModuleNotFoundError: without cityscapesScripts, for AP and mIoU of Cityscapes.
     """
     kind = MetadataCatalog.get(dataset_name).get("evaluator_type")
     if kind not in _LABELS:
@@ -87,23 +141,25 @@ def build_evaluators(cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
         "instance": test.INSTANCE_ON,
         "semantic": test.SEMANTIC_ON,
     }
-    folder = os.path.join(cfg.OUTPUT_DIR, "inference", dataset_name.replace("/", "_"))
+    # Data sets by path have long names; those of folders must be shorter than 256.
+    folder = os.path.join(cfg.OUTPUT_DIR, "inference", dataset_name.replace("/", "_")[-200:])
     evaluators: list[DatasetEvaluator] = []
     for output in _LABELS[kind]:
         if not switched_on[output]:
             continue
         if output == "panoptic":
-            evaluators.append(COCOPanopticEvaluator(dataset_name, folder))
+            evaluators.append(_panoptic_evaluator(dataset_name, folder))
         elif kind.startswith("cityscapes"):
+            check_packages(dataset_name, "cityscapesscripts")
             cityscapes = {
                 "instance": CityscapesInstanceEvaluator,
-                "semantic": CityscapesSemSegEvaluator,
+                "semantic": _CityscapesSemanticEvaluator,
             }
             evaluators.append(cityscapes[output](dataset_name))
         elif output == "instance":
             evaluators.append(ThingEvaluator(dataset_name, folder))
         else:
-            evaluators.append(SemSegEvaluator(dataset_name, output_dir=folder))
+            evaluators.append(SemanticEvaluator(dataset_name, folder))
     if not evaluators:
         wanted = " or ".join(f"{output.upper()}_ON" for output in _LABELS[kind])
         raise ValueError(

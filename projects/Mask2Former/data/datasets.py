@@ -2,23 +2,29 @@
 
 ``coco_2017_{train,val}_panoptic_with_sem_seg``: COCO panoptic, with semantic PNGs, so that one
 evaluation gives PQ, AP and mIoU. ``ade20k_panoptic_{train,val}``: ADE20K with its 150 classes.
+``ade20k_instance_{train,val}``: its 100 things. Detectron2's own ``cityscapes_fine_instance_seg_*``
+say what to install if a package is missing.
+
 The files are those that the official preparation scripts make, in the folder of all data sets,
 ``$DETECTRON2_DATASETS``. Nothing is read before a data set is used.
 """
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from importlib.util import find_spec
+from itertools import chain
 from typing import Any
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.datasets import load_coco_json
 from detectron2.data.datasets.builtin_meta import ADE20K_SEM_SEG_CATEGORIES, COCO_CATEGORIES
-from detectron2.utils.file_io import PathManager
 
-__all__ = ["load_panoptic", "register_panoptic_datasets"]
+from expedit_d2.data.panoptic import class_metadata, load_panoptic
+
+__all__ = ["check_packages", "register_panoptic_datasets"]
 
 # ADE20K classes without instances, by contiguous id.
 _ADE20K_STUFF = frozenset(
@@ -28,64 +34,50 @@ _ADE20K_STUFF = frozenset(
 )
 
 
-def _class_metadata(categories: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Metadata of classes that share one range of contiguous ids.
+def check_packages(dataset_name: str, *packages: str) -> None:
+    """Say what to install where a data set needs packages that this project does not.
 
-    Names under ``thing_`` are those of the things only, names under ``stuff_`` those of all
-    classes, as Detectron2's instance and semantic evaluators want them.
+    Raises:
+        ModuleNotFoundError: if one of them is missing.
     """
-    things = [c for c in categories if c["isthing"]]
-    metadata: dict[str, Any] = {
-        "thing_classes": [c["name"] for c in things],
-        "stuff_classes": [c["name"] for c in categories],
-        "thing_dataset_id_to_contiguous_id": {
-            c["id"]: i for i, c in enumerate(categories) if c["isthing"]
-        },
-        "stuff_dataset_id_to_contiguous_id": {c["id"]: i for i, c in enumerate(categories)},
-        "ignore_label": 255,
-        "label_divisor": 1000,
-    }
-    if "color" in categories[0]:
-        metadata["thing_colors"] = [c["color"] for c in things]
-        metadata["stuff_colors"] = [c["color"] for c in categories]
-    return metadata
-
-
-def load_panoptic(name: str) -> list[dict[str, Any]]:
-    """Records of a registered panoptic data set, classes made contiguous."""
-    meta = MetadataCatalog.get(name)
-    classes = meta.stuff_dataset_id_to_contiguous_id
-    things = meta.thing_dataset_id_to_contiguous_id
-    with PathManager.open(meta.panoptic_json) as file:
-        annotations = json.load(file)["annotations"]
-    records = []
-    for annotation in annotations:
-        png = annotation["file_name"]
-        segments = [
-            {**s, "category_id": classes[s["category_id"]], "isthing": s["category_id"] in things}
-            for s in annotation["segments_info"]
-        ]
-        records.append(
-            {
-                "file_name": os.path.join(meta.image_root, os.path.splitext(png)[0] + ".jpg"),
-                "image_id": annotation["image_id"],
-                "pan_seg_file_name": os.path.join(meta.panoptic_root, png),
-                "sem_seg_file_name": os.path.join(meta.sem_seg_root, png),
-                "segments_info": segments,
-            }
+    missing = [package for package in packages if find_spec(package) is None]
+    if missing:
+        raise ModuleNotFoundError(
+            f"the data set {dataset_name!r} needs a package that is not here: "
+            f"pip install {' '.join(missing)}"
         )
+
+
+def _load_checked(name: str, packages: Sequence[str], load: Callable[[], list]) -> list[dict]:
+    check_packages(name, *packages)
+    return load()
+
+
+def _load_ade20k_instances(name: str) -> list[dict]:
+    """COCO instances by the class names we have, whatever the file calls its categories."""
+    meta = MetadataCatalog.get(name)
+    records = load_coco_json(meta.json_file, meta.image_root)
+    for annotation in chain.from_iterable(record["annotations"] for record in records):
+        category = annotation["category_id"]
+        annotation["category_id"] = meta.thing_dataset_id_to_contiguous_id[category]
     return records
 
 
-def _register(name: str, root: str, files: Mapping[str, str], **metadata: Any) -> None:
+def _register(
+    name: str,
+    load: Callable[[str], list[dict]],
+    root: str,
+    files: Mapping[str, str],
+    **metadata: Any,
+) -> None:
     if name not in DatasetCatalog.list():
-        DatasetCatalog.register(name, partial(load_panoptic, name))
+        DatasetCatalog.register(name, partial(load, name))
         paths = {key: os.path.join(root, path) for key, path in files.items()}
         MetadataCatalog.get(name).set(**paths, **metadata)
 
 
 def register_panoptic_datasets(root: str | os.PathLike | None = None) -> None:
-    """Register COCO and ADE20K as above; again is harmless.
+    """Register the data sets above; again is harmless.
 
     Args:
         root: the folder of all data sets; default ``$DETECTRON2_DATASETS`` or ``datasets``.
@@ -98,6 +90,7 @@ def register_panoptic_datasets(root: str | os.PathLike | None = None) -> None:
     for split, folder in (("train", "training"), ("val", "validation")):
         _register(
             f"coco_2017_{split}_panoptic_with_sem_seg",
+            load_panoptic,
             root,
             {
                 "image_root": f"coco/{split}2017",
@@ -107,10 +100,11 @@ def register_panoptic_datasets(root: str | os.PathLike | None = None) -> None:
                 "json_file": f"coco/annotations/instances_{split}2017.json",
             },
             evaluator_type="coco_panoptic_seg",
-            **_class_metadata(COCO_CATEGORIES),
+            **class_metadata(COCO_CATEGORIES),
         )
         _register(
             f"ade20k_panoptic_{split}",
+            load_panoptic,
             root,
             {
                 "image_root": f"ADEChallengeData2016/images/{folder}",
@@ -120,5 +114,24 @@ def register_panoptic_datasets(root: str | os.PathLike | None = None) -> None:
                 "json_file": f"ADEChallengeData2016/ade20k_instance_{split}.json",
             },
             evaluator_type="ade20k_panoptic_seg",
-            **_class_metadata(ade20k),
+            **class_metadata(ade20k),
         )
+        things = [c for c in ade20k if c["isthing"]]
+        _register(
+            f"ade20k_instance_{split}",
+            _load_ade20k_instances,
+            root,
+            {
+                "image_root": f"ADEChallengeData2016/images/{folder}",
+                "json_file": f"ADEChallengeData2016/ade20k_instance_{split}.json",
+            },
+            evaluator_type="coco",
+            thing_classes=[c["name"] for c in things],
+            thing_dataset_id_to_contiguous_id={c["id"]: i for i, c in enumerate(things)},
+        )
+    for split in ("train", "val", "test"):
+        name = f"cityscapes_fine_instance_seg_{split}"
+        load = DatasetCatalog[name]
+        if getattr(load, "func", None) is not _load_checked:
+            needed = ("cityscapesscripts", "shapely")
+            DatasetCatalog[name] = partial(_load_checked, name, needed, load)

@@ -1,0 +1,254 @@
+"""COCO's panoptic format: the metadata of its classes, and the other labels that it implies.
+
+A panoptic PNG also tells the class of every pixel and the masks of the things. Detectron2 wants
+files of those, so `semantic_path` and `things_path` name files that need not be there: through
+Detectron2's ``PathManager``, with which all of it reads, semantic labels are drawn from the
+panoptic PNG whenever they are opened, and instance annotations are written to a cache when they
+are first asked for. Nothing is ever written beside the data.
+
+Shorthand: H x W pixels; a segment id is R + 256 G + 256² B of the PNG's colour.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+from detectron2.data import Metadata, MetadataCatalog
+from detectron2.utils.file_io import PathHandler, PathManager
+from iopath.common.file_io import file_lock
+from PIL import Image
+from pycocotools import mask as mask_util
+
+__all__ = [
+    "class_metadata",
+    "load_panoptic",
+    "semantic_path",
+    "things_path",
+    "write_things",
+]
+
+logger = logging.getLogger(__name__)
+
+_SEMANTIC = "panoptic-semantic://"
+_THINGS = "panoptic-things://"
+
+
+# ------------------------------------------------------------------------------------- classes
+
+
+def class_metadata(categories: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Detectron2's metadata of classes that share one range of contiguous ids, in this order.
+
+    Names under ``thing_`` are those of the things only, names under ``stuff_`` those of all
+    classes, as Detectron2's instance and semantic evaluators want them.
+
+    Args:
+        categories: with ``id``, ``name``, ``isthing`` and, all or none, ``color``.
+    """
+    things = [c for c in categories if c["isthing"]]
+    metadata: dict[str, Any] = {
+        "thing_classes": [c["name"] for c in things],
+        "stuff_classes": [c["name"] for c in categories],
+        "thing_dataset_id_to_contiguous_id": {
+            c["id"]: i for i, c in enumerate(categories) if c["isthing"]
+        },
+        "stuff_dataset_id_to_contiguous_id": {c["id"]: i for i, c in enumerate(categories)},
+        # 255 is a class where there are that many.
+        "ignore_label": 255 if len(categories) <= 255 else 65535,
+        "label_divisor": 1000,
+    }
+    if all("color" in c for c in categories):
+        metadata["thing_colors"] = [c["color"] for c in things]
+        metadata["stuff_colors"] = [c["color"] for c in categories]
+    return metadata
+
+
+def _contiguous(segments: Sequence[Mapping[str, Any]], meta: Metadata) -> list[dict[str, Any]]:
+    """``segments_info`` with contiguous ``category_id`` and with ``isthing``."""
+    classes = meta.stuff_dataset_id_to_contiguous_id
+    things = meta.thing_dataset_id_to_contiguous_id
+    return [
+        {**s, "category_id": classes[s["category_id"]], "isthing": s["category_id"] in things}
+        for s in segments
+    ]
+
+
+def load_panoptic(name: str) -> list[dict[str, Any]]:
+    """Records of a registered panoptic data set, classes made contiguous.
+
+    Its metadata name the files: ``panoptic_json``, ``panoptic_root``, ``image_root`` and, where
+    semantic PNGs are there, ``sem_seg_root``; else semantic labels come from `semantic_path`.
+    """
+    meta = MetadataCatalog.get(name)
+    with PathManager.open(meta.panoptic_json) as file:
+        content = json.load(file)
+    images = {image["id"]: image for image in content.get("images", ())}
+    sem_seg_root = meta.get("sem_seg_root")
+    records = []
+    for annotation in content["annotations"]:
+        png = annotation["file_name"]
+        image = images.get(annotation["image_id"], {})
+        # A file without a list of images: COCO's have the names of their PNGs.
+        image_name = image.get("file_name", os.path.splitext(png)[0] + ".jpg")
+        pan_seg = os.path.join(meta.panoptic_root, png)
+        segments = _contiguous(annotation["segments_info"], meta)
+        if sem_seg_root is None:
+            sem_seg = semantic_path(pan_seg, segments, meta.ignore_label)
+        else:
+            sem_seg = os.path.join(sem_seg_root, png)
+        size = {side: image[side] for side in ("height", "width") if side in image}
+        records.append(
+            {
+                "file_name": os.path.join(meta.image_root, image_name),
+                "image_id": annotation["image_id"],
+                "pan_seg_file_name": pan_seg,
+                "sem_seg_file_name": sem_seg,
+                "segments_info": segments,
+                **size,
+            }
+        )
+    return records
+
+
+def _read_ids(png: str | os.PathLike) -> np.ndarray:
+    """Segment ids (H, W) of a panoptic PNG."""
+    with Image.open(png) as image:
+        red, green, blue = np.moveaxis(np.asarray(image.convert("RGB"), dtype=np.int32), 2, 0)
+    return red + 256 * green + 256**2 * blue
+
+
+# ------------------------------------------------------------------------------ semantic labels
+
+
+def semantic_path(png: str, segments: Sequence[Mapping[str, Any]], ignore_label: int) -> str:
+    """Path of the semantic PNG that a panoptic PNG implies; it is drawn when it is opened.
+
+    Crowds are of their class, as in the official semantic labels of COCO. The path says all there
+    is to know, so that it can be opened in any process.
+
+    Args:
+        png: the panoptic PNG.
+        segments: with ``id`` and contiguous ``category_id``.
+        ignore_label: of pixels that are in no segment.
+    """
+    classes = "&".join(f"{s['id']}={s['category_id']}" for s in segments)
+    return f"{_SEMANTIC}{png}?{ignore_label}&{classes}"
+
+
+class _SemanticHandler(PathHandler):
+    """Opens what `semantic_path` names."""
+
+    def _get_supported_prefixes(self) -> list[str]:
+        return [_SEMANTIC]
+
+    def _open(
+        self, path: str, mode: str = "r", buffering: int = -1, **kwargs: Any
+    ) -> IO[str] | IO[bytes]:
+        self._check_kwargs(kwargs)
+        if mode != "rb":
+            raise ValueError(f"{path} can only be opened as 'rb', got {mode!r}")
+        png, _, values = path.removeprefix(_SEMANTIC).rpartition("?")
+        ignore, _, classes = values.partition("&")
+        ids = _read_ids(png)
+        labels = np.full(ids.shape, int(ignore), np.uint8 if int(ignore) < 256 else np.uint16)
+        for pair in filter(None, classes.split("&")):
+            segment, category = map(int, pair.split("="))
+            labels[ids == segment] = category
+        file = io.BytesIO()
+        Image.fromarray(labels).save(file, "PNG", compress_level=0)
+        file.seek(0)
+        return file
+
+
+# --------------------------------------------------------------------------------------- things
+
+
+def things_path(panoptic_json: str | os.PathLike, panoptic_root: str | os.PathLike) -> str:
+    """Path of the COCO instance file of the things in a panoptic file, for ``json_file``.
+
+    It is written, once, when ``PathManager.get_local_path`` asks for it, as Detectron2's
+    COCOEvaluator does: to ``by_path`` in the folder of all data sets, ``$DETECTRON2_DATASETS``.
+    """
+    return f"{_THINGS}{panoptic_json}?{panoptic_root}"
+
+
+def write_things(panoptic_json: Path, panoptic_root: Path, target: Path) -> None:
+    """Writes the things of a panoptic file as COCO instances, atomically.
+
+    Category ids stay as they are, crowds stay crowds, masks become run lengths.
+    """
+    content = json.loads(panoptic_json.read_text())
+    things = {c["id"]: c for c in content["categories"] if c["isthing"]}
+    files = {image["id"]: image["file_name"] for image in content["images"]}
+    images, instances = [], []
+    for annotation in content["annotations"]:
+        ids = _read_ids(panoptic_root / annotation["file_name"])
+        image_id = annotation["image_id"]
+        height, width = ids.shape
+        images.append(
+            {"id": image_id, "file_name": files[image_id], "height": height, "width": width}
+        )
+        for segment in annotation["segments_info"]:
+            if segment["category_id"] not in things:
+                continue
+            code = mask_util.encode(np.asfortranarray(ids == segment["id"], dtype=np.uint8))
+            instances.append(
+                {
+                    "id": len(instances) + 1,  # pycocotools takes 0 for "none"
+                    "image_id": image_id,
+                    "category_id": segment["category_id"],
+                    "iscrowd": int(segment["iscrowd"]),
+                    "area": int(mask_util.area(code)),
+                    "bbox": mask_util.toBbox(code).tolist(),
+                    "segmentation": {**code, "counts": code["counts"].decode()},
+                }
+            )
+    draft = target.with_suffix(f".{os.getpid()}")
+    draft.write_text(
+        json.dumps({"images": images, "annotations": instances, "categories": [*things.values()]})
+    )
+    os.replace(draft, target)
+
+
+def _cache_file(panoptic_json: Path, panoptic_root: Path) -> Path:
+    """Another one when the file, or what is in the folder, has changed."""
+    states = [path.stat() for path in (panoptic_json, panoptic_root)]
+    key = [str(panoptic_json.resolve()), str(panoptic_root.resolve()), states[0].st_size]
+    key += [state.st_mtime_ns for state in states]
+    digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:12]
+    root = Path(os.environ.get("DETECTRON2_DATASETS", "datasets")).expanduser()
+    return root / "by_path" / f"{panoptic_json.stem}-{digest}.json"
+
+
+class _ThingsHandler(PathHandler):
+    """Opens what `things_path` names."""
+
+    def _get_supported_prefixes(self) -> list[str]:
+        return [_THINGS]
+
+    def _get_local_path(self, path: str, force: bool = False, **kwargs: Any) -> str:
+        self._check_kwargs(kwargs)
+        source, _, root = path.removeprefix(_THINGS).rpartition("?")
+        target = _cache_file(Path(source), Path(root))
+        with file_lock(str(target)):
+            if force or not target.is_file():
+                logger.info("Writing the masks of the things of %s to %s, once", source, target)
+                write_things(Path(source), Path(root), target)
+        return str(target)
+
+    def _open(
+        self, path: str, mode: str = "r", buffering: int = -1, **kwargs: Any
+    ) -> IO[str] | IO[bytes]:
+        return open(self._get_local_path(path, **kwargs), mode, buffering)
+
+
+PathManager.register_handler(_SemanticHandler())
+PathManager.register_handler(_ThingsHandler())
