@@ -1,4 +1,4 @@
-"""Configuration keys: ``MODEL.EXPEDIT`` (this package) and ``MODEL.VIT`` (the D2ViT backbone)."""
+"""Configuration keys: ``MODEL.EXPEDIT``, and ``MODEL.VIT`` and ``MODEL.TIMM`` of the backbones."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 from detectron2.config import CfgNode as CN
 
-__all__ = ["add_expedit_config", "add_vit_config"]
+__all__ = ["add_expedit_config", "add_timm_config", "add_vit_config"]
 
 
 def _add_node(parent: CN, name: str, defaults: dict[str, Any]) -> None:
@@ -92,5 +92,33 @@ def add_vit_config(cfg: CN) -> None:
             "OUT_CHANNELS": 256,
             "SQUARE_PAD": 0,  # pad images to a square of this side; 0 keeps their shape
             "FREEZE": False,  # train the pyramid and what follows, not the ViT itself
+        },
+    )
+
+
+def add_timm_config(cfg: CN) -> None:
+    """Add ``MODEL.TIMM``, the keys of ``build_timm_vit_backbone``."""
+    _add_node(
+        cfg.MODEL,
+        "TIMM",
+        {
+            # A plain ViT of timm's: vit_large_patch14_reg4_dinov2, vit_large_patch16_dinov3, …
+            "NAME": "vit_base_patch16_224",
+            "PRETRAINED": False,  # weights of this name, from the Hugging Face hub or its cache
+            "CHECKPOINT": "",  # a file of weights instead, in timm's format or the authors'
+            "DROP_PATH_RATE": 0.0,
+            # Further arguments of timm.create_model, by their own names; for config files only.
+            "KWARGS": CN(new_allowed=True),
+            # Pixels of the image along the side of a token, a power of two. Where the patch has
+            # another size images are resized by patch / stride. None: the power of two nearest to
+            # the patch, so 16 for patches of 14, and no resizing for 8, 16 and 32.
+            "STRIDE": None,
+            # Simple feature pyramid: levels, finest first, and their size relative to the tokens.
+            "OUT_FEATURES": ["p2", "p3", "p4", "p5", "p6"],
+            "SCALE_FACTORS": [4.0, 2.0, 1.0, 0.5],
+            "OUT_CHANNELS": 256,
+            "SQUARE_PAD": 0,  # pad images to a square of this side; 0 keeps their shape
+            "FREEZE": False,  # train the pyramid and what follows, not the ViT itself
+            "GRAD_CHECKPOINTING": False,  # run blocks twice in training, to save memory
         },
     )

@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
+
 from detectron2.config import CfgNode
 from detectron2.config import get_cfg as _get_detectron2_cfg
 
 from expedit_d2 import backbones as _  # noqa: F401  only registration
-from expedit_d2.config import add_expedit_config, add_vit_config
-from expedit_d2.engine import Trainer, add_solver_config
+from expedit_d2.config import add_expedit_config, add_timm_config, add_vit_config
+from expedit_d2.engine import Trainer, add_solver_config, choose_device
 
+from .DPT import DPTTrainer, add_dpt_config
 from .Mask2Former import MaskFormerTrainer, add_maskformer2_config
+from .Segmenter import SegmenterTrainer, add_segmenter_config
 
-__all__ = ["get_cfg", "trainer_of"]
+__all__ = ["get_cfg", "load_cfg", "trainer_of"]
+
+ROOT = Path(__file__).resolve().parent.parent
 
 #: MODEL.META_ARCHITECTURE -> its trainer; `Trainer` for all others.
 TRAINERS: dict[str, type[Trainer]] = {
+    "DPT": DPTTrainer,
     "MaskFormer": MaskFormerTrainer,
+    "Segmenter": SegmenterTrainer,
 }
 
 
@@ -23,12 +32,37 @@ def get_cfg() -> CfgNode:
     """Detectron2's default config with the keys of every project here, everything registered."""
     cfg = _get_detectron2_cfg()
     add_vit_config(cfg)
+    add_timm_config(cfg)
     add_expedit_config(cfg)
     add_solver_config(cfg)
     add_maskformer2_config(cfg)
+    add_segmenter_config(cfg)
+    add_dpt_config(cfg)
     return cfg
 
 
 def trainer_of(cfg: CfgNode) -> type[Trainer]:
     """The trainer of the project that the configured model belongs to."""
     return TRAINERS.get(cfg.MODEL.META_ARCHITECTURE, Trainer)
+
+
+def load_cfg(path: str | Path, opts: Sequence[str] = ()) -> CfgNode:
+    """The config of a YAML file with overrides, on a device that is there.
+
+    Args:
+        path: of the file.
+        opts: keys and values in turn.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"there is no config file {str(path)!r}")
+    cfg = get_cfg()
+    cfg.merge_from_file(str(path))
+    cfg.merge_from_list(list(opts))
+    cfg.MODEL.DEVICE = choose_device(cfg.MODEL.DEVICE)
+    # A relative path means the repository, wherever this is started from.
+    if not Path(cfg.MODEL.WEIGHTS).exists() and (ROOT / cfg.MODEL.WEIGHTS).is_file():
+        cfg.MODEL.WEIGHTS = str(ROOT / cfg.MODEL.WEIGHTS)
+    return cfg

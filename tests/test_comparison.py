@@ -1,12 +1,10 @@
-"""The comparison table, the pictures, and the small checkpoint tool."""
+"""The comparison table, the demo, and the small checkpoint tool."""
 
 import copy
 
-import numpy as np
 import pytest
 import torch
 from conftest import EMBEDDED, load_tool
-from detectron2.structures import Boxes, Instances
 from PIL import Image
 from torch import nn
 
@@ -14,9 +12,7 @@ from expedit_d2.analysis.flops import Flops
 from expedit_d2.analysis.timing import Timing
 from expedit_d2.comparison import Row, compare, share_weights, to_table
 from expedit_d2.engine import Trainer, load_weights
-from expedit_d2.operators import cluster_tokens
 from expedit_d2.settings import Settings
-from expedit_d2.visualize import cluster_labels, draw_clusters, draw_instances, save_panels
 
 
 def row(name, ap, after, seconds):
@@ -27,7 +23,12 @@ def row(name, ap, after, seconds):
 def test_table_shows_ratios_to_the_plain_model():
     plain, ours = row("plain", 50.0, 3e9, 0.5), row("a1_8x8", 49.0, 1.5e9, 0.4)
     header, _, first, second = to_table([plain, ours]).splitlines()
-    assert "box AP" in header and "kept" in header and "agree, instances" in header and "speed-up" in header
+    assert (
+        "box AP" in header
+        and "kept" in header
+        and "agree, instances" in header
+        and "speed-up" in header
+    )
     assert first.split() == "plain 50.0 100.0 % 97.0 6.00 0 % 10.00 0 % 2.00 1.00x".split()
     assert second.split() == "a1_8x8 49.0 98.0 % 97.0 4.50 25 % 8.50 15 % 2.50 1.25x".split()
 
@@ -86,57 +87,6 @@ def test_comparison_of_a_real_detector(tiny_model):
     assert all(torch.equal(after[key], before[key]) for key in before)
 
 
-def test_labels_are_the_nearest_cluster_by_explicit_search():
-    torch.manual_seed(0)
-    tokens = torch.randn(1, 6, 9, 4)
-    settings = Settings(alpha=1, grid=(3, 4), iterations=2, temperature=0.5, window=3)
-    labels = cluster_labels(tokens, settings)
-    clusters = cluster_tokens(tokens, (3, 4), 2, 0.5, 3).features[0]
-    for i in range(6):
-        for j in range(9):
-            home = (i * 3 // 6, j * 4 // 9)
-            near = {
-                r * 4 + c: float((tokens[0, i, j] - clusters[r, c]).square().sum())
-                for r in range(3)
-                for c in range(4)
-                if abs(r - home[0]) <= 1 and abs(c - home[1]) <= 1
-            }
-            assert labels[0, i, j] == min(near, key=near.get)
-
-
-def test_labels_by_window_are_those_of_each_window():
-    torch.manual_seed(0)
-    tokens = torch.randn(1, 8, 12, 4)
-    settings = Settings(alpha=1, grid=(2, 2), scope="window", iterations=2)
-    labels = cluster_labels(tokens, settings, attention_window=4)
-    alone = Settings(alpha=1, grid=(2, 2), iterations=2)
-    for index, (row, col) in enumerate((r, c) for r in (0, 4) for c in (0, 4, 8)):
-        window = cluster_labels(tokens[:, row : row + 4, col : col + 4], alone)
-        assert torch.equal(labels[:, row : row + 4, col : col + 4], window + 4 * index)
-
-
-def test_boundaries_lie_where_labels_change():
-    image = np.zeros((4, 8, 3), np.uint8)
-    drawn = draw_clusters(image, np.array([[0, 1]]))
-    assert drawn[:, 4].any(-1).all() and not drawn[:, [0, 1, 2, 3, 5, 6, 7]].any()
-    assert not image.any()
-
-
-def test_panels_are_written(tmp_path):
-    instances = Instances((32, 32))
-    instances.pred_boxes = Boxes(torch.tensor([[4.0, 4, 20, 20], [0, 0, 8, 8]]))
-    instances.scores = torch.tensor([0.9, 0.1])
-    instances.pred_classes = torch.tensor([0, 1])
-    from detectron2.data.catalog import Metadata
-
-    image = np.full((32, 32, 3), 90, np.uint8)
-    drawn = draw_instances(image, instances, Metadata(thing_classes=["disk", "ring"]))
-    assert drawn.shape == (512, 512, 3) and (drawn != 90).any()
-    path = tmp_path / "new" / "panels.png"
-    save_panels([{"image": image, "plain": drawn}, {"image": image}], path)
-    assert min(Image.open(path).size) > 100
-
-
 def test_slim_checkpoint_keeps_the_weights_and_overwrites_nothing(tmp_path):
     slim = load_tool("slim_checkpoint")
     model = nn.Linear(64, 64)
@@ -161,11 +111,21 @@ def test_demo_writes_its_table_and_picture(tiny_opts, tmp_path, capsys):
     )
     output = tmp_path / "demo"
     options = ["--timed", "2", "--pictures", "1", "--output", str(output)]
-    demo.run([*options, "--expedit", str(setting), "--", *tiny_opts])
-    table = (output / "table.md").read_text()
-    assert "| plain" in table.replace(" ", "").replace("|", "| ") and "a1_2x2" in table
-    assert "a1_2x2" in capsys.readouterr().out
-    with Image.open(output / "clusters_and_predictions.png") as picture:
+    options += ["--config-file", EMBEDDED, "--expedit"]
+    demo.run([*options, str(setting), "--", *tiny_opts])
+    table = (output / "tables.md").read_text()
+    assert table.startswith("vitdet\n") and "| plain" in " ".join(table.split())
+    assert "a1_2x2" in table and "a1_2x2" in capsys.readouterr().out
+    with Image.open(output / "vitdet.png") as picture:
         assert min(picture.size) > 100
     with pytest.raises(SystemExit, match="demo.py: there is no config file 'none.yaml'"):
-        demo.run([*options, "--expedit", "none.yaml", "--", *tiny_opts])
+        demo.run([*options, "none.yaml", "--", *tiny_opts])
+    with pytest.raises(SystemExit, match="--models must be among .*'vitdet'.* got 'none'"):
+        demo.run(["--models", "none"])
+
+
+def test_embedded_cases_are_the_plain_configs_with_their_settings():
+    demo = load_tool("demo")
+    cases = {case.plain.stem: case.expedit for case in demo.embedded_cases(None)}
+    assert "vitdet_a6_3x3" in {path.stem for path in cases["vitdet"]}
+    assert all(path.stem.startswith(f"{name}_") for name in cases for path in cases[name])

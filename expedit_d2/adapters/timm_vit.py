@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import threading
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -34,11 +34,32 @@ def _remember_size(patch_embed: nn.Module, args: tuple[Tensor], output: Tensor) 
     _call.size = patch_embed.dynamic_feat_size(shape_of(args[0])[-2:])
 
 
-def adapt(vit: nn.Module) -> Host:
-    def attach() -> Callable[[], None]:
-        return vit.patch_embed.register_forward_hook(_remember_size).remove
+def _remember_shape(proj: nn.Module, args: tuple[Tensor], output: Tensor) -> None:
+    _call.size = shape_of(output)[-2:]
 
-    def layout(size_aware: bool) -> _Layout:
+
+def adapt(vit: nn.Module) -> Host:
+    return host_of(vit, PrefixLayout)
+
+
+def host_of(vit: nn.Module, layout: Callable[..., PrefixLayout]) -> Host:
+    """The host of a timm transformer; ``layout`` takes ``prefix`` and ``size_aware``."""
+
+    def attach() -> Callable[[], None]:
+        embed = vit.patch_embed
+        hooks = (
+            embed.register_forward_hook(_remember_size),
+            # For callers that run the ResNet of a hybrid by themselves.
+            embed.proj.register_forward_hook(_remember_shape),
+        )
+
+        def detach() -> None:
+            for hook in hooks:
+                hook.remove()
+
+        return detach
+
+    def build(size_aware: bool) -> PrefixLayout:
         if size_aware and not all(
             "attn_mask" in inspect.signature(block.forward).parameters for block in vit.blocks
         ):
@@ -46,19 +67,34 @@ def adapt(vit: nn.Module) -> Host:
                 f"SIZE_AWARE needs blocks that take attn_mask, and {type(vit.blocks[0]).__name__} "
                 "does not; set SIZE_AWARE False or update timm"
             )
-        return _Layout(vit.num_prefix_tokens, size_aware)
+        return layout(prefix=vit.num_prefix_tokens, size_aware=size_aware)
 
-    return Host(owner=vit, attribute="blocks", layout=layout, attach=attach)
+    return Host(
+        owner=vit,
+        attribute="blocks",
+        layout=build,
+        # Known to who drives the model (`expedit_d2.backbones.timm_vit`), else it may read any.
+        outputs=getattr(vit, "expedit_outputs", None),
+        attach=attach,
+    )
 
 
-class _Layout:
-    def __init__(self, prefix: int, size_aware: bool, size: tuple[int, int] | None = None) -> None:
-        self.prefix = prefix
-        self.size_aware = size_aware
-        self.size = size
+@dataclass(frozen=True, eq=False)
+class PrefixLayout:
+    """Class and register tokens, then the map's: (B, prefix + H * W, C).
 
-    def begin(self) -> _Layout:
-        return _Layout(self.prefix, self.size_aware, _call.size)
+    Attributes:
+        prefix: number of class and register tokens.
+        size_aware: clusters have as many votes as they stand for tokens.
+        size: (H, W) of this run's map.
+    """
+
+    prefix: int
+    size_aware: bool
+    size: tuple[int, int] | None = None
+
+    def begin(self) -> PrefixLayout:
+        return replace(self, size=_call.size)
 
     def split(self, x: Tensor) -> tuple[Tensor, Tokens]:
         size = self.size

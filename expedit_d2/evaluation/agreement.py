@@ -15,7 +15,7 @@ from detectron2.structures import Boxes, Instances, pairwise_iou
 from detectron2.utils import comm
 from torch import Tensor
 
-__all__ = ["Agreement", "match"]
+__all__ = ["Agreement", "match", "match_segments"]
 
 _IOU = 0.5
 
@@ -139,6 +139,22 @@ def _segment_overlaps(mine: _Map, plain: _Map) -> np.ndarray:
         if ours in rows and theirs in cols and mine.classes[ours] == plain.classes[theirs]:
             together[rows[ours], cols[theirs]] = count
     return together / np.maximum(areas[0][:, None] + areas[1][None] - together, 1)
+
+
+def match_segments(
+    mine: tuple[Tensor, list[dict]], plain: tuple[Tensor, list[dict]]
+) -> dict[int, int]:
+    """Segments of one panoptic output that are found in another, as a panoptic quality has it.
+
+    Args:
+        mine, plain: segment of each pixel (height, width), and Detectron2's ``segments_info``.
+
+    Returns:
+        id of a segment to the id of its twin; segments without one are left out.
+    """
+    keep = _PanopticMeasure().keep
+    pairs = match(_segment_overlaps(keep(mine), keep(plain)))
+    return {mine[1][ours]["id"]: plain[1][theirs]["id"] for ours, theirs in pairs}
 
 
 class _SemanticMeasure:

@@ -1,0 +1,98 @@
+"""What the plain ViT backbones share: Detectron2's simple feature pyramid, with named outputs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from detectron2.config import CfgNode, configurable
+from detectron2.layers import ShapeSpec
+from detectron2.modeling import Backbone, SimpleFeaturePyramid
+from detectron2.modeling.backbone.fpn import LastLevelMaxPool
+from torch import Tensor
+
+from ..api import expedite_from_node
+
+__all__ = ["ViTPyramid"]
+
+
+class ViTPyramid(SimpleFeaturePyramid):
+    """A plain ViT and ViTDet's simple feature pyramid; a subclass builds the ViT from a config.
+
+    Outputs are named by ``out_features``: ``p2, p3, …`` as ViTDet's detectors want them (one more
+    name than there are scales adds the max-pooled level), or ``res2, res3, …`` for Mask2Former.
+    """
+
+    #: The config node of the subclass, for messages.
+    node = "MODEL"
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        net: Backbone,
+        out_features: list[str],
+        out_channels: int,
+        scale_factors: list[float],
+        norm: str = "LN",
+        square_pad: int = 0,
+        freeze: bool = False,
+        expedit: Mapping[str, Any] | None = None,
+    ) -> None:
+        """
+        Args:
+            net: the ViT, with a single output feature.
+            out_features: names of the pyramid's levels, finest first.
+            out_channels: channels of every level.
+            scale_factors: size of each level relative to the token map: 4, 2, 1 or 0.5.
+            norm: normalisation in the pyramid.
+            square_pad: pad images to a square of this side; 0 keeps their shape.
+            freeze: train the pyramid alone.
+            expedit: a ``MODEL.EXPEDIT`` node; None is the plain ViT.
+
+        Raises:
+            ValueError: if the number of names and the number of levels disagree, or for what
+                `expedit_d2.expedite` refuses.
+        """
+        pooled = len(out_features) - len(scale_factors)
+        if pooled not in (0, 1):
+            raise ValueError(
+                f"{self.node}.OUT_FEATURES must name the {len(scale_factors)} levels of "
+                f"{self.node}.SCALE_FACTORS, or one more for a pooled level, got {out_features}"
+            )
+        (in_feature,) = net.output_shape()
+        super().__init__(
+            net=net,
+            in_feature=in_feature,
+            out_channels=out_channels,
+            scale_factors=scale_factors,
+            top_block=LastLevelMaxPool() if pooled else None,
+            norm=norm,
+            square_pad=square_pad,
+        )
+        if pooled:
+            # Pool the coarsest level, whatever its stride (Detectron2 assumes it is p5).
+            self.top_block.in_feature = self._out_features[-2]
+        self._names = dict(zip(self._out_features, out_features, strict=True))
+        net.requires_grad_(not freeze)
+        if expedit is not None:
+            expedite_from_node(self, expedit)
+
+    @staticmethod
+    def pyramid_args(cfg: CfgNode, node: CfgNode) -> dict[str, Any]:
+        """The arguments beside ``net``, from the config and the backbone's node in it."""
+        return {
+            "out_features": list(node.OUT_FEATURES),
+            "out_channels": node.OUT_CHANNELS,
+            "scale_factors": list(node.SCALE_FACTORS),
+            "square_pad": node.SQUARE_PAD,
+            "freeze": node.FREEZE,
+            "expedit": cfg.MODEL.get("EXPEDIT"),
+        }
+
+    def output_shape(self) -> dict[str, ShapeSpec]:
+        return {self._names[name]: shape for name, shape in super().output_shape().items()}
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        """Images (B, 3, H, W) to the named levels (B, out_channels, H / stride, W / stride)."""
+        return {self._names[name]: feature for name, feature in super().forward(x).items()}

@@ -1,0 +1,201 @@
+"""``build_timm_vit_backbone``: any plain ViT of timm by its name, configured by ``MODEL.TIMM``.
+
+DINOv2, DINOv3, CLIP, SigLIP, MAE, AugReg, EVA-02 …: the token map behind the last block and norm,
+and Detectron2's simple feature pyramid on it. State-dict keys are timm's, below ``net.model.``.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import os
+from typing import Any
+
+import timm
+import torch.nn.functional as F
+from detectron2.config import CfgNode
+from detectron2.layers import ShapeSpec
+from detectron2.modeling import BACKBONE_REGISTRY, Backbone
+from timm.models import eva, load_state_dict, vision_transformer
+from torch import Tensor, nn
+
+from ..operators import shape_of
+from .pyramid import ViTPyramid
+
+__all__ = ["TimmNet", "TimmViT", "build_timm_vit_backbone", "create_timm_vit"]
+
+#: Families of plain ViTs, and the module of each, which knows the authors' checkpoints.
+_FAMILIES = {vision_transformer.VisionTransformer: vision_transformer, eva.Eva: eva}
+
+
+def create_timm_vit(
+    name: str, pretrained: bool = False, checkpoint: str = "", **kwargs: Any
+) -> nn.Module:
+    """A plain ViT of timm, for images of any size, without what only classification needs.
+
+    Args:
+        name: timm's: ``vit_large_patch14_reg4_dinov2``, or with a tag for one of several weights.
+        pretrained: take the weights of this name from the Hugging Face hub, or its local cache.
+        checkpoint: a file to load instead, in timm's format or the authors'; it must have every
+            weight.
+        **kwargs: further arguments of ``timm.create_model``.
+
+    Raises:
+        ValueError: if there is no such model, if it is no plain ViT, or if the checkpoint does not
+            fit; names the config key.
+        OSError: if there is no such checkpoint, or if weights cannot be downloaded.
+    """
+    if ":" not in name and not timm.is_model(name):  # with a colon: on the hub, or in a folder
+        known = [
+            n for module in ("vision_transformer", "eva") for n in timm.list_models(module=module)
+        ]
+        near = difflib.get_close_matches(name, known, cutoff=0.4) or known[:3]
+        raise ValueError(
+            f"MODEL.TIMM.NAME must be a plain ViT of timm, such as {', '.join(near)}; there is no "
+            f"{name!r}"
+        )
+    if checkpoint and not os.path.isfile(checkpoint):
+        raise FileNotFoundError(f"MODEL.TIMM.CHECKPOINT: there is no file {checkpoint!r}")
+    try:
+        model = timm.create_model(
+            name,
+            pretrained=pretrained and not checkpoint,
+            num_classes=0,
+            dynamic_img_size=True,
+            **kwargs,
+        )
+        if not isinstance(model, tuple(_FAMILIES)):
+            raise TypeError(f"it is a {type(model).__name__}")
+    except OSError as error:
+        raise OSError(
+            f"MODEL.TIMM.PRETRAINED: the weights of {name!r} cannot be downloaded; without a "
+            f"network, name a file in MODEL.TIMM.CHECKPOINT: {error}"
+        ) from error
+    except (TypeError, RuntimeError) as error:  # other families take other arguments
+        raise ValueError(
+            f"MODEL.TIMM.NAME {name!r} with KWARGS {kwargs} does not make a plain ViT (timm's "
+            f"VisionTransformer or Eva): {error}"
+        ) from error
+    model.prune_intermediate_layers(1)  # all blocks stay; pooling and its norm go
+    if checkpoint:
+        _load(model, checkpoint)
+    return model
+
+
+def _load(model: nn.Module, path: str) -> None:
+    """Load every weight of a timm model, or say what does not fit."""
+    weights = load_state_dict(path)
+    wrong = []
+    patch = tuple(model.patch_embed.proj.weight.shape[2:])
+    for key, value in weights.items():
+        # timm would resample the kernel without a word.
+        if key.endswith("patch_embed.proj.weight") and tuple(value.shape[2:]) not in ((), patch):
+            wrong.append(
+                f"patches are {tuple(value.shape[2:])} in the file and {patch} in the model"
+            )
+    (module,) = (m for family, m in _FAMILIES.items() if isinstance(model, family))
+    weights = module.checkpoint_filter_fn(weights, model)
+    own = model.state_dict()
+    wrong += [f"{key} is not in the file" for key in own if key not in weights]
+    wrong += [
+        f"{key} is {tuple(weights[key].shape)} in the file and {tuple(own[key].shape)} in the model"
+        for key in own
+        if key in weights and weights[key].shape != own[key].shape
+    ]
+    # Others are of pooling, a head, or of pretraining.
+    wrong += [
+        f"{key} is not in the model"
+        for key in weights
+        if key.startswith("blocks.") and key not in own
+    ]
+    if wrong:
+        more = f", and {len(wrong) - 1} more" if len(wrong) > 1 else ""
+        raise ValueError(
+            f"MODEL.TIMM.CHECKPOINT {path!r} does not fit MODEL.TIMM.NAME: {wrong[0]}{more}"
+        )
+    model.load_state_dict(weights, strict=False)
+
+
+class TimmNet(Backbone):
+    """A plain ViT of timm as a Detectron2 backbone with one output, the token map.
+
+    It is what `forward_features` of timm gives: behind the last block, and the final norm unless
+    the model has that behind its pooling.
+
+    One token stands for ``stride`` x ``stride`` pixels. Images are padded with zeros, at the bottom
+    and the right, to whole tokens. Where the patch has another size they are then resized, so that
+    each patch shows what its token stands for: with patches of 14 and stride 16, an image of 1024
+    pixels becomes one of 896 and 64 tokens. Weights are never resampled.
+    """
+
+    def __init__(
+        self, model: nn.Module, stride: int | None = None, grad_checkpointing: bool = False
+    ) -> None:
+        """
+        Args:
+            model: from `create_timm_vit`.
+            stride: pixels of the image along the side of a token, a power of two, as Detectron2's
+                pyramid needs it; None: the one nearest to the patch, such as 16 for 14.
+            grad_checkpointing: save memory in training by running blocks twice.
+
+        Raises:
+            ValueError: if the stride is no power of two.
+        """
+        super().__init__()
+        self.model = model
+        self.patch = model.patch_embed.feat_ratio()
+        if stride is None:
+            stride = 2 ** round(math.log2(self.patch))
+        if type(stride) is not int or stride < 1 or stride & (stride - 1):
+            raise ValueError(
+                f"MODEL.TIMM.STRIDE must be a power of two or None (the nearest to the patch size "
+                f"{self.patch}), got {stride!r}"
+            )
+        self.stride = stride
+        model.set_grad_checkpointing(grad_checkpointing)
+        # What `forward` reads, for the adapter.
+        model.expedit_outputs = (len(model.blocks) - 1,)
+        self._out_features = ["last_feat"]
+        self._out_feature_channels = {"last_feat": model.num_features}
+        self._out_feature_strides = {"last_feat": stride}
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        """Images (B, 3, H, W), any size, to {"last_feat": (B, C, H / stride, W / stride)}."""
+        height, width = shape_of(x)[2:]
+        x = F.pad(x, (0, -width % self.stride, 0, -height % self.stride))
+        size = tuple(side // self.stride for side in shape_of(x)[2:])
+        if self.patch != self.stride:
+            x = F.interpolate(x, [side * self.patch for side in size], mode="bilinear")
+        tokens = self.model.forward_features(x)[:, self.model.num_prefix_tokens :]
+        return {"last_feat": tokens.transpose(1, 2).unflatten(2, size)}
+
+
+class TimmViT(ViTPyramid):
+    """A plain ViT of timm and the simple feature pyramid."""
+
+    node = "MODEL.TIMM"
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode, input_shape: ShapeSpec) -> dict[str, Any]:
+        node = cfg.MODEL.TIMM
+        model = create_timm_vit(
+            node.NAME,
+            node.PRETRAINED,
+            node.CHECKPOINT,
+            in_chans=input_shape.channels,
+            drop_path_rate=node.DROP_PATH_RATE,
+            **node.KWARGS,
+        )
+        net = TimmNet(model, node.STRIDE, node.GRAD_CHECKPOINTING)
+        return {"net": net, **cls.pyramid_args(cfg, node)}
+
+
+@BACKBONE_REGISTRY.register()
+def build_timm_vit_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> TimmViT:
+    """`TimmViT` by ``MODEL.TIMM``, expedited by ``MODEL.EXPEDIT``.
+
+    Raises:
+        ValueError: for what `create_timm_vit`, `TimmNet`, `ViTPyramid` or `expedit_d2.expedite`
+            refuse.
+    """
+    return TimmViT(cfg, input_shape)

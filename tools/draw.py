@@ -1,0 +1,106 @@
+#!/usr/bin/env python
+"""Draw a model's predictions on images: plain, with Expedit, and where the two differ.
+
+Examples::
+
+    # your images
+    python tools/draw.py --images photos/*.jpg --config-file my_model.yaml \
+        MODEL.WEIGHTS my_model.pth MODEL.EXPEDIT.ALPHA 8 MODEL.EXPEDIT.RATIO 0.7
+
+    # the first four images of the config's test data set
+    python tools/draw.py --config-file configs/embedded/mask2former_a6_3x3.yaml
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data import transforms as T
+from detectron2.data.detection_utils import read_image
+from detectron2.utils.logger import setup_logger
+from tqdm import tqdm
+
+from expedit_d2.data import register_by_path, register_collage
+from expedit_d2.engine import load_weights
+from expedit_d2.settings import Settings
+from expedit_d2.visualize import save_panels, side_by_side
+from projects import load_cfg, trainer_of
+
+
+def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config-file", required=True, help="YAML with MODEL.EXPEDIT")
+    parser.add_argument("--images", nargs="+", help="files; default: of DATASETS.TEST")
+    parser.add_argument("--count", type=int, default=4, help="images of the data set")
+    parser.add_argument("--output", default="output/pictures", help="folder of the pictures")
+    parser.add_argument("opts", nargs="*", help="config overrides, as KEY VALUE pairs")
+    return parser.parse_args(arguments)
+
+
+def image_files(args: argparse.Namespace, dataset: str) -> list[str]:
+    if not args.images:
+        return [record["file_name"] for record in islice(DatasetCatalog.get(dataset), args.count)]
+    for path in args.images:
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"--images: there is no file {path!r}")
+    return args.images
+
+
+def load_inputs(cfg: CfgNode, files: list[str]) -> Iterator[dict]:
+    """Model inputs, resized as for evaluation."""
+    resize = T.ResizeShortestEdge(
+        [cfg.INPUT.MIN_SIZE_TEST] * 2, cfg.INPUT.MAX_SIZE_TEST
+    )  # a range of one size
+    for path in files:
+        image = read_image(path, cfg.INPUT.FORMAT)
+        height, width = image.shape[:2]
+        image = resize.get_transform(image).apply_image(image)
+        pixels = torch.as_tensor(image.transpose(2, 0, 1).copy())
+        yield {"image": pixels, "height": height, "width": width, "file_name": path}
+
+
+def main(args: argparse.Namespace) -> list[Path]:
+    """Draw; returns the pictures' paths."""
+    setup_logger(name="detectron2").setLevel("ERROR")
+    register_collage()
+    cfg = load_cfg(args.config_file, args.opts)
+    settings = Settings.from_node({**cfg.MODEL.EXPEDIT, "ENABLED": True})
+    if not settings.alphas:
+        raise ValueError("MODEL.EXPEDIT.ALPHA is not set: there is nothing to compare with")
+    cfg.MODEL.EXPEDIT.ENABLED = False
+    register_by_path(cfg.DATASETS.TEST)
+    dataset = cfg.DATASETS.TEST[0]
+    files = image_files(args, dataset)
+    model = trainer_of(cfg).build_model(cfg).eval()
+    load_weights(model, cfg.MODEL.WEIGHTS)
+    pictures = []
+    for number, item in enumerate(tqdm(load_inputs(cfg, files), total=len(files), unit="image")):
+        rows = side_by_side(model, settings, item, MetadataCatalog.get(dataset), cfg.INPUT.FORMAT)
+        # Files of the same name may come from several folders.
+        path = Path(args.output) / f"{number:03d}_{Path(item['file_name']).stem}.png"
+        save_panels(rows, path)
+        pictures.append(path)
+    print(f"{len(pictures)} pictures in {args.output}")
+    return pictures
+
+
+def run(arguments: list[str] | None = None) -> None:
+    """Parse the arguments and run; an expected error ends with one sentence."""
+    args = parse_arguments(arguments)
+    try:
+        main(args)
+    except (ValueError, OSError, KeyError) as error:
+        sys.exit(f"draw.py: {error}")
+
+
+if __name__ == "__main__":
+    run()
