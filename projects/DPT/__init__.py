@@ -1,0 +1,37 @@
+"""DPT (Ranftl et al., arXiv 2103.13413) and Depth Anything V2 for Detectron2: depth of one image.
+
+- ``config``: the keys.
+- ``modeling``: the model, registered by importing this package.
+- ``data``: mapper, KITTI and NYU Depth V2, and any list of images and depth files.
+- ``evaluation``: metrics.
+- ``convert``: official checkpoints.
+- ``visualize``: depth in colours.
+- ``trainer``: all of it in the trainer of `expedit_d2.engine`; imported only when asked for.
+"""
+
+from . import modeling as _  # noqa: F401  only registration
+from .config import add_dpt_config
+from .data import DepthMapper, register_depth_datasets, register_depth_lists
+from .evaluation import DepthEvaluator
+from .visualize import colorize_depth
+
+__all__ = [
+    "DPTTrainer",
+    "DepthEvaluator",
+    "DepthMapper",
+    "add_dpt_config",
+    "colorize_depth",
+    "register_depth_datasets",
+    "register_depth_lists",
+]
+
+register_depth_datasets()
+
+
+def __getattr__(name: str) -> object:
+    # The trainer imports expedit_d2.engine, which a config does not need.
+    if name == "DPTTrainer":
+        from .trainer import DPTTrainer
+
+        return DPTTrainer
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

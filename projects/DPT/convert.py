@@ -1,0 +1,175 @@
+"""Official checkpoints of DPT and Depth Anything V2 to weights of `modeling.DPT`.
+
+Every key is renamed by its longest known beginning, and accounted for: mapped, not used, missing.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["Conversion", "convert_checkpoint", "convert_state", "read_checkpoint"]
+
+UNKNOWN = "not known here"
+_CLASSIFIER = "the classifier that the encoder was pretrained with"
+_SEGMENTATION = "auxiliary head of the segmentation model"
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What became of the keys of an official checkpoint.
+
+    Attributes:
+        weights: our keys and their tensors.
+        renamed: official key to ours.
+        unused: official key to why it was left out.
+        missing: our keys that the checkpoint has nothing for.
+    """
+
+    weights: dict[str, Tensor]
+    renamed: dict[str, str]
+    unused: dict[str, str]
+    missing: list[str]
+
+    def summary(self) -> str:
+        """Counts, and a line for each key that was not simply renamed."""
+        lines = [
+            f"{len(self.renamed)} keys renamed, {len(self.unused)} not used, "
+            f"{len(self.missing)} missing"
+        ]
+        lines += [f"  not used: {key} ({why})" for key, why in self.unused.items()]
+        lines += [f"  missing: {key}" for key in self.missing]
+        return "\n".join(lines)
+
+
+def _scratch(prefix: str) -> Iterator[tuple[str, str]]:
+    """The fusion, which is the same in both."""
+    for i in range(4):
+        yield f"{prefix}layer{i + 1}_rn.", f"head.layers.{i}."
+        yield f"{prefix}refinenet{i + 1}.out_conv.", f"head.fusions.{i}.out."
+        yield f"{prefix}refinenet{i + 1}.resConfUnit1.", f"head.fusions.{i}.level."
+        yield f"{prefix}refinenet{i + 1}.resConfUnit2.", f"head.fusions.{i}.refine."
+
+
+def _dpt() -> Iterator[tuple[str, str]]:
+    yield "pretrained.model.", "backbone.vit."
+    for i in range(4):
+        yield f"pretrained.act_postprocess{i + 1}.0.project.0.", f"head.reassemble.{i}.readout."
+        yield f"pretrained.act_postprocess{i + 1}.3.", f"head.reassemble.{i}.project."
+        yield f"pretrained.act_postprocess{i + 1}.4.", f"head.reassemble.{i}.resize."
+    yield from _scratch("scratch.")
+    yield "scratch.output_conv.0.", "head.reduce."
+    yield "scratch.output_conv.2.", "head.predict.0."
+    yield "scratch.output_conv.4.", "head.predict.2."
+
+
+def _depth_anything() -> Iterator[tuple[str, str]]:
+    yield "pretrained.", "backbone.vit."
+    for i in range(4):
+        yield f"depth_head.readout_projects.{i}.0.", f"head.reassemble.{i}.readout."
+        yield f"depth_head.projects.{i}.", f"head.reassemble.{i}.project."
+        yield f"depth_head.resize_layers.{i}.", f"head.reassemble.{i}.resize."
+    yield from _scratch("depth_head.scratch.")
+    yield "depth_head.scratch.output_conv1.", "head.reduce."
+    yield "depth_head.scratch.output_conv2.", "head.predict."
+
+
+#: Beginnings of official keys that the model has no place for, and why.
+_UNUSED = {
+    "pretrained.model.head.": _CLASSIFIER,
+    "pretrained.model.head_dist.": _CLASSIFIER,
+    "pretrained.model.norm.": "the levels are read before the final norm",
+    "pretrained.mask_token": "of pretraining",
+    "scratch.refinenet4.resConfUnit1.": "never run: the coarsest level joins nothing",
+    "depth_head.scratch.refinenet4.resConfUnit1.": "never run: the coarsest level joins nothing",
+    "auxlayer.": _SEGMENTATION,
+}
+
+
+def convert_state(state: Mapping[str, Tensor], model: nn.Module) -> Conversion:
+    """Rename the keys of an official state dict for a model.
+
+    Args:
+        state: official keys and tensors.
+        model: a `modeling.DPT` of the same architecture, on any device, "meta" too.
+
+    Raises:
+        ValueError: if these are no official keys, or a tensor has another shape than the model's.
+    """
+    if any(key.startswith("depth_head.") for key in state):
+        rules = dict(_depth_anything())
+    elif any(key.startswith("scratch.") for key in state):
+        rules = dict(_dpt())
+    else:
+        raise ValueError(
+            "this is no checkpoint of DPT or Depth Anything V2: no key begins with scratch. or "
+            f"depth_head.; the first is {next(iter(state), None)!r}"
+        )
+    own = {key: tuple(value.shape) for key, value in model.state_dict().items()}
+    weights: dict[str, Tensor] = {}
+    renamed: dict[str, str] = {}
+    unused: dict[str, str] = {}
+    for key, value in state.items():
+        start = max((p for p in (*rules, *_UNUSED) if key.startswith(p)), key=len, default=None)
+        if start is None or start in _UNUSED:
+            unused[key] = UNKNOWN if start is None else _UNUSED[start]
+            continue
+        target = rules[start] + key.removeprefix(start)
+        if target not in own:
+            unused[key] = UNKNOWN
+        elif tuple(value.shape) != own[target]:
+            raise ValueError(
+                f"{key} is {tuple(value.shape)} in the file and {own[target]} in the model; is "
+                "this the right config?"
+            )
+        else:
+            renamed[key], weights[target] = target, value
+    return Conversion(weights, renamed, unused, [key for key in own if key not in weights])
+
+
+def read_checkpoint(path: str) -> dict[str, Tensor]:
+    """The tensors of an official file; nothing in it is executed.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it holds no tensors by name.
+    """
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"there is no checkpoint {path!r}")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises several, by the kind of damage
+        raise ValueError(f"{path!r} is no checkpoint of tensors alone: {error}") from None
+    if isinstance(state, dict) and isinstance(state.get("model"), dict):
+        state = state["model"]  # with the state of an optimizer beside it
+    if not isinstance(state, dict) or not all(torch.is_tensor(v) for v in state.values()):
+        raise ValueError(f"{path!r} is no state dict")
+    return state
+
+
+def convert_checkpoint(source: str, target: str, model: nn.Module) -> Conversion:
+    """Read an official file and write one for ``MODEL.WEIGHTS``.
+
+    Args:
+        source: the official file.
+        target: the file to write.
+        model: see `convert_state`.
+
+    Raises:
+        FileExistsError: if the target is there already.
+        FileNotFoundError, ValueError: as `read_checkpoint` and `convert_state`, and if weights are
+            missing; nothing is written then.
+    """
+    if os.path.exists(target):
+        raise FileExistsError(f"{target!r} is there already; remove it or choose another name")
+    conversion = convert_state(read_checkpoint(source), model)
+    if conversion.missing:
+        raise ValueError(
+            f"{source!r} does not fit the model, is this the right config?\n{conversion.summary()}"
+        )
+    torch.save({"model": conversion.weights}, target)
+    return conversion

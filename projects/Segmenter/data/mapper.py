@@ -1,0 +1,103 @@
+"""Training samples for semantic segmentation: resize, crop, colour, flip, pad."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from detectron2.config import CfgNode
+from detectron2.data import MetadataCatalog, build_detection_train_loader
+from detectron2.data import detection_utils as utils
+from detectron2.data import transforms as T
+from torch.utils.data import DataLoader
+
+from projects.Mask2Former.data.color import ColorAugSSD
+
+__all__ = ["SemanticMapper", "build_train_loader"]
+
+_PAD_VALUE = 128
+
+
+def _augmentations(cfg: CfgNode) -> list[T.Augmentation]:
+    """What ``INPUT`` says, in the official order. Crops have one size: smaller ones are padded."""
+    node, ignore = cfg.INPUT, cfg.MODEL.SEM_SEG_HEAD.IGNORE_VALUE
+    augmentations: list[T.Augmentation] = [
+        T.ResizeShortestEdge(node.MIN_SIZE_TRAIN, node.MAX_SIZE_TRAIN, node.MIN_SIZE_TRAIN_SAMPLING)
+    ]
+    if node.CROP.ENABLED:
+        augmentations.append(
+            T.RandomCrop_CategoryAreaConstraint(
+                node.CROP.TYPE, node.CROP.SIZE, node.CROP.SINGLE_CATEGORY_MAX_AREA, ignore
+            )
+        )
+    if node.COLOR_AUG_SSD:
+        augmentations.append(ColorAugSSD(node.FORMAT))
+    if node.RANDOM_FLIP != "none":
+        vertical = node.RANDOM_FLIP == "vertical"
+        augmentations.append(T.RandomFlip(horizontal=not vertical, vertical=vertical))
+    if node.CROP.ENABLED and node.CROP.TYPE == "absolute":
+        augmentations.append(
+            T.FixedSizeCrop(node.CROP.SIZE, pad_value=_PAD_VALUE, seg_pad_value=ignore)
+        )
+    return augmentations
+
+
+class SemanticMapper:
+    """Reads and augments the image of a record, and its labels along with it.
+
+    Unlike Detectron2's `DatasetMapper` it resizes before it crops, and takes the ids in palette
+    PNGs as they are.
+    """
+
+    def __init__(self, augmentations: Sequence[T.Augmentation], image_format: str) -> None:
+        """
+        Args:
+            augmentations: applied one after the other.
+            image_format: "RGB" or "BGR".
+        """
+        self.augmentations = T.AugmentationList(augmentations)
+        self.image_format = image_format
+
+    def __call__(self, record: Mapping[str, Any]) -> dict[str, Any]:
+        """A training sample: ``image`` uint8 (3, H, W) and ``sem_seg`` long (H, W).
+
+        Raises:
+            ValueError: if the record has no ``sem_seg_file_name``.
+        """
+        if "sem_seg_file_name" not in record:
+            raise ValueError(
+                f"DATASETS.TRAIN: semantic segmentation needs records with 'sem_seg_file_name', "
+                f"that of {record['file_name']!r} has {sorted(record)}"
+            )
+        image = utils.read_image(record["file_name"], format=self.image_format)
+        labels = utils.read_image(record["sem_seg_file_name"])
+        if labels.dtype != np.uint8:  # which Detectron2 resizes as floats only
+            labels = labels.astype(np.float64)
+        augmented = T.AugInput(image, sem_seg=labels)
+        self.augmentations(augmented)
+        pixels = np.ascontiguousarray(augmented.image.transpose(2, 0, 1))
+        return {
+            "file_name": record["file_name"],
+            "image": torch.from_numpy(pixels),
+            "sem_seg": torch.from_numpy(augmented.sem_seg.astype(np.int64)),
+        }
+
+
+def build_train_loader(cfg: CfgNode) -> DataLoader:
+    """Detectron2's training loader with the augmentations of the config.
+
+    Raises:
+        ValueError: if a data set and the model ignore different labels.
+    """
+    for name in cfg.DATASETS.TRAIN:
+        ignored = MetadataCatalog.get(name).get("ignore_label", cfg.MODEL.SEM_SEG_HEAD.IGNORE_VALUE)
+        if ignored != cfg.MODEL.SEM_SEG_HEAD.IGNORE_VALUE:
+            raise ValueError(
+                f"MODEL.SEM_SEG_HEAD.IGNORE_VALUE must be {ignored}, as {name!r} has it, got "
+                f"{cfg.MODEL.SEM_SEG_HEAD.IGNORE_VALUE}"
+            )
+    return build_detection_train_loader(
+        cfg, mapper=SemanticMapper(_augmentations(cfg), cfg.INPUT.FORMAT)
+    )

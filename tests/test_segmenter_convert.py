@@ -1,0 +1,262 @@
+"""Official checkpoints: their names and shapes, conversion, and what is said of those that fail."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from conftest import load_tool
+from detectron2.modeling import build_model
+from test_segmenter_model import CLASSES, CONFIGS, PATCH, SIDE, images, predict, tiny_model
+
+from expedit_d2.engine import load_weights
+from projects import load_cfg
+from projects.Segmenter.convert import config_of, convert_checkpoint, match_weights
+
+VARIANT = {
+    "dataset_kwargs": {"dataset": "ade20k", "image_size": 48, "crop_size": SIDE},
+    "inference_kwargs": {"im_size": 48, "window_size": SIDE, "window_stride": 24},
+    "net_kwargs": {
+        "backbone": "test_vit",
+        "d_model": 64,
+        "decoder": {
+            "drop_path_rate": 0.0,
+            "dropout": 0.2,
+            "n_layers": 2,
+            "name": "mask_transformer",
+        },
+        "distilled": False,
+        "drop_path_rate": 0.1,
+        "dropout": 0.0,
+        "image_size": (SIDE, SIDE),
+        "n_cls": CLASSES,
+        "n_heads": 2,
+        "n_layers": 6,
+        "normalization": "deit",
+        "patch_size": PATCH,
+    },
+}
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+def official(model) -> dict[str, torch.Tensor]:
+    """The weights as an official checkpoint has them: with the classifier of the ViT."""
+    head = {"encoder.head.weight": torch.randn(1000, 64), "encoder.head.bias": torch.randn(1000)}
+    return model.state_dict() | head
+
+
+def write(folder: Path, weights, variant=VARIANT) -> Path:
+    folder.mkdir(exist_ok=True)
+    # Not safe_dump: tuples get the tag that they have in official files.
+    (folder / "variant.yml").write_text(yaml.dump(variant))
+    epoch = {"epoch": 3, "n_cls": CLASSES, "optimizer": {"state": {}, "param_groups": []}}
+    torch.save({"model": weights, **epoch}, folder / "checkpoint.pth")
+    return folder / "checkpoint.pth"
+
+
+def changed(**net) -> dict:
+    return VARIANT | {"net_kwargs": VARIANT["net_kwargs"] | net}
+
+
+# --- names and shapes ------------------------------------------------------------------------
+
+
+def official_shapes(dim, depth, patch, tokens, classes, extra=1) -> dict[str, tuple[int, ...]]:
+    """Every weight of an official Seg-Mask model but the ViT's classifier."""
+
+    def linear(name: str, out: int, into: int) -> dict[str, tuple[int, ...]]:
+        return {f"{name}.weight": (out, into), f"{name}.bias": (out,)}
+
+    def norm(name: str, width: int) -> dict[str, tuple[int, ...]]:
+        return {f"{name}.weight": (width,), f"{name}.bias": (width,)}
+
+    def block(name: str) -> dict[str, tuple[int, ...]]:
+        return {
+            **norm(f"{name}.norm1", dim),
+            **linear(f"{name}.attn.qkv", 3 * dim, dim),
+            **linear(f"{name}.attn.proj", dim, dim),
+            **norm(f"{name}.norm2", dim),
+            **linear(f"{name}.mlp.fc1", 4 * dim, dim),
+            **linear(f"{name}.mlp.fc2", dim, 4 * dim),
+        }
+
+    shapes = {
+        "encoder.cls_token": (1, 1, dim),
+        "encoder.pos_embed": (1, extra + tokens, dim),
+        "encoder.patch_embed.proj.weight": (dim, 3, patch, patch),
+        "encoder.patch_embed.proj.bias": (dim,),
+        **norm("encoder.norm", dim),
+        "decoder.cls_emb": (1, classes, dim),
+        "decoder.proj_patch": (dim, dim),
+        "decoder.proj_classes": (dim, dim),
+        **linear("decoder.proj_dec", dim, dim),
+        **norm("decoder.decoder_norm", dim),
+        **norm("decoder.mask_norm", classes),
+    }
+    if extra == 2:
+        shapes["encoder.dist_token"] = (1, 1, dim)
+    for i in range(depth):
+        shapes |= block(f"encoder.blocks.{i}")
+    for i in range(2):
+        shapes |= block(f"decoder.blocks.{i}")
+    return shapes
+
+
+def shapes_of(cfg) -> dict[str, tuple[int, ...]]:
+    cfg.MODEL.DEVICE = "meta"
+    with torch.device("meta"):
+        model = build_model(cfg)
+    return {name: tuple(value.shape) for name, value in model.state_dict().items()}
+
+
+@pytest.mark.parametrize(
+    ("name", "tokens", "classes"),
+    [("ade20k", 40 * 40, 150), ("cityscapes", 48 * 48, 19), ("pascal_context", 30 * 30, 60)],
+)
+def test_vit_large_has_the_official_weights(name, tokens, classes):
+    cfg = load_cfg(CONFIGS / name / "segmenter_vit_l_mask.yaml")
+    assert shapes_of(cfg) == official_shapes(1024, 24, 16, tokens, classes)
+
+
+def test_deit_has_the_official_weights():
+    cfg = load_cfg(CONFIGS / "ade20k" / "segmenter_vit_b_mask.yaml")
+    cfg.MODEL.TIMM.NAME = "deit_base_distilled_patch16_384"
+    assert shapes_of(cfg) == official_shapes(768, 12, 16, 32 * 32, 150, extra=2)
+
+
+def test_linear_decoder_has_the_official_weights():
+    cfg = load_cfg(CONFIGS / "ade20k" / "segmenter_vit_s_linear.yaml")
+    decoder = {n: s for n, s in shapes_of(cfg).items() if n.startswith("decoder.")}
+    assert decoder == {"decoder.head.weight": (150, 384), "decoder.head.bias": (150,)}
+
+
+# --- conversion ------------------------------------------------------------------------------
+
+
+def test_converted_model_is_the_same(tmp_path):
+    model = tiny_model()
+    weights = official(model) | {"decoder.strange": torch.zeros(2)}
+    source, target = write(tmp_path / "run", weights), tmp_path / "tiny.pth"
+    report = convert_checkpoint(source, target)
+    assert set(report.mapped) == set(model.state_dict())
+    assert report.classifier == ("encoder.head.weight", "encoder.head.bias")
+    assert report.unknown == ("decoder.strange",)
+    assert (report.missing, report.misshapen) == ((), ())
+    assert "left out, not in the model: decoder.strange" in str(report)
+
+    cfg = load_cfg(tmp_path / "tiny.yaml", ["MODEL.DEVICE", "cpu"])
+    again = build_model(cfg).eval()
+    load_weights(again, cfg.MODEL.WEIGHTS)
+    x = images()
+    assert torch.equal(predict(again, x), predict(model, x))
+    assert cfg.DATASETS.TEST == ["ade20k_sem_seg_val"]
+    assert (cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.FORMAT) == (48, "RGB")
+    assert (again.window_size, again.window_stride) == (SIDE, 24)
+    assert again.pixel_std.flatten().tolist() == pytest.approx([58.395, 57.12, 57.375])
+    assert again.decoder.blocks[0].attn.proj_drop.p == 0.2
+    assert again.encoder.norm.eps == 1e-5
+
+
+def test_settings_of_a_linear_model():
+    variant = {"net_kwargs": changed(decoder={"name": "linear"}, image_size=384)["net_kwargs"]}
+    config = config_of(variant)
+    assert config.MODEL.SEGMENTER.DECODER == "linear"
+    assert config.MODEL.SEGMENTER.WINDOW_STRIDE == 384
+    assert config.DATASETS.TEST == []
+    patch8 = config_of(changed(backbone="vit_base_patch8_384"))
+    assert patch8.MODEL.TIMM.NAME == "vit_base_patch8_224"
+
+
+def test_report_of_what_does_not_fit():
+    model = tiny_model()
+    weights = official(model)
+    del weights["encoder.norm.bias"]
+    weights["decoder.cls_emb"] = torch.zeros(1, 9, 64)
+    report = match_weights(weights, model)
+    assert report.missing == ("encoder.norm.bias",)
+    assert report.misshapen == (("decoder.cls_emb", (1, 9, 64), (1, CLASSES, 64)),)
+    assert len(report.mapped) == len(model.state_dict()) - 2
+
+
+def test_weights_that_do_not_fit_are_not_written(tmp_path):
+    weights = official(tiny_model())
+    del weights["encoder.norm.bias"]
+    weights["decoder.cls_emb"] = torch.zeros(1, 9, 64)
+    source = write(tmp_path, weights)
+    with pytest.raises(ValueError, match="missing in the checkpoint: encoder.norm.bias") as error:
+        convert_checkpoint(source, tmp_path / "out.pth")
+    assert "decoder.cls_emb is (1, 9, 64) in the checkpoint and (1, 7, 64)" in str(error.value)
+    assert not list(tmp_path.glob("out.*"))
+
+
+@pytest.mark.parametrize("name", ["out.pth", "out.yaml"])
+def test_nothing_is_overwritten(tmp_path, name):
+    source = write(tmp_path, official(tiny_model()))
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(FileExistsError, match=name):
+        convert_checkpoint(source, tmp_path / "out.pth")
+    assert (tmp_path / name).read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("net", "message"),
+    [
+        ({"n_heads": 4}, "n_heads is 4, but timm's test_vit has 2"),
+        ({"n_layers": 12}, "n_layers is 12, but timm's test_vit has 6"),
+        ({"backbone": "test_vid"}, "test_vit"),
+        ({"image_size": (32, 64)}, "image_size must be a square"),
+        ({"normalization": "none"}, r"normalization must be one of \['deit', 'vit'\]"),
+        ({"decoder": {"name": "deeplab_dec"}}, "linear or mask_transformer, got 'deeplab_dec'"),
+    ],
+)
+def test_settings_that_do_not_fit(tmp_path, net, message):
+    source = write(tmp_path, {}, changed(**net))
+    with pytest.raises(ValueError, match=message):
+        convert_checkpoint(source, tmp_path / "out.pth")
+
+
+def test_files_that_are_something_else(tmp_path):
+    target = tmp_path / "out.pth"
+    with pytest.raises(FileNotFoundError, match="variant.yml"):
+        convert_checkpoint(tmp_path / "checkpoint.pth", target)
+    source = write(tmp_path, {})
+    (tmp_path / "variant.yml").write_text("a: 1")
+    with pytest.raises(ValueError, match="no variant.yml of Segmenter"):
+        convert_checkpoint(source, target)
+    write(tmp_path, {}, {"net_kwargs": {"backbone": "test_vit"}})
+    with pytest.raises(ValueError, match="net_kwargs lacks decoder, image_size"):
+        convert_checkpoint(source, target)
+    write(tmp_path, {})
+    torch.save({"weights": {}}, source)
+    with pytest.raises(ValueError, match="no checkpoint of Segmenter"):
+        convert_checkpoint(source, target)
+    source.write_text("text")
+    with pytest.raises(ValueError, match="no checkpoint"):
+        convert_checkpoint(source, target)
+    source.unlink()
+    with pytest.raises(FileNotFoundError, match="there is no checkpoint"):
+        convert_checkpoint(source, target)
+    assert not target.exists()
+
+
+def test_objects_are_not_unpickled(tmp_path):
+    source = write(tmp_path, {})
+    torch.save({"model": {}, "args": argparse.Namespace(lr=1)}, source)
+    with pytest.raises(ValueError, match="objects besides tensors and plain values"):
+        convert_checkpoint(source, tmp_path / "out.pth")
+
+
+def test_tool(tmp_path, capsys):
+    tool = load_tool("convert_segmenter")
+    arguments = [str(write(tmp_path, official(tiny_model()))), str(tmp_path / "out.pth")]
+    tool.run(arguments)
+    assert "left out, classifier of the pretrained ViT: encoder.head" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="convert_segmenter.py: .*there already"):
+        tool.run(arguments)
