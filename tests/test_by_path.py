@@ -29,12 +29,12 @@ from torch import nn
 
 from expedit_d2.data import register_by_path
 from expedit_d2.data.panoptic import class_metadata, semantic_path
-from projects import Mask2Former, get_cfg
+from projects import get_cfg
 from projects.Mask2Former import MaskFormerTrainer, build_train_loader, register_panoptic_datasets
 from projects.Mask2Former.data import datasets
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
-CONFIG = Path(Mask2Former.__file__).parent / "configs/embedded/maskformer2_vit_small.yaml"
+CONFIG = Path(__file__).parent.parent / "configs/embedded/mask2former.yaml"
 TINY = {
     "MODEL.DEVICE": "cpu",
     "MODEL.VIT.IMG_SIZE": 64,

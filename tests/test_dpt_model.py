@@ -625,9 +625,14 @@ def test_errors_name_key_and_value(key, value, message):
 
 
 def test_encoders_that_do_not_fit():
+    for changes in ({"reg_tokens": 4}, {"no_embed_class": True}, {"pos_embed": "none"}):
+        cfg = tiny_cfg()
+        cfg.MODEL.TIMM.KWARGS.update(changes)
+        with pytest.raises(ValueError, match="TIMM.NAME: DPT needs .* one class token"):
+            build_model(cfg)
     cfg = tiny_cfg()
-    cfg.MODEL.TIMM.KWARGS.reg_tokens = 4
-    with pytest.raises(ValueError, match="TIMM.NAME: DPT needs a ViT with one class token"):
+    cfg.MODEL.TIMM.NAME, cfg.MODEL.TIMM.KWARGS = "eva02_tiny_patch14_224", CfgNode({"depth": 4})
+    with pytest.raises(ValueError, match="TIMM.NAME: DPT needs a VisionTransformer"):
         build_model(cfg)
     cfg = tiny_cfg("hybrid")
     cfg.MODEL.TIMM.NAME = "vit_tiny_r_s16_p8_224"

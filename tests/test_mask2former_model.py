@@ -243,7 +243,7 @@ MetadataCatalog.get(METADATA).thing_dataset_id_to_contiguous_id = {1: 0, 2: 1}
 
 def tiny_config(**changes) -> CfgNode:
     """Two things (0, 1), two kinds of stuff (2, 3); 8 x 8 tokens of a 64 x 64 image."""
-    cfg = config(CONFIGS / "embedded/maskformer2_vit_small.yaml")
+    cfg = config(Path(__file__).parent.parent / "configs/embedded/mask2former.yaml")
     tiny = {
         "MODEL.DEVICE": "cpu",
         "MODEL.VIT.IMG_SIZE": 64,

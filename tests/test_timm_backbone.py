@@ -430,7 +430,7 @@ def test_large_configs_fit_the_head(size):
 @pytest.mark.parametrize("name", ["vit_small_patch14_reg4_dinov2", "vit_small_patch16_dinov3"])
 def test_mask2former(name):
     cfg = get_cfg()
-    cfg.merge_from_file(str(CONFIGS / "embedded/maskformer2_vit_small.yaml"))
+    cfg.merge_from_file(str(Path(__file__).parent.parent / "configs/embedded/mask2former.yaml"))
     ours = config(name, EXPEDIT, OUT_FEATURES=["res2", "res3", "res4", "res5"])
     cfg.MODEL.TIMM, cfg.MODEL.EXPEDIT = ours.MODEL.TIMM, ours.MODEL.EXPEDIT
     cfg.MODEL.BACKBONE.NAME, cfg.MODEL.DEVICE = "build_timm_vit_backbone", "cpu"

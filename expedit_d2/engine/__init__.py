@@ -3,9 +3,11 @@
 from .checkpoint import load_weights, slim_checkpoint
 from .config import add_solver_config, choose_device
 from .lazy import evaluate_lazy, load_lazy_config, train_lazy
+from .pypi_weights import PyPIWeights
 from .trainer import Trainer
 
 __all__ = [
+    "PyPIWeights",
     "Trainer",
     "add_solver_config",
     "choose_device",

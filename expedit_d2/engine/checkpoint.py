@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import os
+import zipfile
 from typing import Any
 
 import torch
@@ -54,7 +56,10 @@ def load_weights(model: nn.Module, path: str, key: str = "MODEL.WEIGHTS") -> Non
 
 
 def slim_checkpoint(source: str, target: str) -> int:
-    """Write a checkpoint's weights alone, floating-point ones in fp16; returns the size in bytes.
+    """Write a checkpoint's weights alone, compressed, floating-point ones in fp16.
+
+    Returns:
+        the size in bytes.
 
     Raises:
         FileNotFoundError: if there is no source.
@@ -67,5 +72,13 @@ def slim_checkpoint(source: str, target: str) -> int:
     # Training checkpoints hold the state of the optimizer and schedule beside the tensors.
     weights = torch.load(source, map_location="cpu", weights_only=False)["model"]
     weights = {key: w.half() if w.is_floating_point() else w for key, w in weights.items()}
-    torch.save({"model": weights}, target)
+    # torch.load inflates what is deflated; torch.save does not deflate.
+    buffer = io.BytesIO()
+    torch.save({"model": weights}, buffer)
+    with (
+        zipfile.ZipFile(buffer) as plain,
+        zipfile.ZipFile(target, "x", zipfile.ZIP_DEFLATED, compresslevel=9) as small,
+    ):
+        for entry in plain.infolist():
+            small.writestr(entry.filename, plain.read(entry))
     return os.path.getsize(target)

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from expedit_d2.operators import shape_of
@@ -53,10 +54,11 @@ class Encoder(nn.Module):
             ValueError: if the ViT or the blocks are not of this kind.
         """
         super().__init__()
-        if vit.cls_token is None or vit.num_prefix_tokens != 1 or vit.no_embed_class:
+        fits = isinstance(vit, VisionTransformer) and vit.cls_token is not None
+        if not fits or vit.num_prefix_tokens > 1 or vit.pos_embed is None or vit.no_embed_class:
             raise ValueError(
-                "MODEL.TIMM.NAME: DPT needs a ViT with one class token, which has a position, and "
-                "without registers"
+                "MODEL.TIMM.NAME: DPT needs a VisionTransformer of timm's with one class token, no "
+                "registers, and a table of positions for both class token and patches"
             )
         if positions not in POSITIONS:
             raise ValueError(f"MODEL.DPT.POSITIONS must be one of {POSITIONS}, got {positions!r}")
@@ -73,7 +75,7 @@ class Encoder(nn.Module):
                 f"MODEL.DPT.BLOCKS must be {count} ascending indices from 0 to {depth - 1}, got "
                 f"{list(blocks)}"
             )
-        # What nobody reads behind is not kept.
+        # Nothing is kept that runs behind all that is read.
         vit.blocks = vit.blocks[: blocks[-1] + 1]
         if not norm:
             vit.norm = nn.Identity()
