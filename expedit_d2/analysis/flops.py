@@ -69,12 +69,14 @@ HANDLES: dict[str, Handle] = {
     "aten::linalg_vector_norm": elementwise_flop_counter(1, 0),
     "aten::_adaptive_avg_pool2d": elementwise_flop_counter(1, 0),
     "aten::upsample_bicubic2d": elementwise_flop_counter(0, 16),
+    # Enlarging; shrinking reads more entries, so this is a lower bound.
+    "aten::_upsample_bicubic2d_aa": elementwise_flop_counter(0, 16),
     "aten::avg_pool2d": elementwise_flop_counter(1, 0),
     # Bilinear; the number of samples a bin follows the box, so this is a lower bound.
     "torchvision::roi_align": elementwise_flop_counter(0, 4),
 }
 
-_RESIZING = ("upsample_bicubic2d", "upsample_bilinear2d")
+_RESIZING = ("upsample_bicubic2d", "_upsample_bicubic2d_aa", "upsample_bilinear2d")
 
 # Without products: element-wise, comparing, moving. Not counted, as in fvcore; anything that is
 # in neither table is reported as uncounted.
@@ -88,7 +90,7 @@ _FREE = frozenset(
     "repeat_interleave resolve_conj rsub rsqrt scalar_tensor scatter sigmoid sigmoid_ silu sin "
     "cos softmax sort sqrt stack sub sub_ sum tanh tile topk unflatten unfold unsafe_split "
     "upsample_nearest2d where zeros_like __or__ view_as numel scatter_ bitwise_not full linspace "
-    "nonzero nonzero_numpy roll flip amax".split()
+    "nonzero nonzero_numpy roll flip amax reshape_as".split()
 )
 
 
