@@ -156,7 +156,7 @@ def test_converted_model_is_the_same(tmp_path):
     load_weights(again, cfg.MODEL.WEIGHTS)
     x = images()
     assert torch.equal(predict(again, x), predict(model, x))
-    assert cfg.DATASETS.TEST == ["ade20k_sem_seg_val"]
+    assert list(cfg.DATASETS.TEST) == ["ade20k_sem_seg_val"]
     assert (cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.FORMAT) == (48, "RGB")
     assert (again.window_size, again.window_stride) == (SIDE, 24)
     assert again.pixel_std.flatten().tolist() == pytest.approx([58.395, 57.12, 57.375])

@@ -165,7 +165,7 @@ def test_samples_stay_aligned(camvid):
 def test_palette_images_are_read_as_ids(tmp_path):
     ids = np.arange(16, dtype=np.uint8).reshape(4, 4)
     palette = Image.fromarray(ids, mode="P")
-    palette.putpalette([255 - i for i in range(256 * 3)])
+    palette.putpalette([255 - i % 256 for i in range(256 * 3)])
     palette.save(tmp_path / "labels.png")
     Image.fromarray(np.zeros((4, 4, 3), np.uint8)).save(tmp_path / "image.png")
     record = {

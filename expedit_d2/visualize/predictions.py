@@ -128,7 +128,7 @@ def _draw_masks(
         rows, cols = torch.nonzero(plane, as_tuple=True)
         middle = len(rows) // 2  # a pixel of the segment itself, also where it is no blob
         place = (int(cols[middle]), int(rows[middle]))
-        style = {"fill": "white", "stroke_width": 2, "stroke_fill": "black"}
+        style = {"font_size": 16, "fill": "white", "stroke_width": 2, "stroke_fill": "black"}
         pen.text(place, _name(names, index), anchor="mm", **style)
     return np.asarray(picture)
 
@@ -183,11 +183,11 @@ def _semantic_difference(plain: Tensor, other: Tensor) -> np.ndarray:
     return (plain.argmax(0) != other.argmax(0)).cpu().numpy()
 
 
-#: Key of a model's output -> how it is drawn, and where two of them differ (height, width).
+#: Key of a model's output, what says most last -> how it is drawn, and where two of them differ (height, width).
 DRAWN: dict[str, tuple[Any, Any]] = {
     "instances": (draw_instances, _instance_difference),
-    "panoptic_seg": (draw_panoptic, _panoptic_difference),
     "sem_seg": (draw_semantic, _semantic_difference),
+    "panoptic_seg": (draw_panoptic, _panoptic_difference),
 }
 
 

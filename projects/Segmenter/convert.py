@@ -120,7 +120,7 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
             f"{str(path)!r} is no checkpoint, or holds objects besides tensors and plain values, "
             f"which are not read from files of others: {error}"
         ) from None
-    except (RuntimeError, EOFError, KeyError, TypeError, AttributeError) as error:
+    except (RuntimeError, EOFError, LookupError, TypeError, AttributeError) as error:
         raise ValueError(f"{str(path)!r} is no checkpoint of Segmenter: {error!r}") from None
     return dict(weights)
 

@@ -99,5 +99,7 @@ def build_train_loader(cfg: CfgNode) -> DataLoader:
                 f"{cfg.MODEL.SEM_SEG_HEAD.IGNORE_VALUE}"
             )
     return build_detection_train_loader(
-        cfg, mapper=SemanticMapper(_augmentations(cfg), cfg.INPUT.FORMAT)
+        cfg,
+        mapper=SemanticMapper(_augmentations(cfg), cfg.INPUT.FORMAT),
+        aspect_ratio_grouping=False,  # crops have one size, and records may not tell theirs
     )
