@@ -128,8 +128,8 @@ def _draw_masks(
         rows, cols = torch.nonzero(plane, as_tuple=True)
         middle = len(rows) // 2  # a pixel of the segment itself, also where it is no blob
         place = (int(cols[middle]), int(rows[middle]))
-        style = {"font_size": 16, "fill": "white", "stroke_width": 2, "stroke_fill": "black"}
-        pen.text(place, _name(names, index), anchor="mm", **style)
+        style = {"fill": "white", "stroke_width": 2, "stroke_fill": "black"}
+        pen.text(place, _name(names, index), anchor="mm", font_size=16, **style)
     return np.asarray(picture)
 
 
