@@ -183,7 +183,8 @@ def _semantic_difference(plain: Tensor, other: Tensor) -> np.ndarray:
     return (plain.argmax(0) != other.argmax(0)).cpu().numpy()
 
 
-#: Key of a model's output, what says most last -> how it is drawn, and where two of them differ (height, width).
+#: Key of a model's output -> how it is drawn, and where two of them differ (height, width). What
+#: says most comes last.
 DRAWN: dict[str, tuple[Any, Any]] = {
     "instances": (draw_instances, _instance_difference),
     "sem_seg": (draw_semantic, _semantic_difference),
