@@ -21,7 +21,8 @@ from projects.DPT.data.datasets import depth_scale_of
 from projects.DPT.data.mapper import bottom_crop
 from projects.DPT.evaluation import align, depth_metrics
 
-MOTORCYCLE = Path(__file__).resolve().parents[2] / "shared" / "data" / "middlebury_motorcycle"
+ROOT = Path(__file__).resolve().parents[1]
+MOTORCYCLE = ROOT.parent / "shared" / "data" / "middlebury_motorcycle"
 
 
 @pytest.fixture(autouse=True)
@@ -212,7 +213,7 @@ def test_training_and_evaluation_on_the_embedded_data(tiny_data, tmp_path):
     train, val = tiny_data
     config = tmp_path / "tiny.yaml"
     config.write_text(
-        f"_BASE_: {CONFIGS / 'embedded' / 'dpt_vit_small.yaml'}\n"
+        f"_BASE_: {ROOT / 'configs' / 'embedded' / 'dpt.yaml'}\n"
         "MODEL:\n  TIMM:\n    KWARGS: {img_size: 64, embed_dim: 24, depth: 4, num_heads: 2}\n"
     )
     opts = [
