@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, Backbone
+from detectron2.utils.file_io import PathManager
 from timm.models import eva, load_state_dict, vision_transformer
 from torch import Tensor, nn
 
@@ -36,8 +37,8 @@ def create_timm_vit(
     Args:
         name: timm's: ``vit_large_patch14_reg4_dinov2``, or with a tag for one of several weights.
         pretrained: take the weights of this name from the Hugging Face hub, or its local cache.
-        checkpoint: a file to load instead, in timm's format or the authors'; it must have every
-            weight.
+        checkpoint: a file to load instead, or anything iopath opens, in timm's format or the
+            authors'; it must have every weight.
         **kwargs: further arguments of ``timm.create_model``.
 
     Raises:
@@ -54,6 +55,8 @@ def create_timm_vit(
             f"MODEL.TIMM.NAME must be a plain ViT of timm, such as {', '.join(near)}; there is no "
             f"{name!r}"
         )
+    if "://" in checkpoint:
+        checkpoint = PathManager.get_local_path(checkpoint)  # downloads, or says why it cannot
     if checkpoint and not os.path.isfile(checkpoint):
         raise FileNotFoundError(f"MODEL.TIMM.CHECKPOINT: there is no file {checkpoint!r}")
     try:
