@@ -258,6 +258,18 @@ def test_another_architecture_is_named(config, state):
     state[key] = torch.zeros(10, 9, 3, 3)
     with pytest.raises(ValueError, match=r"layer2_rn.weight is \(10, 9, 3, 3\) .* \(10, 8, 3, 3\)"):
         convert_state(state, build_on_meta(config))
+    positions = next(k for k in state if k.endswith("pos_embed"))
+    state[positions] = torch.zeros(1, 50, 24)
+    with pytest.raises(ValueError, match=r"pos_embed is \(1, 50, 24\) .* \(1, 37, 24\).* 1 more"):
+        convert_state(state, build_on_meta(config))
+
+
+def test_weights_of_the_encoder_are_not_fetched(config, source, tmp_path):
+    """Shapes are all that the config is needed for."""
+    target = tmp_path / "out.pth"
+    opts = ["MODEL.TIMM.CHECKPOINT", "pypi://none", "MODEL.TIMM.PRETRAINED", "True"]
+    load_tool("convert_dpt").run(["--config-file", str(config), str(source), str(target), *opts])
+    assert target.is_file()
 
 
 class _Harmful:
@@ -287,5 +299,7 @@ def test_files_that_are_refused(config, source, tmp_path):
     with pytest.raises(SystemExit, match="is there already"):
         tool.run(["--config-file", str(config), str(source), str(target)])
     assert target.read_text() == "mine"
+    with pytest.raises(SystemExit, match="there is no folder '.*nowhere' to write to"):
+        tool.run(["--config-file", str(config), str(source), str(tmp_path / "nowhere" / "x.pth")])
     with pytest.raises(SystemExit, match="there is no config file"):
         tool.run(["--config-file", "none.yaml", str(source), str(tmp_path / "x.pth")])

@@ -10,12 +10,13 @@ import torch
 from conftest import load_tool
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from PIL import Image
-from test_dpt_model import CONFIGS, tiny_cfg
+from test_dpt_model import tiny_cfg
 
 from expedit_d2.api import is_expedited
 from expedit_d2.engine import load_weights
+from expedit_d2.visualize import colorize_depth
 from projects import load_cfg, trainer_of
-from projects.DPT import DepthMapper, DPTTrainer, colorize_depth
+from projects.DPT import DepthMapper, DPTTrainer
 from projects.DPT.data import load_depth_list, read_depth, register_depth_list
 from projects.DPT.data.datasets import depth_scale_of
 from projects.DPT.data.mapper import bottom_crop

@@ -12,7 +12,8 @@ from detectron2.data import MetadataCatalog
 from detectron2.utils import comm
 from PIL import Image
 
-from projects.DPT import DepthEvaluator, colorize_depth
+from expedit_d2.visualize import colorize_depth
+from projects.DPT import DepthEvaluator
 from projects.DPT.evaluation import align, depth_metrics
 
 

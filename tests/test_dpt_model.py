@@ -512,10 +512,9 @@ def test_gradient_loss_is_its_loops():
 @pytest.mark.parametrize("output", ["metric", "inverse"])
 @pytest.mark.parametrize("frozen", [False, True])
 def test_a_few_steps_lower_the_loss(output, frozen):
-    cfg = tiny_cfg(
-        OUTPUT=output, FREEZE_BACKBONE=frozen, ACTIVATION="sigmoid", INVERT=output == "metric"
-    )
+    cfg = tiny_cfg(OUTPUT=output, ACTIVATION="sigmoid", INVERT=output == "metric")
     cfg.MODEL.DPT.SHIFT = 0.05
+    cfg.MODEL.TIMM.FREEZE = frozen
     model = build_model(cfg).train()
     depth = torch.linspace(1, 9, 48)[:, None].expand(48, 48).clone()
     depth[:, :5] = 0  # unknown

@@ -33,6 +33,7 @@ def run(arguments: list[str] | None = None) -> None:
     try:
         cfg = load_cfg(args.config_file, args.opts)
         cfg.MODEL.DEVICE = "meta"  # only names and shapes are needed
+        cfg.MODEL.TIMM.PRETRAINED, cfg.MODEL.TIMM.CHECKPOINT = False, ""
         with torch.device("meta"):
             model = build_model(cfg)
         conversion = convert_checkpoint(args.source, args.target, model)

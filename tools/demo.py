@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from detectron2.data import MetadataCatalog, build_detection_test_loader
+from detectron2.data import MetadataCatalog
 from detectron2.utils.logger import setup_logger
 from torch import nn
 
@@ -100,7 +100,7 @@ def run_case(case: Case, args: argparse.Namespace) -> str:
     trainer = trainer_of(cfg)
     model = trainer.build_model(cfg).eval()
     load_weights(model, cfg.MODEL.WEIGHTS)
-    loader = build_detection_test_loader(cfg, dataset)
+    loader = trainer.build_test_loader(cfg, dataset)
     rows = compare(
         model, settings, loader, partial(trainer.build_evaluator, cfg, dataset), args.timed
     )

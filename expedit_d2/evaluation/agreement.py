@@ -170,10 +170,37 @@ class _SemanticMeasure:
         return np.array([same.sum(), same.size])
 
 
+@dataclass(frozen=True)
+class _Depth:
+    """Depths (height * width) in fp32, compressed."""
+
+    data: bytes
+
+    @property
+    def values(self) -> np.ndarray:
+        return np.frombuffer(zlib.decompress(self.data), np.float32)
+
+
+class _DepthMeasure:
+    """The share of the pixels whose depth is within 5 % of the plain model's."""
+
+    key = "depth"
+    ratio = 1.05
+
+    def keep(self, output: Tensor) -> _Depth:
+        return _Depth(zlib.compress(output.to("cpu", torch.float32).numpy().tobytes(), 1))
+
+    def terms(self, mine: _Depth, plain: _Depth) -> np.ndarray:
+        # Products, as inverse depth may be zero.
+        low, high = np.minimum(mine.values, plain.values), np.maximum(mine.values, plain.values)
+        return np.array([(high <= self.ratio * low).sum(), high.size])
+
+
 _MEASURES: dict[str, _Measure] = {
     "instances": _InstanceMeasure(),
     "panoptic": _PanopticMeasure(),
     "semantic": _SemanticMeasure(),
+    "depth": _DepthMeasure(),
 }
 
 
@@ -184,6 +211,7 @@ class Agreement(DatasetEvaluator):
       between the segments of the two, over all classes at once: sum of matched IoUs over (matched
       + half of the additional + half of the lost).
     - semantic: pixels with the same label.
+    - depth: pixels within 5 % of the plain model's depth (or inverse depth).
 
     Whatever of these a model puts out is compared. The plain model is run first, with an evaluator
     of its own, which the others are given.

@@ -29,6 +29,7 @@ _MAIN = {
     "segm": ("AP", "mask AP"),
     "panoptic_seg": ("PQ", "PQ"),
     "sem_seg": ("mIoU", "mIoU"),
+    "depth": ("d1", "δ1"),
 }
 
 

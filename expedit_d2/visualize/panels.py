@@ -23,7 +23,12 @@ __all__ = ["save_panels", "side_by_side"]
 
 matplotlib.use("Agg")  # only files are written
 
-_TITLES = {"instances": "instances", "panoptic_seg": "panoptic", "sem_seg": "semantic"}
+_TITLES = {
+    "instances": "instances",
+    "panoptic_seg": "panoptic",
+    "sem_seg": "semantic",
+    "depth": "depth",
+}
 
 
 @torch.no_grad()

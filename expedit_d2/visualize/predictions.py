@@ -1,4 +1,4 @@
-"""Predictions over an image: instances, panoptic segments, semantic labels; and differences.
+"""Predictions over an image: instances, panoptic segments, semantic labels, depth; differences.
 
 Drawn by torchvision and Pillow; Detectron2's visualizer would need OpenCV. Small images are
 enlarged by a whole factor, to at least 512 pixels, so that names can be read.
@@ -19,8 +19,16 @@ from torch import Tensor
 from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 
 from ..evaluation.agreement import match_segments
+from .depth import colorize_depth
 
-__all__ = ["DRAWN", "draw_difference", "draw_instances", "draw_panoptic", "draw_semantic"]
+__all__ = [
+    "DRAWN",
+    "draw_depth",
+    "draw_difference",
+    "draw_instances",
+    "draw_panoptic",
+    "draw_semantic",
+]
 
 _LEAST = 512  # pixels
 _SCORE = 0.5
@@ -109,6 +117,17 @@ def draw_semantic(image: np.ndarray, scores: Tensor, metadata: Metadata) -> np.n
     return _draw_masks(image, [labels == index for index in classes], classes, metadata)
 
 
+def draw_depth(image: np.ndarray, depth: Tensor, metadata: Metadata) -> np.ndarray:
+    """Depth in colours.
+
+    Args:
+        image: (height, width, 3) uint8 RGB; only for the same size as other drawings.
+        depth: (height, width).
+        metadata: of the data set; nothing of it is needed.
+    """
+    return _to_image(_canvas(colorize_depth(depth)))
+
+
 def _draw_masks(
     image: np.ndarray, masks: Sequence[Tensor], classes: Sequence[int], metadata: Metadata
 ) -> np.ndarray:
@@ -183,12 +202,19 @@ def _semantic_difference(plain: Tensor, other: Tensor) -> np.ndarray:
     return (plain.argmax(0) != other.argmax(0)).cpu().numpy()
 
 
+def _depth_difference(plain: Tensor, other: Tensor) -> np.ndarray:
+    """Pixels that differ by more than 5 %, as in the agreement."""
+    low, high = torch.minimum(plain, other), torch.maximum(plain, other)
+    return (high > 1.05 * low).cpu().numpy()
+
+
 #: Key of a model's output -> how it is drawn, and where two of them differ (height, width). What
 #: says most comes last.
 DRAWN: dict[str, tuple[Any, Any]] = {
     "instances": (draw_instances, _instance_difference),
     "sem_seg": (draw_semantic, _semantic_difference),
     "panoptic_seg": (draw_panoptic, _panoptic_difference),
+    "depth": (draw_depth, _depth_difference),
 }
 
 

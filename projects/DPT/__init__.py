@@ -5,7 +5,6 @@
 - ``data``: mapper, KITTI and NYU Depth V2, and any list of images and depth files.
 - ``evaluation``: metrics.
 - ``convert``: official checkpoints.
-- ``visualize``: depth in colours.
 - ``trainer``: all of it in the trainer of `expedit_d2.engine`; imported only when asked for.
 """
 
@@ -13,14 +12,12 @@ from . import modeling as _  # noqa: F401  only registration
 from .config import add_dpt_config
 from .data import DepthMapper, register_depth_datasets, register_depth_lists
 from .evaluation import DepthEvaluator
-from .visualize import colorize_depth
 
 __all__ = [
     "DPTTrainer",
     "DepthEvaluator",
     "DepthMapper",
     "add_dpt_config",
-    "colorize_depth",
     "register_depth_datasets",
     "register_depth_lists",
 ]

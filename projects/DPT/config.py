@@ -1,6 +1,6 @@
 """Config keys of DPT: ``MODEL.DPT``, ``INPUT.DEPTH`` and ``TEST.DEPTH``.
 
-The encoder is that of ``MODEL.TIMM.{NAME, PRETRAINED, CHECKPOINT, DROP_PATH_RATE, KWARGS}``.
+The encoder is that of ``MODEL.TIMM``: NAME, PRETRAINED, CHECKPOINT, DROP_PATH_RATE, KWARGS, FREEZE.
 Defaults are DPT-Large.
 """
 
@@ -49,7 +49,6 @@ _DPT: dict[str, Any] = {
     # of the gradients in the affine-invariant one ("inverse").
     "SILOG_VARIANCE": 0.5,
     "GRADIENT_WEIGHT": 0.5,
-    "FREEZE_BACKBONE": False,  # train the head alone
 }
 
 _INPUT: dict[str, Any] = {

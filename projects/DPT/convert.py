@@ -113,6 +113,7 @@ def convert_state(state: Mapping[str, Tensor], model: nn.Module) -> Conversion:
     weights: dict[str, Tensor] = {}
     renamed: dict[str, str] = {}
     unused: dict[str, str] = {}
+    wrong: list[str] = []
     for key, value in state.items():
         start = max((p for p in (*rules, *_UNUSED) if key.startswith(p)), key=len, default=None)
         if start is None or start in _UNUSED:
@@ -122,12 +123,14 @@ def convert_state(state: Mapping[str, Tensor], model: nn.Module) -> Conversion:
         if target not in own:
             unused[key] = UNKNOWN
         elif tuple(value.shape) != own[target]:
-            raise ValueError(
-                f"{key} is {tuple(value.shape)} in the file and {own[target]} in the model; is "
-                "this the right config?"
+            wrong.append(
+                f"{key} is {tuple(value.shape)} in the file and {own[target]} in the model"
             )
         else:
             renamed[key], weights[target] = target, value
+    if wrong:
+        more = f", and {len(wrong) - 1} more" if len(wrong) > 1 else ""
+        raise ValueError(f"{wrong[0]}{more}; is this the right config?")
     return Conversion(weights, renamed, unused, [key for key in own if key not in weights])
 
 
@@ -161,9 +164,13 @@ def convert_checkpoint(source: str, target: str, model: nn.Module) -> Conversion
 
     Raises:
         FileExistsError: if the target is there already.
-        FileNotFoundError, ValueError: as `read_checkpoint` and `convert_state`, and if weights are
-            missing; nothing is written then.
+        FileNotFoundError: if there is no such file, or no folder to write to.
+        ValueError: as `read_checkpoint` and `convert_state`, and if weights are missing; nothing is
+            written then.
     """
+    folder = os.path.dirname(target) or "."
+    if not os.path.isdir(folder):
+        raise FileNotFoundError(f"there is no folder {folder!r} to write to")
     if os.path.exists(target):
         raise FileExistsError(f"{target!r} is there already; remove it or choose another name")
     conversion = convert_state(read_checkpoint(source), model)

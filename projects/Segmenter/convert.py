@@ -21,6 +21,7 @@ from detectron2.modeling import build_model
 from torch import Tensor, nn
 
 from .config import add_segmenter_config
+from .modeling.decoder import DECODERS
 
 __all__ = ["Report", "config_of", "convert_checkpoint", "match_weights"]
 
@@ -58,7 +59,11 @@ class Report:
     misshapen: tuple[tuple[str, tuple[int, ...], tuple[int, ...]], ...]
 
     def __str__(self) -> str:
-        lines = [f"{len(self.mapped)} weights taken over"]
+        left = len(self.classifier) + len(self.unknown)
+        lines = [
+            f"{len(self.mapped)} weights taken over, {left} left out, {len(self.missing)} missing, "
+            f"{len(self.misshapen)} of another shape"
+        ]
         for names, what in (
             (self.classifier, "left out, classifier of the pretrained ViT"),
             (self.unknown, "left out, not in the model"),
@@ -102,9 +107,11 @@ def _read_variant(path: Path) -> dict[str, Any]:
         raise FileNotFoundError(f"there is no {str(path)!r}, which official runs have")
     try:
         variant = yaml.load(path.read_text(), Loader=_VariantLoader)
-        return {"net_kwargs": variant["net_kwargs"], **variant}
-    except (yaml.YAMLError, KeyError, TypeError) as error:
+        if not isinstance(variant["net_kwargs"], dict):
+            raise TypeError("its net_kwargs are no mapping")
+    except (yaml.YAMLError, UnicodeError, KeyError, TypeError) as error:
         raise ValueError(f"{str(path)!r} is no variant.yml of Segmenter: {error!r}") from None
+    return variant
 
 
 def _read_weights(path: Path) -> dict[str, Tensor]:
@@ -118,7 +125,8 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
         # Not loaded without this protection: a pickle may run any code.
         raise ValueError(
             f"{str(path)!r} is no checkpoint, or holds objects besides tensors and plain values, "
-            f"which are not read from files of others: {error}"
+            "which are not read from files of others; if you trust it, save its 'model' alone "
+            f"under 'model' in a new checkpoint.pth: {error}"
         ) from None
     except (RuntimeError, EOFError, LookupError, TypeError, AttributeError) as error:
         raise ValueError(f"{str(path)!r} is no checkpoint of Segmenter: {error!r}") from None
@@ -145,10 +153,11 @@ def config_of(variant: Mapping[str, Any], weights: str = "") -> CfgNode:
     sides = {sides} if isinstance(sides, int) else set(sides)
     if len(sides) != 1:
         raise ValueError(f"variant.yml: image_size must be a square, got {net['image_size']}")
-    decoder = net["decoder"]["name"]
-    if decoder not in ("linear", "mask_transformer"):
+    settings = net["decoder"] if isinstance(net["decoder"], Mapping) else {}
+    decoder = settings.get("name")
+    if decoder not in DECODERS:
         raise ValueError(
-            f"variant.yml: decoder must be linear or mask_transformer, got {decoder!r}"
+            f"variant.yml: the name of decoder must be {' or '.join(DECODERS)}, got {decoder!r}"
         )
     if net["normalization"] not in _PIXELS:
         raise ValueError(
@@ -167,8 +176,8 @@ def config_of(variant: Mapping[str, Any], weights: str = "") -> CfgNode:
         "WINDOW_STRIDE": inference.get("window_stride", side),
     }
     if decoder == "mask_transformer":
-        segmenter["DECODER_LAYERS"] = net["decoder"]["n_layers"]
-        segmenter["DECODER_DROPOUT"] = net["decoder"].get("dropout", 0.1)
+        segmenter["DECODER_LAYERS"] = settings.get("n_layers", 2)
+        segmenter["DECODER_DROPOUT"] = settings.get("dropout", 0.1)
     return CfgNode(
         {
             "MODEL": {
@@ -226,12 +235,16 @@ def convert_checkpoint(source: str | os.PathLike, target: str | os.PathLike) -> 
         What became of every weight; nothing is missing or misshapen.
 
     Raises:
-        FileNotFoundError: if one of the two official files is not there.
+        FileNotFoundError: if one of the two official files is not there, or no folder to write to.
         FileExistsError: if a file to be written is there already.
         ValueError: if the files are something else, or the weights do not fit.
     """
     source, target = Path(source), Path(target)
     config_file = target.with_suffix(".yaml")
+    if target == config_file:
+        raise ValueError(f"{str(target)!r} is for weights; the config gets the suffix .yaml")
+    if not target.parent.is_dir():
+        raise FileNotFoundError(f"there is no folder {str(target.parent)!r} to write to")
     for path in (target, config_file):
         if path.exists():
             raise FileExistsError(f"{str(path)!r} is there already; choose another name")

@@ -141,7 +141,7 @@ class DPT(nn.Module):
             "pixel_std": cfg.MODEL.PIXEL_STD,
             "silog_variance": node.SILOG_VARIANCE,
             "gradient_weight": node.GRADIENT_WEIGHT,
-            "freeze_backbone": node.FREEZE_BACKBONE,
+            "freeze_backbone": timm.FREEZE,
         }
 
     @property
