@@ -7,16 +7,17 @@ from pathlib import Path
 
 from detectron2.config import CfgNode
 from detectron2.config import get_cfg as _get_detectron2_cfg
+from torch import nn
 
 from expedit_d2 import backbones as _  # noqa: F401  only registration
 from expedit_d2.config import add_expedit_config, add_timm_config, add_vit_config
-from expedit_d2.engine import Trainer, add_solver_config, choose_device
+from expedit_d2.engine import Trainer, add_solver_config, choose_device, load_weights
 
 from .DPT import DPTTrainer, add_dpt_config
 from .Mask2Former import MaskFormerTrainer, add_maskformer2_config
 from .Segmenter import SegmenterTrainer, add_segmenter_config
 
-__all__ = ["get_cfg", "load_cfg", "trainer_of"]
+__all__ = ["get_cfg", "load_cfg", "load_model", "trainer_of"]
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -44,6 +45,23 @@ def get_cfg() -> CfgNode:
 def trainer_of(cfg: CfgNode) -> type[Trainer]:
     """The trainer of the project that the configured model belongs to."""
     return TRAINERS.get(cfg.MODEL.META_ARCHITECTURE, Trainer)
+
+
+def load_model(cfg: CfgNode) -> nn.Module:
+    """The configured model in evaluation mode, with every weight from ``MODEL.WEIGHTS``.
+
+    Weights to start training from (``MODEL.TIMM``) are not looked for.
+
+    Raises:
+        ValueError: for a wrong config, or if weights are missing or have another shape.
+        FileNotFoundError: if there is no such file.
+    """
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.MODEL.TIMM.PRETRAINED, cfg.MODEL.TIMM.CHECKPOINT = False, ""
+    model = trainer_of(cfg).build_model(cfg)
+    load_weights(model, cfg.MODEL.WEIGHTS)
+    return model.eval()
 
 
 def load_cfg(path: str | Path, opts: Sequence[str] = ()) -> CfgNode:

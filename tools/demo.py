@@ -21,10 +21,9 @@ from torch import nn
 
 from expedit_d2.comparison import compare, to_table
 from expedit_d2.data import register_by_path, register_collage
-from expedit_d2.engine import load_weights
 from expedit_d2.settings import Settings
 from expedit_d2.visualize import save_panels, side_by_side
-from projects import load_cfg, trainer_of
+from projects import load_cfg, load_model, trainer_of
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs" / "embedded"
 
@@ -98,8 +97,7 @@ def run_case(case: Case, args: argparse.Namespace) -> str:
     output = Path(args.output)
     cfg.OUTPUT_DIR = str(output)
     trainer = trainer_of(cfg)
-    model = trainer.build_model(cfg).eval()
-    load_weights(model, cfg.MODEL.WEIGHTS)
+    model = load_model(cfg)
     loader = trainer.build_test_loader(cfg, dataset)
     rows = compare(
         model, settings, loader, partial(trainer.build_evaluator, cfg, dataset), args.timed

@@ -28,10 +28,9 @@ from detectron2.utils.logger import setup_logger
 from tqdm import tqdm
 
 from expedit_d2.data import register_by_path, register_collage
-from expedit_d2.engine import load_weights
 from expedit_d2.settings import Settings
 from expedit_d2.visualize import save_panels, side_by_side
-from projects import load_cfg, trainer_of
+from projects import load_cfg, load_model
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
@@ -80,8 +79,7 @@ def main(args: argparse.Namespace) -> list[Path]:
     register_by_path(cfg.DATASETS.TEST)
     dataset = cfg.DATASETS.TEST[0]
     files = image_files(args, dataset)
-    model = trainer_of(cfg).build_model(cfg).eval()
-    load_weights(model, cfg.MODEL.WEIGHTS)
+    model = load_model(cfg)
     pictures = []
     for number, item in enumerate(tqdm(load_inputs(cfg, files), total=len(files), unit="image")):
         rows = side_by_side(model, settings, item, MetadataCatalog.get(dataset), cfg.INPUT.FORMAT)

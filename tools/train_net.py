@@ -35,11 +35,10 @@ from expedit_d2.data import register_by_path, register_collage
 from expedit_d2.engine import (
     evaluate_lazy,
     load_lazy_config,
-    load_weights,
     train_lazy,
 )
 from expedit_d2.settings import Settings
-from projects import load_cfg, trainer_of
+from projects import load_cfg, load_model, trainer_of
 
 
 def setup(args: argparse.Namespace) -> CfgNode:
@@ -57,9 +56,7 @@ def run_yaml(args: argparse.Namespace) -> dict[str, Any]:
         return run_comparison(cfg)
     trainer_class = trainer_of(cfg)
     if args.eval_only:
-        model = trainer_class.build_model(cfg)
-        load_weights(model, cfg.MODEL.WEIGHTS)
-        return trainer_class.test(cfg, model)
+        return trainer_class.test(cfg, load_model(cfg))
     trainer = trainer_class(cfg)
     trainer.resume_or_load(resume=args.resume)
     return trainer.train()
@@ -72,8 +69,7 @@ def run_comparison(cfg: CfgNode) -> dict[str, Any]:
     plain.defrost()
     plain.MODEL.EXPEDIT.ENABLED = False
     trainer = trainer_of(plain)
-    model = trainer.build_model(plain).eval()
-    load_weights(model, plain.MODEL.WEIGHTS)
+    model = load_model(plain)
     for name in plain.DATASETS.TEST:
         loader = trainer.build_test_loader(plain, name)
         rows = compare(

@@ -1,0 +1,54 @@
+"""Speed-ups of a table's rows, measured in one interleaved run."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from torch import nn
+
+from expedit_d2.analysis.timing import Timing, interleaved
+from expedit_d2.api import expedite
+from expedit_d2.comparison import share_weights
+from expedit_d2.settings import Settings
+
+from .tables import Table
+
+__all__ = ["time_table"]
+
+
+def time_table(
+    table: Table,
+    repeats: int,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    progress: bool = True,
+) -> list[Timing]:
+    """Time one forward of every row of a table, in turns; all of them share one set of weights.
+
+    Args:
+        table: the plain model comes first.
+        repeats: timed rounds, after one that is not.
+        device: "cpu" or "cuda".
+        dtype: of the products, by autocast unless it is float32.
+        progress: show a progress bar.
+
+    Returns:
+        Seconds of each row, in order.
+
+    Raises:
+        ValueError: for fewer than one repeat.
+    """
+    plain, inputs = table.build(table.plain, device)
+    models = [plain]
+    for row in table.rows[1:]:
+        settings = dict(vars(Settings.from_node(table.cfg(row, device).MODEL.EXPEDIT)))
+        models.append(share_weights(plain))
+        expedite(models[-1], settings.pop("alpha"), **settings)
+
+    def forward(model: nn.Module) -> None:
+        with torch.no_grad(), torch.autocast(device, dtype, enabled=dtype != torch.float32):
+            model(inputs)
+
+    runs = {str(index): partial(forward, model) for index, model in enumerate(models)}
+    return list(interleaved(runs, repeats, progress=progress).values())

@@ -1,0 +1,121 @@
+"""The published rows: figures as printed, and the config of ours that each one is."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.modeling import build_backbone, build_model
+from torch import nn
+
+from .. import load_cfg
+
+__all__ = ["Row", "Table", "load_tables", "select_tables"]
+
+HERE = Path(__file__).resolve().parent
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of a published table.
+
+    Attributes:
+        alpha: as printed; what our configs call ALPHA, blocks run before clustering, is one more
+            for DPT and up to one less for Swin-L. None: the plain model.
+        grid: clusters (h, w) as printed, for Swin-L of a window. KITTI's 28 x 28 do not fit into
+            22 rows of tokens; the config has 14 x 56, as many.
+        gflops: as printed; `rules` says of what.
+        fps: as printed, of the authors' GPU: only ratios carry over.
+        config: path under ``projects``.
+    """
+
+    alpha: int | None
+    grid: tuple[int, int] | None
+    gflops: float
+    fps: float
+    config: str
+
+
+@dataclass(frozen=True)
+class Table:
+    """A published table: the plain model's row, then those with Expedit.
+
+    Attributes:
+        model, dataset: its name here.
+        section: its name there.
+        backbone: of the model.
+        size: (height, width) in pixels of the image, or window, that is counted and timed.
+        backbone_alone: figures leave out what is behind the backbone.
+        opts: config overrides, as keys and values in turn.
+        rows: the lines.
+    """
+
+    model: str
+    dataset: str
+    section: str
+    backbone: str
+    size: tuple[int, int]
+    backbone_alone: bool
+    opts: tuple[Any, ...]
+    rows: tuple[Row, ...]
+
+    @property
+    def plain(self) -> Row:
+        return self.rows[0]
+
+    def cfg(self, row: Row, device: str) -> CfgNode:
+        """The config of a row."""
+        return load_cfg(HERE.parent / row.config, [*self.opts, "MODEL.DEVICE", device])
+
+    def build(self, row: Row, device: str) -> tuple[nn.Module, Any]:
+        """The model of a row with random weights, in evaluation mode, and one image for it."""
+        cfg = self.cfg(row, device)
+        with torch.device(device):
+            image = 255 * torch.rand(3, *self.size)
+            if self.backbone_alone:
+                return build_backbone(cfg).eval(), image[None]
+            return build_model(cfg).eval(), [{"image": image}]
+
+
+def load_tables() -> list[Table]:
+    """All tables, in the order in which they are printed."""
+    tables = []
+    for entry in json.loads((HERE / "tables.json").read_text()):
+        rows = tuple(
+            Row(**line | {"grid": line["grid"] and tuple(line["grid"])}) for line in entry["rows"]
+        )
+        lists = {"size": tuple(entry["size"]), "opts": tuple(entry["opts"]), "rows": rows}
+        tables.append(Table(**entry | lists))
+    return tables
+
+
+def select_tables(
+    models: Sequence[str] | None = None, datasets: Sequence[str] | None = None
+) -> list[Table]:
+    """The tables of some models and data sets; None: of all.
+
+    Raises:
+        ValueError: for a name that no table has, or names that none has together.
+    """
+    tables = load_tables()
+    for option, field, names in (
+        ("--models", "model", models),
+        ("--datasets", "dataset", datasets),
+    ):
+        known = list(dict.fromkeys(getattr(table, field) for table in tables))
+        for name in names or ():
+            if name not in known:
+                raise ValueError(f"{option} must be among {known}, got {name!r}")
+    chosen = [
+        table
+        for table in tables
+        if (not models or table.model in models) and (not datasets or table.dataset in datasets)
+    ]
+    if not chosen:
+        raise ValueError(f"no table is of --models {models} and of --datasets {datasets}")
+    return chosen
