@@ -13,6 +13,7 @@ from fvcore.nn import FlopCountAnalysis
 from torch import nn
 
 from expedit_d2 import expedite
+from expedit_d2.analysis.meta import traceable
 from expedit_d2.backbones.timm_vit import create_timm_vit
 from expedit_d2.settings import Settings
 from projects.paper import (
@@ -25,7 +26,6 @@ from projects.paper import (
     time_table,
     to_text,
 )
-from projects.paper.counting import _traceable
 
 TABLES = load_tables()
 CASES = [
@@ -224,7 +224,7 @@ def test_convolutions_as_products(stride, padding):
     layer = nn.Conv2d(3, 5, 3, stride, padding, bias=False)
     x = torch.randn(2, 3, 11, 13)
     plain, flops = layer(x), FlopCountAnalysis(layer, x).total()
-    with _traceable():
+    with traceable():
         torch.testing.assert_close(layer(x), plain)
         assert FlopCountAnalysis(layer, x).total() == flops
         with pytest.raises(ValueError, match="dilation"):
