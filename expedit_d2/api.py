@@ -10,7 +10,7 @@ from torch import nn
 from .adapters import find_host
 from .hook import ExpeditedBlocks
 from .methods import build_method
-from .settings import Settings
+from .settings import OFF_GRID, Settings
 
 __all__ = ["Expedited", "expedite", "expedite_from_node", "is_expedited"]
 
@@ -82,12 +82,20 @@ def expedite(
             f"{checked.scope!r}"
         )
 
+    if checked.method in OFF_GRID and not host.off_grid:
+        raise ValueError(
+            f"METHOD {checked.method} needs global attention in every block, which "
+            f"{type(host.owner).__name__} has not; METHOD expedit keeps a grid"
+        )
     host, first = host.stage_of(checked.alphas)
     original = host.blocks
     blocks = ExpeditedBlocks(
         original,
         host.layout(checked.size_aware),
-        {a - first: build_method(checked, host.window) for a in sorted(checked.alphas)},
+        {
+            alpha - first: build_method(checked, host.window, index)
+            for index, alpha in enumerate(sorted(checked.alphas))
+        },
         host.outputs if outputs is None else outputs,
         checked.reconstruct_at == "backbone",
     )

@@ -36,6 +36,11 @@ def add_expedit_config(cfg: CN) -> None:
             "GRID": None,
             # Instead of GRID: clusters along each side as a share of the tokens, in (0, 1].
             "RATIO": None,
+            # For METHOD merge and tome, instead: tokens left behind the last ALPHA, as a share of
+            # all in (0, 1] or a number, or one value for each ALPHA.
+            "KEEP": None,
+            # Rounds of bipartite matching in each merge of METHOD merge.
+            "ROUNDS": 2,
             # "map": cluster the whole map. "window": each attention window for itself.
             "SCOPE": "map",
             # Soft k-means steps (the paper's kappa).

@@ -51,11 +51,18 @@ class _Pass:
         if method is not None:
             if tokens is None:
                 prefix, tokens = self.layout.split(x)
-            tokens, record = method.reduce(tokens)
-            records = (*records, (method.rebuild, record))
         if tokens is None:
             return block(x, *args, **kwargs)
-        prefix, tokens = self.layout.run(block, prefix, tokens, *args, **kwargs)
+        if getattr(method, "inside", False):
+            prefix, tokens, record = self.layout.run_reducing(
+                block, prefix, tokens, method.reduce, *args, **kwargs
+            )
+        else:
+            if method is not None:
+                tokens, record = method.reduce(tokens, lambda x: self.layout.keys(block, x))
+            prefix, tokens = self.layout.run(block, prefix, tokens, *args, **kwargs)
+        if method is not None:
+            records = (*records, (method.rebuild, record))
         self.states[index] = _State(prefix, tokens, records)
         if not torch.is_grad_enabled() and index > 0:
             self.states.pop(index - 1, None)  # nobody will run this block again

@@ -12,6 +12,8 @@ __all__ = ["SCOPES", "Settings"]
 
 SCOPES = ("map", "window")
 POSITIONS = ("clusters", "grid")
+#: Methods that leave a number of tokens, KEEP, on no grid; the others leave a GRID.
+OFF_GRID = ("merge", "tome")
 RECONSTRUCT_AT = ("backbone", "head")
 
 
@@ -23,8 +25,12 @@ class Settings:
         alpha: number of blocks run before clustering, or several of them; None: off.
         grid: clusters (h, w), of the map or, with scope "window", of each attention window.
         ratio: instead of grid, clusters along each side as a share of the tokens, in (0, 1].
+        keep: for methods off the grid: tokens left behind the last alpha, as a share of all in
+            (0, 1] or a number; or one such value for each alpha. A share is spread over the alphas
+            as the method has it.
         scope: "map" or "window".
         method: a name in `expedit_d2.methods.METHODS`.
+        rounds: of bipartite matching in each merge.
         iterations: soft k-means steps.
         temperature: multiplies squared distances; "auto" (or None) follows the features.
         window: odd side, in cells, of the clusters a token may join.
@@ -45,8 +51,10 @@ class Settings:
     alpha: int | tuple[int, ...] | None = None
     grid: tuple[int, int] | None = None
     ratio: float | None = None
+    keep: float | int | tuple[float | int, ...] | None = None
     scope: str = "map"
     method: str = "expedit"
+    rounds: int = 2
     iterations: int = 5
     temperature: float | str | None = AUTO
     window: int = 5
@@ -66,6 +74,8 @@ class Settings:
             fix("alpha", tuple(self.alpha))
         if isinstance(self.grid, Sequence):
             fix("grid", tuple(self.grid))
+        if isinstance(self.keep, Sequence):
+            fix("keep", tuple(self.keep))
         for alpha in self.alphas:
             if not isinstance(alpha, int) or isinstance(alpha, bool) or alpha < 0:
                 raise ValueError(
@@ -74,11 +84,7 @@ class Settings:
                 )
         if len(set(self.alphas)) < len(self.alphas):
             raise ValueError(f"ALPHA must not name a block twice, got {self.alpha!r}")
-        if self.alpha is not None and (self.grid is None) == (self.ratio is None):
-            raise ValueError(
-                f"exactly one of GRID and RATIO must be given, got GRID {self.grid} and "
-                f"RATIO {self.ratio}"
-            )
+        self._check_counts()
         if self.grid is not None:
             _keyed("GRID", check_grid, self.grid)
         if self.ratio is not None and not (_is_number(self.ratio) and 0 < self.ratio <= 1):
@@ -95,12 +101,47 @@ class Settings:
         _keyed("WINDOW", check_window, self.window)
         if self.neighbor_window != 0:
             _keyed("NEIGHBOR_WINDOW (if not 0)", check_window, self.neighbor_window)
-        for name in ("iterations", "neighbors"):
+        for name in ("iterations", "neighbors", "rounds"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name.upper()} must be a positive integer, got {value!r}")
         if self.normalize not in NORMALIZATIONS:
             raise ValueError(f"NORMALIZE must be one of {NORMALIZATIONS}, got {self.normalize!r}")
+
+    def _check_counts(self) -> None:
+        """How many tokens are left must be said, in the way that the method has it."""
+        if self.method in OFF_GRID:
+            if self.grid is not None or self.ratio is not None:
+                raise ValueError(
+                    f"METHOD {self.method} leaves no grid: set KEEP instead of GRID or RATIO"
+                )
+            if self.alpha is not None and self.keep is None:
+                raise ValueError(
+                    f"METHOD {self.method} needs KEEP: the share of the tokens that is left"
+                )
+        elif self.keep is not None:
+            raise ValueError(
+                f"KEEP is for METHOD {' and '.join(OFF_GRID)}; METHOD {self.method} takes GRID or "
+                "RATIO"
+            )
+        elif self.alpha is not None and (self.grid is None) == (self.ratio is None):
+            raise ValueError(
+                f"exactly one of GRID and RATIO must be given, got GRID {self.grid} and "
+                f"RATIO {self.ratio}"
+            )
+        several = self.keep if isinstance(self.keep, tuple) else (self.keep,)
+        for keep in several if self.keep is not None else ():
+            whole = isinstance(keep, int) and not isinstance(keep, bool) and keep > 0
+            if not (whole or (isinstance(keep, float) and 0 < keep <= 1)):
+                raise ValueError(
+                    f"KEEP must be a share of the tokens in (0, 1], a number of them, or one of "
+                    f"these for each ALPHA, got {self.keep!r}"
+                )
+        if isinstance(self.keep, tuple) and len(self.keep) != len(self.alphas):
+            raise ValueError(
+                f"KEEP must have one value, or one for each of the {len(self.alphas)} ALPHAs, got "
+                f"{self.keep!r}"
+            )
 
     @property
     def alphas(self) -> tuple[int, ...]:
@@ -123,6 +164,22 @@ class Settings:
                 f"{self.grid}; RATIO adapts to the size of the input"
             )
         return self.grid
+
+    def count(self, index: int, tokens: int, equal: str) -> int:
+        """Tokens that KEEP leaves behind one of the alphas.
+
+        Args:
+            index: of the alpha, from the first.
+            tokens: of the whole map.
+            equal: "shares" if each alpha keeps the same share of what it gets, "numbers" if it
+                takes away the same number.
+        """
+        keep = self.keep[index] if isinstance(self.keep, tuple) else self.keep
+        share = min(1.0, keep if isinstance(keep, float) else keep / tokens)
+        if not isinstance(self.keep, tuple):
+            part = (index + 1) / len(self.alphas)
+            share = share**part if equal == "shares" else 1 - (1 - share) * part
+        return max(1, round(share * tokens))
 
     @classmethod
     def from_node(cls, node: Mapping[str, Any]) -> Settings | None:

@@ -6,12 +6,16 @@ clusters that lie on none; C channels. ``*shape`` is (h, w) on a grid and (M,) o
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-__all__ = ["Layout", "Method", "Tokens"]
+__all__ = ["Keys", "Layout", "Method", "Tokens"]
+
+#: Tokens (B, N, C) to what the next block compares them by, (B, N, d).
+Keys = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -40,8 +44,10 @@ class Tokens:
 class Method(Protocol):
     """A pair of parameter-free modules; what they share passes through an explicit record."""
 
-    # Tokens -> (fewer Tokens, record)
+    # (Tokens, Keys) -> (fewer Tokens, record)
     reduce: nn.Module
+    # optional: True reduces inside of the block behind alpha, between its attention and its MLP
+    inside: bool
     # (features (B, *shape, D) of the reduced tokens, record, residual) -> features (B, H, W, D);
     # residual: None as the settings say, False for what is no token, such as class logits
     rebuild: nn.Module
@@ -59,7 +65,21 @@ class Layout(Protocol):
     def join(self, prefix: Tensor | None, features: Tensor) -> Tensor:
         """The opposite: what the next block, or the model behind the blocks, expects."""
 
+    def keys(self, block: nn.Module, features: Tensor) -> Tensor:
+        """What a block compares the tokens it is given by: features (B, N, C) to (B, N, d)."""
+
     def run(
         self, block: nn.Module, prefix: Tensor | None, tokens: Tokens, *args: Any, **kwargs: Any
     ) -> tuple[Tensor | None, Tokens]:
         """Run a block on reduced tokens; further arguments are those the model passed to it."""
+
+    def run_reducing(
+        self,
+        block: nn.Module,
+        prefix: Tensor | None,
+        tokens: Tokens,
+        reduce: nn.Module,
+        *args: Any,
+        **kwargs: Any,
+    ) -> tuple[Tensor | None, Tokens, Any]:
+        """The same, reducing the tokens between attention and MLP; their record comes third."""

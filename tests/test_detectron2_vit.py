@@ -267,17 +267,17 @@ def test_every_real_token_is_in_a_valid_cluster(size, grid):
 @pytest.mark.parametrize("size_aware", [True, False])
 @pytest.mark.parametrize("size", [(20, 16), (10, 9), (5, 6)])
 def test_what_padding_contains_does_not_matter(size, size_aware, monkeypatch):
-    from expedit_d2.methods import expedit
+    from expedit_d2.methods import grid
 
     vit, x = tiny_vit(), images(size)
-    original = expedit.partition
+    original = grid.partition
     outputs = []
     for value in (0.0, 5.0):
 
         def padded_with(t, window, value=value):
             return original(t, window, value=value if t.shape[-1] == 32 else 0.0)
 
-        monkeypatch.setattr(expedit, "partition", padded_with)
+        monkeypatch.setattr(grid, "partition", padded_with)
         with expedite(vit, 1, grid=(4, 4), scope="window", size_aware=size_aware):
             outputs.append(features(vit, x))
     assert error(outputs[1], outputs[0]) < 1e-5

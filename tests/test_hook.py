@@ -296,7 +296,7 @@ def test_the_map_is_rebuilt_only_where_it_is_read(vit):
 class Halve(nn.Module):
     """Keeps a random half of the tokens, which then lie on no grid."""
 
-    def forward(self, tokens: Tokens) -> tuple[Tokens, Tensor]:
+    def forward(self, tokens: Tokens, keys=None) -> tuple[Tokens, Tensor]:
         flat = tokens.features.flatten(1, -2)
         count = flat.shape[1]
         kept = torch.randperm(count, generator=torch.Generator().manual_seed(3))[: count // 2]

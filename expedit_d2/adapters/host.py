@@ -25,6 +25,7 @@ class Host:
         outputs: indices of the blocks whose outputs the model reads; None if it may read any.
         attach: registers what the layout needs on the model, if anything; returns the undo.
         scopes: what ``SCOPE`` may be.
+        off_grid: whether the blocks run on tokens that lie on no grid.
         stages: where the blocks lie in several containers, one host for each, in order; tokens
             are then reduced in one of them. ``attribute`` names what holds these stages.
     """
@@ -36,6 +37,7 @@ class Host:
     outputs: tuple[int, ...] | None = None
     attach: Callable[[], Callable[[], None]] = field(default=lambda: lambda: None)
     scopes: tuple[str, ...] = SCOPES
+    off_grid: bool = False
     stages: tuple[Host, ...] = ()
 
     @property

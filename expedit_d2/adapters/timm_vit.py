@@ -10,8 +10,10 @@ import inspect
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..attention import key_bias
@@ -76,6 +78,7 @@ def host_of(vit: nn.Module, layout: Callable[..., PrefixLayout]) -> Host:
         # Known to who drives the model (`expedit_d2.backbones.timm_vit`), else it may read any.
         outputs=getattr(vit, "expedit_outputs", None),
         attach=attach,
+        off_grid=True,
     )
 
 
@@ -109,18 +112,55 @@ class PrefixLayout:
     def join(self, prefix: Tensor, features: Tensor) -> Tensor:
         return torch.cat([prefix, features.flatten(1, -2)], dim=1)
 
+    def keys(self, block: nn.Module, features: Tensor) -> Tensor:
+        """Its keys, averaged over the heads: linear in the tokens, so one small product."""
+        attention = block.attn
+        if getattr(attention, "qkv", None) is not None:
+            weight, bias = attention.qkv.weight, attention.qkv.bias
+            rows = shape_of(weight)[0] // 3
+            weight, bias = weight[rows : 2 * rows], None if bias is None else bias[rows : 2 * rows]
+        else:
+            weight, bias = attention.k_proj.weight, attention.k_proj.bias
+        weight = weight.unflatten(0, (attention.num_heads, -1)).mean(0)
+        if bias is not None:
+            bias = bias.unflatten(0, (attention.num_heads, -1)).mean(0)
+        return F.linear(block.norm1(features), weight, bias)
+
     def run(
         self, block: nn.Module, prefix: Tensor, tokens: Tokens, **kwargs
     ) -> tuple[Tensor, Tokens]:
+        x = self.join(prefix, tokens.features)
+        return self._taken_apart(block(x, **self._weighed(x, tokens, kwargs)), tokens)
+
+    def run_reducing(
+        self, block: nn.Module, prefix: Tensor, tokens: Tokens, reduce: nn.Module, **kwargs
+    ) -> tuple[Tensor, Tokens, Any]:
+        if not all(hasattr(block, name) for name in ("ls1", "ls2", "drop_path1", "drop_path2")):
+            raise ValueError(
+                f"METHOD tome needs timm's Block, to work inside of it; got {type(block).__name__}"
+            )
+        x = self.join(prefix, tokens.features)
+        kwargs = self._weighed(x, tokens, kwargs)
+        attended = x + block.drop_path1(block.ls1(block.attn(block.norm1(x), **kwargs)))
+        before = tokens.features.flatten(1, -2)
+        prefix, tokens = self._taken_apart(attended, tokens)
+        tokens, record = reduce(tokens, lambda _: self.keys(block, before))
+        x = self.join(prefix, tokens.features)
+        x = x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
+        return *self._taken_apart(x, tokens), record
+
+    def _weighed(self, x: Tensor, tokens: Tokens, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Arguments of a block, with the votes of each token of ``x``."""
         if kwargs.get("attn_mask") is not None or kwargs.get("is_causal"):
             raise ValueError("a model with Expedit takes no attn_mask: it is for all tokens")
-        x = self.join(prefix, tokens.features)
-        if self.size_aware and tokens.sizes is not None:
-            # Class and register tokens count one each.
-            ones = tokens.sizes.new_ones(x.shape[0], self.prefix)
-            votes = torch.cat([ones, tokens.sizes.flatten(1)], dim=1)
-            kwargs["attn_mask"] = key_bias(votes)[:, None, None].to(x.dtype)
-        x = block(x, **kwargs)
+        if not self.size_aware or tokens.sizes is None:
+            return kwargs
+        # Class and register tokens count one each.
+        ones = tokens.sizes.new_ones(x.shape[0], self.prefix)
+        votes = torch.cat([ones, tokens.sizes.flatten(1)], dim=1)
+        return {**kwargs, "attn_mask": key_bias(votes)[:, None, None].to(x.dtype)}
+
+    def _taken_apart(self, x: Tensor, tokens: Tokens) -> tuple[Tensor, Tokens]:
         shape = shape_of(tokens.features)[1:-1]
         features = x[:, self.prefix :].unflatten(1, shape)
         return x[:, : self.prefix], replace(tokens, features=features)

@@ -6,23 +6,28 @@ from torch import nn
 
 from ..settings import Settings
 from .expedit import Expedit
+from .hard import Hard
+from .merge import Merge
+from .pool import Pool
+from .tome import ToMe
 
 __all__ = ["METHODS", "build_method"]
 
-#: Name in ``METHOD`` -> class, built from (settings, attention window of the model or None).
-METHODS = {"expedit": Expedit}
+#: Name in ``METHOD`` -> class, built from what `build_method` takes.
+METHODS = {"expedit": Expedit, "merge": Merge, "tome": ToMe, "pool": Pool, "hard": Hard}
 
 
-def build_method(settings: Settings, attention_window: int | None) -> nn.Module:
+def build_method(settings: Settings, attention_window: int | None, index: int = 0) -> nn.Module:
     """The method that ``settings.method`` names.
 
     Args:
         settings: checked settings.
         attention_window: side, in tokens, of the model's attention windows; None without windows.
+        index: which of the settings' alphas, from the first, it reduces at.
 
     Raises:
         ValueError: for an unknown name, or settings that do not fit the windows.
     """
     if settings.method not in METHODS:
         raise ValueError(f"METHOD must be one of {sorted(METHODS)}, got {settings.method!r}")
-    return METHODS[settings.method](settings, attention_window)
+    return METHODS[settings.method](settings, attention_window, index)

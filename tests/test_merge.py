@@ -1,0 +1,229 @@
+"""METHOD merge: matching against a plain loop, exactness, counts, families, errors."""
+
+from __future__ import annotations
+
+import pytest
+import timm
+import torch
+from test_timm_vit import PATCH, SIZE, error, images, run, tiny_vit
+from torch import Tensor
+
+from expedit_d2 import expedite
+from expedit_d2.analysis.flops import count_flops
+from expedit_d2.methods.matching import match
+from expedit_d2.settings import Settings
+
+TOKENS = SIZE[0] * SIZE[1]
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+# --- matching ----------------------------------------------------------------------------------
+
+
+def plain_matching(keys: Tensor, sizes: Tensor, count: int, rounds: int, shape) -> list[set[int]]:
+    """Clusters of one image, as sets of tokens: one pair at a time, in float64."""
+    clusters = [{i} for i in range(len(keys))]
+    keys, sizes = list(keys.double()), sizes.double().tolist()
+    while len(clusters) > count:
+        now = len(clusters)
+        if len(shape) == 2:
+            side = [(i // shape[1] + i % shape[1]) % 2 for i in range(now)]
+        else:
+            side = [i % 2 for i in range(now)]
+        left = [i for i in range(now) if not side[i]]
+        right = [i for i in range(now) if side[i]]
+        if len(left) < len(right):  # the larger half is matched
+            left, right = right, left
+        number = min(-(-(now - count) // max(rounds, 1)), len(left), len(right))
+        rounds, shape = rounds - 1, (0,)
+        best = []
+        for i in left:
+            cosines = [torch.cosine_similarity(keys[i], keys[j], dim=0).item() for j in right]
+            best.append((max(cosines), i, right[cosines.index(max(cosines))]))
+        pairs = sorted(best, reverse=True)[:number]
+        gone = {i for _, i, _ in pairs}
+        order = [i for i in left if i not in gone] + right
+        new = {i: (set(clusters[i]), keys[i] * sizes[i], sizes[i]) for i in order}
+        for _, i, j in pairs:
+            members, total, size = new[j]
+            new[j] = (members | clusters[i], total + keys[i] * sizes[i], size + sizes[i])
+        clusters = [new[i][0] for i in order]
+        keys = [new[i][1] / new[i][2] for i in order]
+        sizes = [new[i][2] for i in order]
+    return clusters
+
+
+@pytest.mark.parametrize("shape", [(6, 8), (3, 5), (31,)])
+@pytest.mark.parametrize("share, rounds", [(0.9, 1), (0.7, 2), (0.5, 3), (0.3, 2), (0.1, 1)])
+def test_matching_is_that_of_a_plain_loop(shape, share, rounds):
+    tokens = torch.Size(shape).numel()
+    keys, sizes = torch.randn(2, tokens, 5), torch.randint(1, 5, (2, tokens)).float()
+    count = max(1, round(share * tokens))
+    merging = match(keys, sizes, count, rounds, shape)
+    index = merging.index()
+    assert index.shape == (2, tokens)
+    for image in range(2):
+        expected = plain_matching(keys[image], sizes[image], count, rounds, shape)
+        found = [set((index[image] == c).nonzero().flatten().tolist()) for c in range(count)]
+        assert sorted(map(sorted, found)) == sorted(map(sorted, expected))
+    features = torch.randn(2, tokens, 3)
+    sums = torch.zeros(2, count, 3).index_add(1, index[0], features)[0]
+    assert torch.allclose(merging.reduce(features)[0], sums, atol=1e-5)
+
+
+def test_a_count_of_all_merges_nothing():
+    merging = match(torch.randn(1, 12, 4), torch.ones(1, 12), 12, 2, (3, 4))
+    assert merging.index().tolist() == [list(range(12))]
+
+
+# --- the whole of a ViT ------------------------------------------------------------------------
+
+
+def equal_in_pairs(batch: int = 2) -> Tensor:
+    """Images whose tokens come in equal pairs, side by side."""
+    half = torch.randn(batch, 3, SIZE[0] * PATCH, SIZE[1] // 2, PATCH)
+    return half.repeat_interleave(2, dim=3).flatten(3)
+
+
+def test_equal_tokens_merge_without_loss():
+    """Half of the tokens are copies of the others: votes make merging exact."""
+    vit = tiny_vit(pos_embed="none", reg_tokens=2)
+    x = equal_in_pairs()
+    plain = run(vit, x)
+    with expedite(vit, 1, method="merge", keep=0.5, rounds=1):
+        assert error(run(vit, x), plain) < 1e-5
+    with expedite(vit, 1, method="merge", keep=0.5, rounds=1, size_aware=False):
+        assert error(run(vit, x), plain) > 1e-3
+
+
+@pytest.mark.parametrize("residual", [False, True])
+def test_one_merge_of_a_vit(residual):
+    """Beside the blocks run by hand on clusters of the plain loop."""
+    vit = tiny_vit(reg_tokens=1)
+    x = images(batch=1)
+    before = []
+    with vit.blocks[2].register_forward_pre_hook(lambda _, args: before.append(args[0])):
+        run(vit, x)
+    with expedite(vit, 2, method="merge", keep=40, residual=residual):
+        ours = run(vit, x)
+    with torch.no_grad():
+        prefix, tokens = before[0][:, :2], before[0][0, 2:]
+        block = vit.blocks[2]
+        heads = block.attn.qkv(block.norm1(tokens)).unflatten(1, (3, 4, 8))[:, 1]
+        groups = plain_matching(heads.mean(1), torch.ones(TOKENS), 40, 2, SIZE)
+        clusters = torch.stack([tokens[sorted(group)].mean(0) for group in groups])
+        votes = torch.tensor([1.0, 1.0] + [len(group) for group in groups]).log()
+        y = torch.cat([prefix, clusters[None]], dim=1)
+        for block in vit.blocks[2:]:
+            y = block(y, attn_mask=votes[None, None, None])
+        expected = torch.empty_like(tokens)
+        for number, group in enumerate(groups):
+            for token in group:
+                expected[token] = y[0, 2 + number]
+                if residual:
+                    expected[token] += tokens[token] - clusters[number]
+        expected = vit.norm(torch.cat([y[:, :2], expected[None]], dim=1))
+    assert error(ours, expected) < 1e-5
+
+
+def count_of(vit, x, **settings) -> list[int]:
+    """Tokens that each block runs on."""
+    seen = []
+    hooks = [
+        block.attn.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[1]))
+        for block in vit.blocks
+    ]
+    with expedite(vit, method="merge", **settings):
+        run(vit, x)
+    for hook in hooks:
+        hook.remove()
+    return [n - vit.num_prefix_tokens for n in seen]
+
+
+def test_counts_of_a_schedule():
+    vit, x = tiny_vit(), images()
+    shares = [round(TOKENS * 0.4 ** (i / 3)) for i in (1, 2, 3)]
+    assert count_of(vit, x, alpha=(0, 1, 2), keep=0.4) == [*shares, shares[-1]]
+    assert count_of(vit, x, alpha=(0, 1, 2), keep=38)[-1] == 38
+    assert count_of(vit, x, alpha=(1, 3), keep=(0.75, 30)) == [96, 72, 72, 30]
+    assert count_of(vit, x, alpha=(3, 1), keep=(0.75, 30)) == [96, 72, 72, 30]
+    assert count_of(vit, x, alpha=1, keep=500) == [96] * 4
+
+
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_dinov3_qkvb", "eva02_tiny_patch14_224"])
+def test_rotary_positions(name):
+    """Eva: equal tokens far from each other keep their mean position; nothing else is needed."""
+    try:
+        eva = timm.create_model(name, img_size=(64, 96), patch_size=8, depth=3)
+    except (RuntimeError, TypeError):
+        pytest.skip(f"this timm has no {name}")
+    x = torch.randn(2, 3, 64, 96)
+    with torch.no_grad():
+        plain = eva.eval().forward_features(x)
+        with expedite(eva, (0, 1), method="merge", keep=1.0):
+            assert error(eva.forward_features(x), plain) < 1e-4
+        with expedite(eva, (0, 1), method="merge", keep=0.5):
+            out = eva.forward_features(x)
+    assert out.shape == plain.shape and torch.isfinite(out).all()
+
+
+def test_images_of_a_batch_do_not_matter_to_each_other():
+    vit, x = tiny_vit(), images(batch=3)
+    with expedite(vit, (0, 2), method="merge", keep=0.4):
+        assert error(run(vit, x)[1:2], run(vit, x[1:2])) < 1e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision(dtype):
+    vit, x = tiny_vit(), images()
+    with expedite(vit, (0, 2), method="merge", keep=0.5):
+        exact = run(vit, x)
+        low = run(vit.to(dtype), x.to(dtype))
+    assert low.dtype == dtype
+    # Some pairs differ; most tokens do not.
+    assert torch.nn.functional.cosine_similarity(low.float(), exact, dim=-1).median() > 0.95
+
+
+def test_flops_are_counted():
+    vit, x = tiny_vit(), images(batch=1)
+    with expedite(vit, 1, method="merge", keep=0.5, rounds=1):
+        flops = count_flops(vit, x)
+    assert not flops.uncounted
+    tokens, clusters, channels, key = TOKENS, TOKENS // 2, 32, 8
+    products = tokens * channels * key + (tokens // 2) ** 2 * key
+    assert products < flops.clustering < products + 8 * tokens * channels + 4 * tokens * key
+    n = clusters + 1
+    block = n * channels * channels * (4 + 2 * 2) + 2 * n * n * channels
+    assert abs(flops.after / (3 * block) - 1) < 0.05
+    assert flops.reconstruction == 0  # it only moves
+
+
+# --- errors ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"method": "merge"}, "METHOD merge needs KEEP"),
+        ({"method": "merge", "keep": 0.5, "grid": (2, 2)}, "METHOD merge leaves no grid"),
+        ({"method": "merge", "keep": 1.5}, r"KEEP must be a share .* got 1.5"),
+        ({"method": "merge", "keep": 0}, r"KEEP must be a share .* got 0"),
+        ({"method": "merge", "keep": (0.5, 0.4)}, "one for each of the 1 ALPHAs"),
+        ({"method": "merge", "keep": 0.5, "rounds": 0}, "ROUNDS must be a positive integer"),
+        ({"keep": 0.5, "ratio": 0.5}, "KEEP is for METHOD merge and tome"),
+    ],
+)
+def test_settings_that_do_not_fit(settings, message):
+    with pytest.raises(ValueError, match=message):
+        Settings(alpha=1, **settings)
+
+
+def test_windows_need_a_grid():
+    from test_hook import detectron2_vit
+
+    with pytest.raises(ValueError, match="METHOD merge needs global attention .* ViT has not"):
+        expedite(detectron2_vit(), 1, method="merge", keep=0.5)

@@ -1,0 +1,168 @@
+"""The competitors pool, hard and tome, each beside a plain loop; what all methods share."""
+
+from __future__ import annotations
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from oracles import allowed_pairs
+from test_hook import detectron2_vit
+from test_merge import equal_in_pairs, plain_matching
+from test_timm_vit import SIZE, error, images, run, tiny_vit
+from torch import Tensor
+
+from expedit_d2 import expedite
+from expedit_d2.methods import METHODS, build_method
+from expedit_d2.settings import OFF_GRID, Settings
+from expedit_d2.tokens import Tokens
+
+H, W = SIZE
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+def tokens_of(features: Tensor, **more) -> Tokens:
+    size = features.shape[1:3]
+    return Tokens(features, size=size, span=size, **more)
+
+
+def counts(name: str) -> dict:
+    return {"keep": 0.5} if name in OFF_GRID else {"ratio": 0.75}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_runs_and_can_be_removed(name):
+    vit, x = tiny_vit(reg_tokens=1), images()
+    plain = run(vit, x)
+    with expedite(vit, (1, 2), method=name, **counts(name)):
+        out = run(vit, x)
+    assert out.shape == plain.shape and torch.isfinite(out).all()
+    assert not torch.equal(out, plain)
+    assert torch.equal(run(vit, x), plain)
+
+
+@pytest.mark.parametrize("name", sorted(set(METHODS) - set(OFF_GRID)))
+@pytest.mark.parametrize("scope", ["map", "window"])
+def test_methods_with_a_grid_run_with_windows(name, scope):
+    vit = detectron2_vit()
+    x = torch.randn(2, 3, 32, 48)
+    with torch.no_grad(), expedite(vit, 1, method=name, scope=scope, ratio=0.6):
+        out = vit(x)["last_feat"]
+    assert torch.isfinite(out).all()
+
+
+# --- pool --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_pool_is_the_mean_of_each_cell(weighted):
+    features = torch.randn(2, H, W, 5)
+    weights = torch.rand(2, H, W) if weighted else None
+    method = build_method(
+        Settings(alpha=0, grid=(4, 3), method="pool", residual=False), attention_window=None
+    )
+    reduced, record = method.reduce(tokens_of(features, sizes=weights))
+    w = torch.ones(2, H, W) if weights is None else weights
+    for image in range(2):
+        for row in range(4):
+            for col in range(3):
+                cell = (image, slice(2 * row, 2 * row + 2), slice(4 * col, 4 * col + 4))
+                total = w[cell].sum()
+                mean = (features[cell] * w[cell][..., None]).sum((0, 1)) / total
+                assert torch.allclose(reduced.features[image, row, col], mean, atol=1e-6)
+                assert torch.allclose(reduced.sizes[image, row, col], total)
+    # A plane is what bilinear upsampling gives back, but for the border.
+    rows, cols = torch.meshgrid(torch.arange(H), torch.arange(W), indexing="ij")
+    plane = (2.0 * rows - cols)[None, ..., None]
+    reduced, record = method.reduce(tokens_of(plane))
+    rebuilt = method.rebuild(reduced.features, record)
+    assert torch.allclose(rebuilt[:, 1:-1, 2:-2], plane[:, 1:-1, 2:-2], atol=1e-4)
+
+
+# --- hard --------------------------------------------------------------------------------------
+
+
+def test_hard_is_lloyds_algorithm_near_each_token():
+    features, grid, window = torch.randn(2, H, W, 5), (4, 6), 3
+    settings = Settings(
+        alpha=0, grid=grid, method="hard", window=window, neighbor_window=window, residual=False
+    )
+    method = build_method(settings, attention_window=None)
+    reduced, record = method.reduce(tokens_of(features))
+    refined = torch.randn(2, *grid, 7)
+    rebuilt = method.rebuild(refined, record)
+    allowed = allowed_pairs(SIZE, grid, window)
+    for image in range(2):
+        x = features[image].flatten(0, 1).double()
+        centroids = F.adaptive_avg_pool2d(x.view(H, W, 5).permute(2, 0, 1), grid)
+        centroids = centroids.flatten(1).T
+        for _ in range(settings.iterations):
+            distance = torch.cdist(x, centroids).masked_fill(~allowed, float("inf"))
+            nearest = distance.argmin(1)
+            for cluster in range(len(centroids)):
+                if (nearest == cluster).any():
+                    centroids[cluster] = x[nearest == cluster].mean(0)
+        filled = nearest.bincount(minlength=len(centroids))
+        assert torch.allclose(reduced.sizes[image].flatten().double(), filled.double(), atol=1e-3)
+        there = filled > 0
+        ours = reduced.features[image].flatten(0, 1)
+        assert torch.allclose(ours[there].double(), centroids[there], atol=1e-4)
+        distance = torch.cdist(x, ours.double()).masked_fill(~allowed, float("inf"))
+        distance[:, ~there] = float("inf")
+        expected = refined[image].flatten(0, 1)[distance.argmin(1)]
+        assert torch.allclose(rebuilt[image].flatten(0, 1), expected, atol=1e-5)
+
+
+# --- tome --------------------------------------------------------------------------------------
+
+
+def test_tome_is_merging_inside_of_every_block():
+    """Beside blocks taken apart by hand, on clusters of a plain loop; votes counted in tokens."""
+    vit, x = tiny_vit(init_values=0.5), images(batch=1)
+    with expedite(vit, (0, 1, 2, 3), method="tome", keep=0.5, residual=False):
+        ours = run(vit, x)
+    entering = []
+    with vit.blocks[0].register_forward_pre_hook(lambda _, args: entering.append(args[0])):
+        run(vit, x)
+    with torch.no_grad():
+        groups, y = [{i} for i in range(H * W)], entering[0]
+        for number, block in enumerate(vit.blocks):
+            votes = torch.tensor([1.0, *(len(group) for group in groups)])
+            keys = block.attn.qkv(block.norm1(y))[0, 1:].unflatten(1, (3, 4, 8))[:, 1].mean(1)
+            y = y + block.ls1(block.attn(block.norm1(y), attn_mask=votes.log()[None, None, None]))
+            count = round(H * W * (1 - 0.5 * (number + 1) / 4))
+            merged = plain_matching(keys, votes[1:], count, 1, (len(groups),))
+            rows = []
+            for group in merged:
+                members = sorted(group)
+                share = votes[1:][members] / votes[1:][members].sum()
+                rows.append((y[0, 1:][members] * share[:, None]).sum(0))
+            groups = [set().union(*(groups[m] for m in group)) for group in merged]
+            y = torch.cat([y[:, :1], torch.stack(rows)[None]], dim=1)
+            y = y + block.ls2(block.mlp(block.norm2(y)))
+        out = torch.empty(1, H * W, 32)
+        for number, group in enumerate(groups):
+            out[0, sorted(group)] = y[0, 1 + number]
+        expected = vit.norm(torch.cat([y[:, :1], out], dim=1))
+    assert error(ours, expected) < 1e-5
+
+
+def test_tome_merges_equal_tokens_without_loss():
+    vit = tiny_vit(pos_embed="none")
+    x = equal_in_pairs()
+    plain = run(vit, x)
+    with expedite(vit, 1, method="tome", keep=0.5):
+        assert error(run(vit, x), plain) < 1e-5
+
+
+def test_tome_needs_blocks_that_can_be_taken_apart():
+    eva = timm.create_model("eva02_tiny_patch14_224", img_size=28, depth=2)
+    with (
+        expedite(eva, 1, method="tome", keep=0.5),
+        pytest.raises(ValueError, match="METHOD tome needs timm's Block, .* got EvaBlock"),
+    ):
+        run(eva, torch.randn(1, 3, 28, 28))
