@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -10,9 +12,12 @@ from detectron2.data.catalog import Metadata
 from detectron2.structures import Boxes, Instances
 from PIL import Image
 
+from expedit_d2.api import expedite, is_expedited
 from expedit_d2.evaluation.agreement import match_segments
+from expedit_d2.methods import METHODS, build_method
 from expedit_d2.operators import cluster_tokens
-from expedit_d2.settings import Settings
+from expedit_d2.settings import OFF_GRID, Settings
+from expedit_d2.tokens import Tokens
 from expedit_d2.visualize import (
     cluster_labels,
     draw_clusters,
@@ -20,10 +25,15 @@ from expedit_d2.visualize import (
     draw_instances,
     draw_panoptic,
     draw_semantic,
+    record_reductions,
     save_panels,
+    side_by_side,
 )
+from expedit_d2.visualize.clusters import Reduction
 from expedit_d2.visualize.predictions import DRAWN
+from projects import load_cfg, load_model
 
+SEGMENTER = Path(EMBEDDED).with_name("segmenter.yaml")
 GREY = np.full((32, 48, 3), 90, np.uint8)
 COLORS = [[250, 0, 0], [0, 250, 0], [0, 0, 250]]
 METADATA = Metadata(
@@ -35,12 +45,19 @@ METADATA = Metadata(
 SCALE = 11  # 48 to 528 pixels
 
 
+def reduce_once(features: torch.Tensor, settings: Settings, index: int = 0, window=None):
+    """One reduction of a map (B, H, W, C), with the tokens themselves as keys."""
+    method = build_method(settings, window, index)
+    size = tuple(features.shape[1:3])
+    return Reduction(method, *method.reduce(Tokens(features, size, size), lambda x: x))
+
+
 def test_labels_are_the_nearest_cluster_by_explicit_search():
     torch.manual_seed(0)
     tokens = torch.randn(1, 6, 9, 4)
-    settings = Settings(alpha=1, grid=(3, 4), iterations=2, temperature=0.5, window=3)
-    labels = cluster_labels(tokens, settings)
-    clusters = cluster_tokens(tokens, (3, 4), 2, 0.5, 3).features[0]
+    settings = Settings(alpha=1, grid=(3, 4), iterations=2, temperature=0.5, neighbor_window=3)
+    labels = cluster_labels([reduce_once(tokens, settings)])
+    clusters = cluster_tokens(tokens, (3, 4), 2, 0.5, settings.window).features[0]
     for i in range(6):
         for j in range(9):
             home = (i * 3 // 6, j * 4 // 9)
@@ -55,13 +72,87 @@ def test_labels_are_the_nearest_cluster_by_explicit_search():
 
 def test_labels_by_window_are_those_of_each_window():
     torch.manual_seed(0)
-    tokens = torch.randn(1, 8, 12, 4)
+    tokens = torch.randn(2, 8, 10, 4)  # the last windows are padded
     settings = Settings(alpha=1, grid=(2, 2), scope="window", iterations=2)
-    labels = cluster_labels(tokens, settings, attention_window=(4, 4))
+    labels = cluster_labels([reduce_once(tokens, settings, window=4)])
+    assert labels.shape == (2, 8, 10)
     alone = Settings(alpha=1, grid=(2, 2), iterations=2)
-    for index, (row, col) in enumerate((r, c) for r in (0, 4) for c in (0, 4, 8)):
-        window = cluster_labels(tokens[:, row : row + 4, col : col + 4], alone)
-        assert torch.equal(labels[:, row : row + 4, col : col + 4], window + 4 * index)
+    for row in (0, 4):
+        for col in (0, 4):
+            window = cluster_labels([reduce_once(tokens[:, row : row + 4, col : col + 4], alone)])
+            # The map of clusters is 4 x 6: that of window (r, c) starts at row 2 r, column 2 c.
+            place = (window // 2 + row // 2) * 6 + window % 2 + col // 2
+            assert torch.equal(labels[:, row : row + 4, col : col + 4], place)
+    edge = labels[:, :, 8:]
+    assert (edge % 6 >= 4).all()
+
+
+def test_labels_of_several_merges_are_followed_one_by_one():
+    torch.manual_seed(0)
+    settings = Settings(alpha=(1, 3, 4), keep=0.3, method="merge")
+    tokens = Tokens(torch.randn(2, 6, 5, 8), (6, 5), (6, 5))
+    reductions = []
+    for index in range(3):
+        method = build_method(settings, None, index)
+        tokens, record = method.reduce(tokens, lambda x: x)
+        reductions.append(Reduction(method, tokens, record))
+    labels = cluster_labels(reductions)
+    for image in range(2):
+        for place in range(30):
+            cluster = place
+            for _, _, record in reductions:
+                cluster = int(record.index[image, cluster])
+            assert labels[image, place // 5, place % 5] == cluster
+    assert labels.max() + 1 == tokens.features.shape[1] == 9
+
+
+def test_pooled_labels_are_the_cells():
+    labels = cluster_labels(
+        [reduce_once(torch.randn(1, 4, 6, 3), Settings(1, (2, 3), method="pool"))]
+    )
+    assert labels[0].tolist() == [[0, 0, 1, 1, 2, 2]] * 2 + [[3, 3, 4, 4, 5, 5]] * 2
+
+
+@pytest.fixture(scope="module")
+def segmenter():
+    cfg = load_cfg(SEGMENTER, ["MODEL.DEVICE", "cpu"])
+    return load_model(cfg), cfg.INPUT.FORMAT
+
+
+@pytest.mark.parametrize("method", sorted(METHODS))
+def test_every_method_is_drawn(segmenter, method):
+    model, color_format = segmenter
+    torch.manual_seed(0)
+    item = {"image": torch.randint(0, 256, (3, 256, 300), dtype=torch.uint8)}
+    tokens = {"keep": 0.4} if method in OFF_GRID else {"ratio": 0.6}
+    settings = Settings(alpha=(2, 5), method=method, **tokens)
+    (row,) = side_by_side(model, settings, item, METADATA, color_format)
+    assert [title.split(":")[0] for title in row] == [
+        "image",
+        "clusters",
+        "semantic, plain",
+        f"semantic, {method}",
+        "differ",
+    ]
+    assert not is_expedited(model)
+    # The window sees the 256 columns at the left, drawn at twice their size.
+    seen = np.asarray(item["image"].permute(1, 2, 0))[..., :256, :]
+    seen = seen[..., ::-1] if color_format == "BGR" else seen
+    seen = seen.repeat(2, 0).repeat(2, 1)
+    clusters = row["clusters"]
+    border = (clusters == (255, 230, 0)).all(-1)
+    assert 0 < border.mean() < 0.5
+    assert (clusters == seen).all(-1)[~border].all()
+
+
+def test_reductions_are_recorded_inside_only(segmenter):
+    model, _ = segmenter
+    item = {"image": torch.zeros(3, 256, 256)}
+    with torch.no_grad(), expedite(model, (1, 2), keep=0.5, method="merge") as handle:
+        with record_reductions(handle.blocks) as reductions:
+            model([item])
+        model([item])
+    assert [r.method for r in reductions] == list(handle.blocks.methods.values())
 
 
 def test_boundaries_lie_where_labels_change():

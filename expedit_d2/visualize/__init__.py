@@ -1,6 +1,6 @@
 """Pictures: where the clusters lie, predictions, and predictions side by side."""
 
-from .clusters import cluster_labels, draw_clusters
+from .clusters import cluster_labels, draw_clusters, record_reductions
 from .depth import colorize_depth
 from .panels import save_panels, side_by_side
 from .predictions import (
@@ -20,6 +20,7 @@ __all__ = [
     "draw_instances",
     "draw_panoptic",
     "draw_semantic",
+    "record_reductions",
     "save_panels",
     "side_by_side",
 ]

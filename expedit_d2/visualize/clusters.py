@@ -1,56 +1,83 @@
-"""Where the clusters of an image lie."""
+"""Where the clusters of an image lie, whichever method made them."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from math import prod
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from ..operators import cluster_tokens, reconstruct_tokens
-from ..settings import Settings
-from ..windows import partition, unpartition
+from ..hook import ExpeditedBlocks
+from ..operators import shape_of
+from ..tokens import Tokens
 
-__all__ = ["cluster_labels", "draw_clusters"]
+__all__ = ["Reduction", "cluster_labels", "draw_clusters", "record_reductions"]
 
 
-def cluster_labels(
-    tokens: Tensor, settings: Settings, attention_window: tuple[int, int] | None = None
-) -> Tensor:
-    """The cluster each token is nearest to.
+class Reduction(NamedTuple):
+    """What one reduction left behind.
+
+    Attributes:
+        method: whose ``rebuild`` takes the record.
+        tokens: the reduced ones.
+        record: of the reduction.
+    """
+
+    method: nn.Module
+    tokens: Tokens
+    record: Any
+
+
+@contextmanager
+def record_reductions(blocks: ExpeditedBlocks) -> Iterator[list[Reduction]]:
+    """Collect every reduction of the forwards run inside, in order.
+
+    A forward that runs the blocks once leaves one for each of ``blocks.methods``.
+    """
+    reductions: list[Reduction] = []
+
+    def hook(method: nn.Module) -> Any:
+        return method.reduce.register_forward_hook(
+            lambda _, args, result: reductions.append(Reduction(method, *result))
+        )
+
+    hooks = [hook(method) for method in blocks.methods.values()]
+    try:
+        yield reductions
+    finally:
+        for handle in hooks:
+            handle.remove()
+
+
+@torch.no_grad()
+def cluster_labels(reductions: Sequence[Reduction]) -> Tensor:
+    """The cluster that each token is rebuilt from, or most of it where there are several.
 
     Args:
-        tokens: (B, H, W, C) tokens as they enter the clustering.
-        settings: of the "expedit" method.
-        attention_window: sides of the model's attention windows, for scope "window".
+        reductions: of one run through the blocks, in order; each starts from what the one before
+            it has left.
 
     Returns:
-        (B, H, W) index of the cluster; no two windows share one.
+        (B, H, W) long, index of the cluster behind the last reduction.
     """
-    size = (tokens.shape[1], tokens.shape[2])
-    windowed = settings.scope == "window"
-    if windowed:
-        tokens = partition(tokens, attention_window)
-    grid = settings.grid_for(tokens.shape[1], tokens.shape[2])
-    clusters = cluster_tokens(
-        tokens, grid, settings.iterations, settings.temperature, settings.window
-    ).features
-    # Rebuilding one-hot clusters from the single nearest one gives its index.
-    count = grid[0] * grid[1]
-    one_hot = torch.eye(count, device=tokens.device).view(1, *grid, count)
-    one_hot = one_hot.expand(tokens.shape[0], -1, -1, -1)
-    nearest = reconstruct_tokens(
-        one_hot, tokens, clusters, neighbors=1, window=settings.window, temperature=1.0
-    )
-    labels = nearest.argmax(-1)
-    if not windowed:
-        return labels
-    first = torch.arange(len(labels), device=labels.device)[:, None, None] * count
-    return unpartition((labels + first)[..., None], size)[..., 0]
+    final = reductions[-1].tokens.features
+    batch, *shape, _ = shape_of(final)
+    count = prod(shape)
+    # One-hot clusters, rebuilt, are the share that each cluster has in each token.
+    shares = torch.eye(count, device=final.device).view(1, *shape, count)
+    shares = shares.expand(batch, *shares.shape[1:])
+    for method, _, record in reversed(reductions):
+        shares = method.rebuild(shares, record, residual=False)
+    return shares.argmax(-1)
 
 
 def draw_clusters(image: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Cluster boundaries over an image.
+    """Cluster boundaries over an image: where neighbouring tokens are not in the same cluster.
 
     Args:
         image: (height, width, 3) uint8 RGB.

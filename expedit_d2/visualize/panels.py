@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import matplotlib
@@ -12,12 +13,13 @@ from detectron2.data.catalog import Metadata
 from detectron2.data.detection_utils import convert_image_to_rgb
 from matplotlib.figure import Figure
 from PIL import Image
-from torch import nn
+from torch import Tensor, nn
 
+from ..adapters import find_host
 from ..api import expedite
 from ..settings import Settings
-from .clusters import cluster_labels, draw_clusters
-from .predictions import DRAWN, draw_difference
+from .clusters import cluster_labels, draw_clusters, record_reductions
+from .predictions import DRAWN, draw_difference, enlarge
 
 __all__ = ["save_panels", "side_by_side"]
 
@@ -35,29 +37,29 @@ _TITLES = {
 def side_by_side(
     model: nn.Module, settings: Settings, item: dict, metadata: Metadata, color_format: str
 ) -> list[dict[str, np.ndarray]]:
-    """Run a plain model without and with Expedit on an image, and draw all it puts out.
+    """Run a plain model without and with token reduction on an image, and draw all it puts out.
 
     Args:
         model: a plain Detectron2 model in evaluation mode; it is left as it was.
-        settings: of the "expedit" method.
+        settings: of any method.
         item: Detectron2's input: ``image`` (3, height, width) and the size of the output.
         metadata: of the data set, for names and colours.
         color_format: of the image, ``INPUT.FORMAT``.
 
     Returns:
-        for each kind of output one row of panels, title to uint8 RGB: the image with the clusters'
-        borders, the plain prediction, the one with Expedit, and where they differ.
+        for each kind of output one row of panels, title to uint8 RGB: the image, the clusters'
+        borders over what the transformer saw of it (with padding; where the model slides a window,
+        the first place of that), the plain prediction, the one with reduced tokens, and where they
+        differ.
     """
-    entering = []
     plain = model([item])[0]
     values = dict(vars(settings))
     with expedite(model, values.pop("alpha"), **values) as handle:
-        reduce = next(iter(handle.blocks.methods.values())).reduce
-        with reduce.register_forward_pre_hook(lambda _, args: entering.append(args[0].features)):
-            ours = model([item])[0]
-    labels = cluster_labels(entering[0], settings, reduce.window)[0].cpu().numpy()
-    image = convert_image_to_rgb(item["image"].permute(1, 2, 0), color_format).astype(np.uint8)
-    clusters = draw_clusters(image, labels)
+        with record_reductions(handle.blocks) as reductions, _seen_pixels(model) as seen:
+            reduced = model([item])[0]
+    labels = cluster_labels(reductions[: len(handle.blocks.methods)])[0].cpu().numpy()
+    clusters = draw_clusters(_drawable(seen[0], color_format), labels)
+    image = _drawable(item["image"], color_format, large=False)
     # Outputs have the size of the file, which the model's input need not have.
     size = (item.get("width", image.shape[1]), item.get("height", image.shape[0]))
     image = _resize(image, size)
@@ -65,16 +67,39 @@ def side_by_side(
     for key, (draw, differ) in DRAWN.items():
         if key not in plain:
             continue
-        different = differ(plain[key], ours[key])
+        different = differ(plain[key], reduced[key])
         rows.append(
             {
+                "image": image,
                 "clusters": clusters,
                 f"{_TITLES[key]}, plain": draw(image, plain[key], metadata),
-                f"{_TITLES[key]}, Expedit": draw(image, ours[key], metadata),
+                f"{_TITLES[key]}, {settings.method}": draw(image, reduced[key], metadata),
                 f"differ: {different.mean():.1%}": draw_difference(image, different),
             }
         )
     return rows
+
+
+@contextmanager
+def _seen_pixels(model: nn.Module) -> Iterator[list[Tensor]]:
+    """What a transformer's first convolution is given in the forwards run inside: (3, H, W) each,
+    of the first image, with the normalisation undone."""
+    seen: list[Tensor] = []
+
+    def keep(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+        seen.append(args[0][0] * model.pixel_std + model.pixel_mean)
+
+    owner = find_host(model).owner
+    first = next(module for module in owner.modules() if isinstance(module, nn.Conv2d))
+    with first.register_forward_pre_hook(keep):
+        yield seen
+
+
+def _drawable(pixels: Tensor, color_format: str, large: bool = True) -> np.ndarray:
+    """Pixels (3, H, W) as uint8 RGB (H, W, 3), a small image enlarged as for predictions."""
+    pixels = enlarge(pixels) if large else pixels
+    pixels = pixels.float().round().clamp(0, 255).permute(1, 2, 0)
+    return convert_image_to_rgb(pixels, color_format).astype(np.uint8)
 
 
 def _resize(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:

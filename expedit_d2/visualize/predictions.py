@@ -34,14 +34,14 @@ _LEAST = 512  # pixels
 _SCORE = 0.5
 
 
-def _enlarge(planes: Tensor) -> Tensor:
+def enlarge(planes: Tensor) -> Tensor:
     """Images or masks (N, h, w), each pixel a square."""
     scale = max(1, round(_LEAST / max(planes.shape[-2:])))
     return planes.repeat_interleave(scale, -2).repeat_interleave(scale, -1)
 
 
 def _canvas(image: np.ndarray) -> Tensor:
-    return _enlarge(torch.tensor(image).permute(2, 0, 1))
+    return enlarge(torch.tensor(image).permute(2, 0, 1))
 
 
 def _to_image(canvas: Tensor) -> np.ndarray:
@@ -81,7 +81,7 @@ def draw_instances(image: np.ndarray, instances: Instances, metadata: Metadata) 
         for index, score in zip(classes, instances.scores.tolist(), strict=True)
     ]
     if instances.has("pred_masks"):
-        masks = _enlarge(instances.pred_masks.bool())
+        masks = enlarge(instances.pred_masks.bool())
         canvas = draw_segmentation_masks(canvas, masks, alpha=0.5, colors=colors)
     boxes = instances.pred_boxes.tensor * (canvas.shape[-1] / image.shape[1])
     canvas = draw_bounding_boxes(canvas, boxes, labels=labels, colors=colors, width=2)
@@ -136,7 +136,7 @@ def _draw_masks(
     if not kept:
         return _to_image(canvas)
     classes = [classes[index] for index in kept]
-    planes = _enlarge(torch.stack([masks[index] for index in kept]))
+    planes = enlarge(torch.stack([masks[index] for index in kept]))
     names, palette = metadata.get("stuff_classes"), metadata.get("stuff_colors")
     colors = [_color(palette, index) for index in classes]
     canvas = draw_segmentation_masks(canvas, planes, alpha=0.6, colors=colors)
