@@ -1,14 +1,22 @@
 """Expedit for Detectron2: large vision transformers made faster for dense prediction, untrained.
 
 `TokenClustering` and `TokenReconstruction` are the two operators, `expedite` applies them to a
-model, `add_expedit_config` adds them to a Detectron2 config.
+model, `add_expedit_config` adds them to a Detectron2 config. `fuse_attention` makes a model's own
+attention faster and changes nothing else.
 """
 
 from .api import expedite
+from .fused import fuse_attention
 from .operators import TokenClustering, TokenReconstruction
 
 __version__ = "0.1.0"
-__all__ = ["TokenClustering", "TokenReconstruction", "add_expedit_config", "expedite"]
+__all__ = [
+    "TokenClustering",
+    "TokenReconstruction",
+    "add_expedit_config",
+    "expedite",
+    "fuse_attention",
+]
 
 
 def __getattr__(name: str) -> object:

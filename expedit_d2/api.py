@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from .adapters import find_host
+from .fused import Handle, fuse_attention
 from .hook import ExpeditedBlocks
 from .methods import build_method
 from .settings import OFF_GRID, Settings
@@ -15,7 +16,7 @@ from .settings import OFF_GRID, Settings
 __all__ = ["Expedited", "expedite", "expedite_from_node", "is_expedited"]
 
 
-class Expedited:
+class Expedited(Handle):
     """Handle of an expedited model; also a context manager that undoes it on exit.
 
     Attributes:
@@ -26,20 +27,9 @@ class Expedited:
     def __init__(
         self, settings: Settings, blocks: ExpeditedBlocks | None, undo: Callable[[], None]
     ) -> None:
+        super().__init__(undo)
         self.settings = settings
         self.blocks = blocks
-        self._undo = undo
-
-    def remove(self) -> None:
-        """Put the model back exactly as it was. Safe to call more than once."""
-        undo, self._undo = self._undo, lambda: None
-        undo()
-
-    def __enter__(self) -> Expedited:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.remove()
 
 
 def expedite(
@@ -58,7 +48,7 @@ def expedite(
     Args:
         model: a supported ViT, or any model that contains exactly one.
         alpha: number of blocks run before clustering, 0 to depth - 1, counted over all stages of
-            the model; several cluster again and again; None changes nothing.
+            the model; several cluster again and again; None reduces nothing.
         outputs: indices of the blocks whose output is read, each rebuilt to the full map; None:
             what is known of the model's family, else all.
         **settings: grid or ratio, scope, temperature, …: see `expedit_d2.settings.Settings`.
@@ -75,7 +65,8 @@ def expedite(
         raise ValueError("the model is already expedited; remove() the first handle before")
     host = find_host(model)
     if not checked.alphas:
-        return Expedited(checked, None, lambda: None)
+        fused = fuse_attention(model) if checked.fused_attention else Handle(lambda: None)
+        return Expedited(checked, None, fused.remove)
     if checked.scope not in host.scopes:
         raise ValueError(
             f"SCOPE must be one of {host.scopes} for {type(host.owner).__name__}, got "
@@ -101,9 +92,11 @@ def expedite(
     )
     blocks.train(original.training)
     detach = host.attach()
+    fused = fuse_attention(model) if checked.fused_attention else Handle(lambda: None)
     setattr(host.owner, host.attribute, blocks)
 
     def undo() -> None:
+        fused.remove()
         original.training = blocks.training
         setattr(host.owner, host.attribute, original)
         detach()

@@ -1,13 +1,130 @@
-"""Attention terms for tokens that stand for several, or sit on a smaller grid."""
+"""Fused attention for tokens that stand for several, or sit on a smaller grid.
+
+Shorthand: B images or windows, N queries, M keys (N of them, or h x w on a grid), D channels of a
+head. Everything that is added to the logits is a *term*, kept as small as it is and added up for a
+part of the queries at a time, so that no mask of all pairs is ever held.
+"""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .operators import shape_of
 
-__all__ = ["key_bias", "position_bias", "relative_positions"]
+__all__ = ["Term", "attend", "grid_terms", "key_bias", "position_term", "relative_positions"]
+
+#: Added to the logits: a tensor that broadcasts to (B, heads, N, M) or (B, heads, N, h, w), or two,
+#: (B, heads, N, K) and (B, heads, K, M), whose product is.
+Term = Tensor | tuple[Tensor, Tensor]
+
+# Entries of the mask that are held at once. On the CPU 16 MiB: larger blocks are fresh pages of the
+# operating system each time, and leave the cache before they are read. On a GPU a part must be
+# large enough to occupy it.
+_PART_CPU, _PART_GPU = 2**22, 2**27
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    terms: Sequence[Term] = (),
+    votes: Tensor | None = None,
+    dropout: float = 0.0,
+) -> Tensor:
+    """Scaled dot-product attention, softmax(scale * q k^T + terms + log votes) v.
+
+    Args:
+        q, k, v: (B, heads, N or M, D).
+        scale: of the products.
+        terms: added to the logits; all of them have keys M, or all h x w.
+        votes: (B, M) or (B, h, w), how many keys each one stands for; see `key_bias`.
+        dropout: share of the weights that are dropped.
+
+    Returns:
+        (B, heads, N, D).
+    """
+    if votes is not None:
+        bias = key_bias(votes).to(q.dtype)
+        if not terms and q.is_cuda:
+            channels = shape_of(v)[-1]
+            q, k, v = with_key_bias(q, k, v, bias.flatten(1), scale)
+            out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=scale)
+            return out[..., :channels]
+        terms = (*terms, bias[:, None, None])
+    if not terms:
+        return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=scale)
+    # In a traced or compiled graph every part would be a copy of the code.
+    if not (torch.jit.is_tracing() or torch.compiler.is_compiling()):
+        shape = torch.broadcast_shapes(*map(_shape, terms))
+        count = -(-math.prod(shape) // (_PART_GPU if q.is_cuda else _PART_CPU))
+        axis = next((axis for axis in (0, 1) if shape[axis] > 1), 2)
+        length = max(1, shape[axis] // count)
+        if length < shape[axis]:
+            parts = [
+                attend(
+                    _part(q, axis, start, length),
+                    *(x if axis == 2 else _part(x, axis, start, length) for x in (k, v)),
+                    scale,
+                    [_part(term, axis, start, length) for term in terms],
+                    dropout=dropout,
+                )
+                for start in range(0, shape[axis], length)
+            ]
+            return torch.cat(parts, dim=axis)
+    first, *others = (t if isinstance(t, Tensor) else t[0] @ t[1] for t in terms)
+    mask = sum(others, first).to(q.dtype)
+    mask = mask if mask.dim() == 4 else mask.flatten(3)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, scale=scale)
+
+
+def _shape(term: Term) -> tuple[int, ...]:
+    if isinstance(term, Tensor):
+        return shape_of(term)
+    query, key = map(shape_of, term)
+    return (*torch.broadcast_shapes(query[:2], key[:2]), query[2], key[3])
+
+
+def _part(term: Term, axis: int, start: int, length: int) -> Term:
+    """A part of the batch, the heads or the queries; what is broadcast stays."""
+    if not isinstance(term, Tensor):
+        query, key = term
+        query = _part(query, axis, start, length)
+        return query, key if axis == 2 else _part(key, axis, start, length)
+    if term.shape[axis] == 1:
+        return term
+    return term.narrow(axis, start, min(length, term.shape[axis] - start))
+
+
+def with_key_bias(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """A key bias as one more channel of the heads, for kernels that take no mask.
+
+    The query has 1 / scale there, the key its bias and the value nothing; more zeros keep the
+    number of channels a multiple of 8. The same ``scale`` is to be used, and the channels of the
+    output beyond those of ``v`` are zero.
+
+    Args:
+        q, k, v: (B, heads, N or M, D).
+        bias: (B, M), to be added to the logits of each key.
+        scale: of the products.
+    """
+    channels = shape_of(q)[-1]
+    total = -(-(channels + 1) // 8) * 8
+    one = q.new_full((*shape_of(q)[:-1], 1), 1 / scale)
+    bias = bias[:, None, :, None].to(k.dtype).expand(-1, shape_of(k)[1], -1, -1)
+    more = (0, total - channels - 1)
+    return (
+        F.pad(torch.cat([q, one], dim=-1), more),
+        F.pad(torch.cat([k, bias], dim=-1), more),
+        F.pad(v, (0, total - channels)),
+    )
 
 
 def key_bias(sizes: Tensor) -> Tensor:
@@ -48,16 +165,32 @@ def relative_positions(table: Tensor, cells: int, span: float, size: int) -> Ten
     return resampled[index[:, None] - index[None, :] + cells - 1]
 
 
-def position_bias(
+def grid_terms(q: Tensor, row: Tensor, col: Tensor) -> tuple[Tensor, Tensor]:
+    """Decomposed relative-position logits on a grid, its rows and its columns for themselves.
+
+    Args:
+        q: (B, heads, h * w, D) queries, not scaled.
+        row, col: `relative_positions` of the two axes, (h, h, D) and (w, w, D).
+
+    Returns:
+        Terms (B, heads, h * w, h, 1) and (B, heads, h * w, 1, w).
+    """
+    grid = q.unflatten(2, (shape_of(row)[0], shape_of(col)[0]))
+    rows = torch.einsum("bnhwd,hkd->bnhwk", grid, row.to(q.dtype))
+    cols = torch.einsum("bnhwd,wkd->bnhwk", grid, col.to(q.dtype))
+    return rows.flatten(2, 3)[..., None], cols.flatten(2, 3)[..., None, :]
+
+
+def position_term(
     q: Tensor,
     tables: tuple[Tensor, Tensor],
     positions: Tensor,
     size: tuple[int, int],
     margin: int = 0,
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     """Decomposed relative-position logits of tokens at any positions.
 
-    A query's term is linear in its offset from each whole row of the map, and a key between two
+    A query's logit is linear in its offset from each whole row of the map, and a key between two
     rows takes its share of both. So no pair of tokens needs a look-up of its own: the logits are
     one product, of (N, rows + columns) with (rows + columns, N).
 
@@ -69,7 +202,7 @@ def position_bias(
         margin: positions may lie this far outside of it.
 
     Returns:
-        (B, heads, N, N).
+        A term: (B, heads, N, rows + columns) and (B, 1, rows + columns, N).
     """
     query, key = [], []
     for axis, table in enumerate(tables):
@@ -86,4 +219,4 @@ def position_bias(
         terms = q @ table.to(q.dtype).transpose(0, 1)  # (B, heads, N, 2 S - 1)
         query.append(torch.lerp(terms.gather(-1, low), terms.gather(-1, high), share))
         key.append((1 - offset.abs()).clamp_min(0).to(q.dtype)[:, None])
-    return torch.cat(query, dim=-1) @ torch.cat(key, dim=-1).transpose(-2, -1)
+    return torch.cat(query, dim=-1), torch.cat(key, dim=-1).transpose(-2, -1)

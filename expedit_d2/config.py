@@ -56,6 +56,9 @@ def add_expedit_config(cfg: CN) -> None:
             "NEIGHBOR_WINDOW": 5,
             # Rebuild weights: "l1" sum to one (the paper), "l2" have unit norm (published code).
             "NORMALIZE": "l1",
+            # Scaled dot-product attention in the model's own attention layers, also where ENABLED
+            # is False: the same outputs but for rounding, in less time and memory.
+            "FUSED_ATTENTION": False,
             # Add log(cluster size) to the attention logits of each key.
             "SIZE_AWARE": True,
             # Relative positions follow the "clusters", or a regular "grid" (the published code).

@@ -37,6 +37,8 @@ class Settings:
         neighbors: clusters that a token is rebuilt from, at most.
         neighbor_window: odd side, in cells, of where these are looked for; 0: everywhere.
         normalize: rebuild weights "l1" (sum to one) or "l2" (unit norm).
+        fused_attention: run the model's own attention layers, which the blocks before alpha and the
+            plain model have, by scaled dot-product attention; see `expedit_d2.fused`.
         size_aware: add log(cluster size) to the attention logits of each key.
         positions: relative positions by the clusters' mean positions, "clusters", or as if they
             lay on a regular grid, "grid" (as published).
@@ -61,6 +63,7 @@ class Settings:
     neighbors: int = 20
     neighbor_window: int = 5
     normalize: str = "l1"
+    fused_attention: bool = False
     size_aware: bool = True
     positions: str = "clusters"
     residual: bool = True
@@ -89,6 +92,8 @@ class Settings:
             _keyed("GRID", check_grid, self.grid)
         if self.ratio is not None and not (_is_number(self.ratio) and 0 < self.ratio <= 1):
             raise ValueError(f"RATIO must be in (0, 1], got {self.ratio!r}")
+        if not isinstance(self.fused_attention, bool):
+            raise ValueError(f"FUSED_ATTENTION must be True or False, got {self.fused_attention!r}")
         if self.scope not in SCOPES:
             raise ValueError(f"SCOPE must be one of {SCOPES}, got {self.scope!r}")
         if self.positions not in POSITIONS:
@@ -185,12 +190,15 @@ class Settings:
     def from_node(cls, node: Mapping[str, Any]) -> Settings | None:
         """Settings of a ``MODEL.EXPEDIT`` node (keys in any case); None unless ENABLED.
 
+        FUSED_ATTENTION is for plain models too: with it alone, settings that reduce nothing.
+
         Raises:
             ValueError: for an unknown key.
         """
         values = {key.lower(): value for key, value in node.items()}
         if not values.pop("enabled", True):
-            return None
+            fused = values.get("fused_attention", False)
+            return cls(fused_attention=fused) if fused else None
         known = [field.name for field in fields(cls)]
         unknown = sorted(set(values) - set(known))
         if unknown:

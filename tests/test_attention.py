@@ -13,7 +13,14 @@ from detectron2.modeling.backbone.utils import (
 )
 from torch import Tensor
 
-from expedit_d2.attention import key_bias, position_bias, relative_positions
+from expedit_d2 import attention
+from expedit_d2.attention import (
+    attend,
+    key_bias,
+    position_term,
+    relative_positions,
+    with_key_bias,
+)
 from expedit_d2.operators import grid_positions
 from expedit_d2.windows import partition, unpartition
 
@@ -101,6 +108,62 @@ def test_relative_positions_keep_the_type_and_let_gradients_through():
     torch.testing.assert_close(low.float(), relative_positions(table, 4, 7, 7), atol=5e-2, rtol=0.1)
 
 
+# --- attention -------------------------------------------------------------------------------
+
+
+def queries_keys_values(channels: int = 12) -> tuple[Tensor, Tensor, Tensor]:
+    return tuple(torch.randn(3, 2, n, channels) for n in (10, 12, 12))
+
+
+def explicit(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float) -> Tensor:
+    return (scale * q @ k.transpose(-2, -1) + bias).softmax(-1) @ v
+
+
+@pytest.mark.parametrize("entries", [10**6, 400, 130, 15])
+def test_attend_adds_every_kind_of_term(entries, monkeypatch):
+    monkeypatch.setattr(attention, "_PART_CPU", entries)
+    q, k, v = queries_keys_values()
+    pairs, heads = torch.randn(3, 2, 10, 12), torch.randn(1, 2, 1, 12)
+    query, key = torch.randn(3, 2, 10, 5), torch.randn(3, 1, 5, 12)
+    votes = torch.rand(3, 12) * 4 + 0.2
+    actual = attend(q, k, v, 0.3, [pairs, heads, (query, key)], votes)
+    bias = pairs + heads + query @ key + votes.log()[:, None, None]
+    torch.testing.assert_close(actual, explicit(q, k, v, bias, 0.3))
+
+
+@pytest.mark.parametrize("entries", [10**6, 400, 130, 15])
+def test_attend_takes_keys_on_a_grid(entries, monkeypatch):
+    monkeypatch.setattr(attention, "_PART_CPU", entries)
+    q, k, v = queries_keys_values()
+    rows, cols = torch.randn(3, 2, 10, 3, 1), torch.randn(3, 2, 10, 1, 4)
+    votes = torch.rand(3, 3, 4) * 4 + 0.2
+    bias = (rows + cols + votes.log()[:, None, None]).flatten(3)
+    actual = attend(q, k, v, 0.3, [rows, cols], votes)
+    torch.testing.assert_close(actual, explicit(q, k, v, bias, 0.3))
+
+
+def test_attend_without_terms():
+    q, k, v = queries_keys_values()
+    torch.testing.assert_close(attend(q, k, v, 0.3), explicit(q, k, v, torch.zeros(()), 0.3))
+    votes = torch.rand(3, 3, 4) * 4 + 0.2
+    bias = votes.log().flatten(1)[:, None, None]
+    actual = attend(q, k, v, 0.3, votes=votes)
+    torch.testing.assert_close(actual, explicit(q, k, v, bias, 0.3))
+
+
+@pytest.mark.parametrize("channels,padded", [(12, 16), (7, 8), (8, 16), (64, 72)])
+def test_key_bias_as_a_channel_is_a_key_bias(channels, padded):
+    """What runs on a GPU, whose fastest kernels take no mask."""
+    q, k, v = queries_keys_values(channels)
+    bias = key_bias(torch.rand(3, 12) * 4 + 0.2)
+    scale = channels**-0.5
+    wider = with_key_bias(q, k, v, bias, scale)
+    assert all(x.shape[-1] == padded for x in wider)
+    out = torch.nn.functional.scaled_dot_product_attention(*wider, scale=scale)
+    torch.testing.assert_close(out[..., :channels], explicit(q, k, v, bias[:, None, None], scale))
+    assert not out[..., channels:].any()
+
+
 # --- positions anywhere ----------------------------------------------------------------------
 
 # The sizes that the two tables were made for, and the size of the attention.
@@ -111,6 +174,11 @@ TABLES = [
     ((2, 20), (8, 3)),
     ((3, 3), (1, 1)),
 ]
+
+
+def position_bias(*args) -> Tensor:
+    query, key = position_term(*args)
+    return query @ key
 
 
 def queries_and_tables(

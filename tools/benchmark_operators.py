@@ -15,21 +15,18 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import platform
 import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-# The profiler, here for the memory alone, reports on the GPU that it does not find.
-os.environ.setdefault("KINETO_LOG_LEVEL", "99")
-
 import torch
 from tabulate import tabulate
 from torch import Tensor, nn
 
 from expedit_d2.analysis.dense import dense_clustering, dense_reconstruction
+from expedit_d2.analysis.memory import peak_memory
 from expedit_d2.analysis.timing import Timing, interleaved
 from expedit_d2.operators import cluster_tokens, reconstruct_tokens
 
@@ -99,25 +96,6 @@ def vit_blocks(args: argparse.Namespace, device: torch.device, dtype: torch.dtyp
         num_heads=args.channels // 64,
     )
     return model.blocks.eval().to(device, dtype)
-
-
-def peak_memory(call: Call, device: torch.device) -> int:
-    """Bytes that a call has allocated at once, beyond what was there before."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        call()
-        return torch.cuda.max_memory_allocated() - before
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
-        call()
-    # Allocations and releases in order; what a kernel takes and gives back itself is not seen.
-    now = peak = 0
-    for event in sorted(profile.events(), key=lambda event: event.time_range.end):
-        now += event.self_cpu_memory_usage
-        peak = max(peak, now)
-    return peak
 
 
 def check_agreement(name: str, ours: Call, dense: Call) -> None:

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..attention import key_bias, position_bias, relative_positions
+from ..attention import attend, grid_terms, position_term, relative_positions
 from ..operators import grid_positions, shape_of
 from ..tokens import Tokens
 from ..windows import partition, unpartition
@@ -33,6 +33,7 @@ def adapt(vit: nn.Module) -> Host:
         layout=_Layout,
         window=window or None,
         outputs=(len(vit.blocks) - 1,),
+        fused=_attend,
     )
 
 
@@ -130,10 +131,10 @@ def _in_windows(positions: Tensor, window: tuple[int, int], span: tuple[int, int
 def _attend(
     attn: nn.Module,
     x: Tensor,
-    votes: Tensor | None,
-    positions: Tensor | None,
-    span: tuple[int, int],
-    size: tuple[int, int],
+    votes: Tensor | None = None,
+    positions: Tensor | None = None,
+    span: tuple[int, int] | None = None,
+    size: tuple[int, int] | None = None,
     margin: int = 0,
 ) -> Tensor:
     """The attention layer on a grid (B, h, w, C).
@@ -141,27 +142,23 @@ def _attend(
     Args:
         votes: (B, h, w) of the keys; None: one each.
         positions: (B, h, w, 2) in tokens of the original attention; None: on a regular grid.
-        span: tokens of the original map, or window, that a regular grid spreads over.
-        size: tokens along the sides of the original attention.
+        span: tokens of the original map, or window, that a regular grid spreads over; None: the
+            grid is that of the tokens.
+        size: tokens along the sides of the original attention; None: those of the grid.
         margin: how far positions may lie outside of it.
     """
     batch, height, width, _ = shape_of(x)
-    heads = attn.num_heads
-    qkv = attn.qkv(x).reshape(batch, height * width, 3, heads, -1).permute(2, 0, 3, 1, 4)
+    span, size = span or (height, width), size or (height, width)
+    qkv = attn.qkv(x).reshape(batch, height * width, 3, attn.num_heads, -1).permute(2, 0, 3, 1, 4)
     q, k, v = qkv.unbind(0)  # (B, heads, N, D)
-    bias = None
+    terms = ()
     if attn.use_rel_pos and positions is not None:
         tables = (attn.rel_pos_h, attn.rel_pos_w)
-        bias = position_bias(q, tables, positions.flatten(1, 2), size, margin)
+        terms = (position_term(q, tables, positions.flatten(1, 2), size, margin),)
+        votes = None if votes is None else votes.flatten(1)
     elif attn.use_rel_pos:
-        grid = q.unflatten(2, (height, width))
-        row = relative_positions(attn.rel_pos_h, height, span[0], size[0]).to(q.dtype)
-        col = relative_positions(attn.rel_pos_w, width, span[1], size[1]).to(q.dtype)
-        rows = torch.einsum("bnhwd,hkd->bnhwk", grid, row)[..., None]
-        cols = torch.einsum("bnhwd,wkd->bnhwk", grid, col)[..., None, :]
-        bias = (rows + cols).flatten(4).flatten(2, 3)  # (B, heads, N, N)
-    if votes is not None:
-        votes = key_bias(votes).flatten(1)[:, None, None].to(q.dtype)  # (B, 1, 1, N)
-        bias = votes if bias is None else bias + votes
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=attn.scale)
+        row = relative_positions(attn.rel_pos_h, height, span[0], size[0])
+        col = relative_positions(attn.rel_pos_w, width, span[1], size[1])
+        terms = grid_terms(q, row, col)
+    out = attend(q, k, v, attn.scale, terms, votes)
     return attn.proj(out.transpose(1, 2).reshape(batch, height, width, -1))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..settings import SCOPES
 from ..tokens import Layout
@@ -26,6 +26,8 @@ class Host:
         attach: registers what the layout needs on the model, if anything; returns the undo.
         scopes: what ``SCOPE`` may be.
         off_grid: whether the blocks run on tokens that lie on no grid.
+        fused: an attention layer, ``block.attn``, and its arguments to its output, by scaled
+            dot-product attention; None where the family's own layers do so.
         stages: where the blocks lie in several containers, one host for each, in order; tokens
             are then reduced in one of them. ``attribute`` names what holds these stages.
     """
@@ -38,6 +40,7 @@ class Host:
     attach: Callable[[], Callable[[], None]] = field(default=lambda: lambda: None)
     scopes: tuple[str, ...] = SCOPES
     off_grid: bool = False
+    fused: Callable[..., Tensor] | None = None
     stages: tuple[Host, ...] = ()
 
     @property

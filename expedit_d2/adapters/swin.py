@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..attention import key_bias
+from ..attention import attend
 from ..operators import grid_positions, shape_of
 from ..tokens import Tokens
 from ..windows import partition, shifted_mask, unpartition
@@ -66,6 +66,7 @@ def adapt(swin: nn.Module) -> Host:
         attribute="layers",
         layout=_Layout,
         scopes=("window",),
+        fused=_fused,
         stages=tuple(stage(layer) for layer in swin.layers),
     )
 
@@ -133,12 +134,9 @@ class _Layout:
         else:
             positions = cut(tokens.positions)
         bias = _position_bias(block.attn, positions)
-        if any(shift):
-            mask = shifted_mask(size, window, shift, x.device)
-            bias = bias + mask[:, None].repeat(x.shape[0], 1, 1, 1)
-        if votes is not None:
-            bias = bias + key_bias(cut(votes[..., None])).transpose(1, 2)[:, None]
-        out = _attend(block.attn, cut(x), bias)
+        mask = shifted_mask(size, window, shift, x.device) if any(shift) else None
+        votes = None if votes is None else cut(votes[..., None])[..., 0]
+        out = _attend(block.attn, cut(x), bias, mask, votes)
         out = unpartition(out.unflatten(1, window), size)
         return out.roll(shift, dims=(1, 2)) if any(shift) else out
 
@@ -162,12 +160,44 @@ def _position_bias(attn: nn.Module, positions: Tensor) -> Tensor:
         )
 
 
-def _attend(attn: nn.Module, x: Tensor, bias: Tensor) -> Tensor:
-    """The attention layer on windows (W, N, C); the bias is (W or 1, heads, N, N)."""
+def _attend(
+    attn: nn.Module,
+    x: Tensor,
+    bias: Tensor,
+    mask: Tensor | None = None,
+    votes: Tensor | None = None,
+) -> Tensor:
+    """The attention layer on the windows (B * W, N, C) of B images.
+
+    Args:
+        bias: (B * W or 1, heads, N, N), by relative position.
+        mask: (W, N, N) of shifted windows.
+        votes: (B * W, N) of the keys.
+    """
     qkv = attn.qkv(x).unflatten(-1, (3, attn.num_heads, -1)).permute(2, 0, 3, 1, 4)
-    q, k, v = qkv.unbind(0)  # (W, heads, N, D)
+    q, k, v = qkv.unbind(0)  # (B * W, heads, N, D)
+    bias = bias.to(q.dtype)
     dropout = attn.attn_drop.p if attn.training else 0.0
-    out = F.scaled_dot_product_attention(
-        q, k, v, attn_mask=bias.to(q.dtype), dropout_p=dropout, scale=attn.scale
-    )
+    total = shape_of(x)[0]
+    # The mask is the same in every image: one image at a time needs no copies of it.
+    windows = total if mask is None else shape_of(mask)[0]
+    shifted = [] if mask is None else [mask[:, None].to(q.dtype)]
+    images = [
+        attend(
+            *(t[start : start + windows] for t in (q, k, v)),
+            attn.scale,
+            [bias if shape_of(bias)[0] == 1 else bias[start : start + windows], *shifted],
+            None if votes is None else votes[start : start + windows],
+            dropout,
+        )
+        for start in range(0, total, windows)
+    ]
+    out = images[0] if len(images) == 1 else torch.cat(images)
     return attn.proj_drop(attn.proj(out.transpose(1, 2).flatten(2)))
+
+
+def _fused(attn: nn.Module, x: Tensor, mask: Tensor | None = None) -> Tensor:
+    """The layer as it is, on windows (B * W, N, C); the mask (W, N, N) is that of shifted ones."""
+    sides = shape_of(attn.relative_position_index)
+    bias = attn.relative_position_bias_table[attn.relative_position_index.flatten()]
+    return _attend(attn, x, bias.t().contiguous().unflatten(1, sides)[None], mask)
