@@ -15,11 +15,11 @@ from tabulate import tabulate
 from torch import nn
 from tqdm import tqdm
 
-from .analysis.flops import Flops, count_flops
-from .analysis.timing import Timing, interleaved
-from .api import expedite
-from .evaluation import Agreement, main_metrics
-from .settings import Settings
+from ..analysis.flops import Flops, count_flops
+from ..analysis.timing import Timing, interleaved
+from ..api import expedite
+from ..evaluation import Agreement, main_metrics
+from ..settings import Settings
 
 __all__ = ["Row", "compare", "share_weights", "to_table"]
 
