@@ -59,6 +59,7 @@ setup(
         "Pillow>=10.4",
         "matplotlib>=3.7.5,<4",
         "tabulate>=0.8,<1",
+        "jinja2>=3,<4",
         "scipy>=1.10,<2",  # Hungarian matching, when Mask2Former is trained
         "tqdm>=4.60,<5",
     ],

@@ -1,0 +1,54 @@
+#!/usr/bin/env python
+"""Write one HTML page on saved comparisons: plots, table, conditions and pictures.
+
+Examples::
+
+    python tools/report.py output/compare/results.json --output report.html
+
+    python tools/report.py a.json b.json --pictures output/pictures --output report.html
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from expedit_d2.comparison.rows import Comparison
+from expedit_d2.report import read_pictures, write_report
+
+
+def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("results", nargs="+", help="JSON files of comparisons")
+    parser.add_argument("--pictures", nargs="+", default=[], help="image files, or folders of them")
+    parser.add_argument("--output", default="report.html", help="the page")
+    return parser.parse_args(arguments)
+
+
+def read_comparison(path: str) -> Comparison:
+    """
+    Raises:
+        ValueError: if the file holds something else.
+    """
+    try:
+        return Comparison.from_json(Path(path).read_text(encoding="utf-8"))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path!r} is not the JSON of a comparison: {error}") from None
+
+
+def run(arguments: list[str] | None = None) -> None:
+    """Parse the arguments and run; an expected error ends with one sentence."""
+    args = parse_arguments(arguments)
+    try:
+        comparisons = [read_comparison(path) for path in args.results]
+        path = write_report(comparisons, read_pictures(args.pictures), args.output)
+    except (ValueError, OSError) as error:
+        sys.exit(f"report.py: {error}")
+    print(f"report: {path}")
+
+
+if __name__ == "__main__":
+    run()
