@@ -57,6 +57,11 @@ def shape_of(x: Tensor) -> tuple[int, ...]:
     return tuple(int(n) if isinstance(n, Tensor) else n for n in x.shape)
 
 
+def is_exporting() -> bool:
+    """Whether torch.export traces, which torch before 2.7 does not say."""
+    return getattr(torch.compiler, "is_exporting", lambda: False)()
+
+
 class Clusters(NamedTuple):
     """What a clustering returns.
 
@@ -124,8 +129,8 @@ def _tile(
     allowed = rows.allowed[:, None, :, None, :, None] & cols.allowed[None, :, None, :, None, :]
     (_, per_row), (tile_cols, per_col) = shape_of(rows.tokens), shape_of(cols.tokens)
     # A token's flat place: its tile first, its row and column inside that tile second.
-    tile_row, in_row = rows.place // per_row, rows.place % per_row
-    tile_col, in_col = cols.place // per_col, cols.place % per_col
+    tile_row, tile_col = rows.place // per_row, cols.place // per_col
+    in_row, in_col = rows.place - tile_row * per_row, cols.place - tile_col * per_col
     tile = tile_row[:, None] * tile_cols + tile_col[None, :]
     place = tile * (per_row * per_col) + in_row[:, None] * per_col + in_col[None, :]
     return _Tiles(
@@ -216,9 +221,30 @@ def _centered(tokens: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor]:
     return tokens - mean, mean
 
 
+def adaptive_pool(x: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Mean of each cell of a grid, (B, H, W, D) to (B, h, w, D)."""
+    if not is_exporting():
+        return F.adaptive_avg_pool2d(x.permute(0, 3, 1, 2), grid).permute(0, 2, 3, 1)
+    # The same in two products: ONNX has no such pooling, and torch's way around that takes the
+    # size of the example for every size.
+    height, width, channels = shape_of(x)[1:]
+    rows, cols = (_means(n, cells, x) for n, cells in zip((height, width), grid, strict=True))
+    x = (rows @ x.flatten(2)).unflatten(2, (width, channels))
+    return cols @ x
+
+
+def _means(size: int, cells: int, like: Tensor) -> Tensor:
+    """(cells, size): what each token of an axis weighs in the mean of each cell."""
+    cell = torch.arange(cells, device=like.device)[:, None]
+    token = torch.arange(size, device=like.device)
+    first, last = cell * size // cells, ((cell + 1) * size + cells - 1) // cells
+    inside = ((token >= first) & (token < last)).to(like.dtype)
+    return inside / inside.sum(1, keepdim=True)
+
+
 def _pool(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
     """Adaptive average pooling, (B, H, W, C) to (B, h * w, C)."""
-    return F.adaptive_avg_pool2d(tokens.permute(0, 3, 1, 2), grid).flatten(2).transpose(1, 2)
+    return adaptive_pool(tokens, grid).flatten(1, 2)
 
 
 def _score(x: Tensor, centroids: Tensor, cells: Tensor | None = None) -> Tensor:
