@@ -30,7 +30,7 @@ from expedit_d2.visualize import (
     side_by_side,
 )
 from expedit_d2.visualize.clusters import Reduction
-from expedit_d2.visualize.predictions import DRAWN
+from expedit_d2.visualize.predictions import DRAWN, _inside
 from projects import load_cfg, load_model
 
 SEGMENTER = Path(EMBEDDED).with_name("segmenter.yaml")
@@ -212,6 +212,13 @@ def test_semantic_labels_have_the_colors_of_their_classes():
     scores[2, :, 24:] = 1
     drawn = draw_semantic(GREY, scores, METADATA)
     assert (leading_color(drawn, 3, 3), leading_color(drawn, 3, 40)) == (1, 2)
+
+
+def test_names_are_moved_into_the_picture():
+    size = (100, 60)
+    assert _inside((50, 30), (40, 20, 60, 40), size) == (50, 30)
+    assert _inside((2, 3), (-8, -7, 12, 13), size) == (10, 10)
+    assert _inside((98, 59), (88, 49, 108, 69), size) == (90, 50)
 
 
 @pytest.mark.parametrize("masks", [True, False])

@@ -147,9 +147,20 @@ def _draw_masks(
         rows, cols = torch.nonzero(plane, as_tuple=True)
         middle = len(rows) // 2  # a pixel of the segment itself, also where it is no blob
         place = (int(cols[middle]), int(rows[middle]))
-        style = {"fill": "white", "stroke_width": 2, "stroke_fill": "black"}
-        pen.text(place, _name(names, index), anchor="mm", font_size=16, **style)
+        name, style = _name(names, index), {"anchor": "mm", "font_size": 16, "stroke_width": 2}
+        place = _inside(place, pen.textbbox(place, name, **style), picture.size)
+        pen.text(place, name, fill="white", stroke_fill="black", **style)
     return np.asarray(picture)
+
+
+def _inside(
+    place: tuple[int, int], box: Sequence[float], size: tuple[int, int]
+) -> tuple[float, float]:
+    """The place moved so that a text's box, left, top, right and bottom, lies in the picture."""
+    return tuple(
+        at + max(0, -box[axis]) - max(0, box[axis + 2] - size[axis])
+        for axis, at in enumerate(place)
+    )
 
 
 def _edges(planes: Tensor) -> Tensor:
