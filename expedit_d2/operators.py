@@ -179,7 +179,7 @@ def auto_temperature(distances: Tensor, x: Tensor, weights: Tensor | None = None
     Returns:
         (B,) temperatures, finite and positive.
     """
-    norms = x.square().sum(-1)
+    norms = torch.linalg.vector_norm(x, dim=-1).square()
     if weights is None:
         variance = norms.mean(1)
     else:
@@ -196,15 +196,18 @@ def auto_temperature(distances: Tensor, x: Tensor, weights: Tensor | None = None
     return AUTO_FACTOR / torch.where(total > 0, median, floor)
 
 
+@torch.no_grad()
 def _nearest_distance(tokens: Tensor, clusters: Tensor, nearest: Tensor) -> Tensor:
-    """Squared distance (B, ...) of tokens (B, ..., C) to the clusters (B, M, C) named by index.
+    """Squared distance (B, N) of tokens (B, N, C) to the clusters (B, M, C) named by index (B, N).
 
     Taken from the difference itself: expanding the square would leave rounding, of either sign,
     where a token equals its cluster.
     """
-    flat = nearest.flatten(1)
-    chosen = clusters.gather(1, flat[..., None].expand(-1, -1, clusters.shape[-1]))
-    return (tokens.flatten(1, -2) - chosen).square().sum(-1).view_as(nearest)
+    batch, total, _ = shape_of(clusters)
+    # Whole rows are taken by index_select several times as fast as by gather.
+    first = torch.arange(batch, device=nearest.device)[:, None] * total
+    chosen = clusters.flatten(0, 1).index_select(0, (nearest + first).flatten())
+    return torch.linalg.vector_norm(tokens - chosen.view_as(tokens), dim=-1).square()
 
 
 def _centered(tokens: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -343,28 +346,28 @@ def cluster_tokens(
     tiled = _take(x, tiles.tokens)  # (B, T, R, C)
     cells = tiles.cells.flatten()
 
-    def add_up(parts: Tensor) -> Tensor:
+    def add_up(parts: Tensor, start: Tensor | None = None) -> Tensor:
         """(B, T, P, ...) of every tile to (B, M, ...), added where rims overlap."""
-        whole = parts.new_zeros(batch, grid[0] * grid[1], *parts.shape[3:])
-        return whole.index_add(1, cells, parts.flatten(1, 2))
+        if start is None:
+            start = parts.new_zeros(batch, grid[0] * grid[1], *parts.shape[3:])
+        return start.index_add(1, cells, parts.flatten(1, 2))
 
     for _ in range(iterations):
         score = _score(tiled, centroids, tiles.cells)  # (B, T, R, P)
         score = score.masked_fill(~allowed, _NEVER)
         if temperature == AUTO:
             best = tiles.cells.expand(batch, -1, -1).gather(2, score.argmax(-1))
-            distances = _nearest_distance(tiled, centroids, best).flatten(1)[:, tiles.place]
+            best = best.flatten(1)[:, tiles.place]
+            distances = _nearest_distance(x, centroids, best)
             temperature = auto_temperature(distances, x, flat).view(-1, 1, 1, 1)
         affinity = _logits(score, temperature).softmax(-1) * counts[..., None]
         shares = affinity.transpose(-2, -1)  # (B, T, P, R)
         sizes = add_up(shares.sum(-1))
-        # A cluster that no token joins stays where it is.
-        joined = sizes[..., None] > _TINY
-        means = add_up(shares @ tiled) / sizes[..., None].clamp_min(_TINY)
-        centroids = torch.where(joined, means, centroids)
-    places = add_up(shares @ _take(positions.flatten(1, 2), tiles.tokens))
-    places = places / sizes[..., None].clamp_min(_TINY)
-    places = torch.where(joined, places, _pool(positions, grid))
+        # The tiny vote for its old place keeps a cluster that no token joins where it is.
+        total = sizes[..., None] + _TINY
+        centroids = add_up(shares @ tiled, centroids * _TINY) / total
+    places = shares @ _take(positions.flatten(1, 2), tiles.tokens)
+    places = add_up(places, _pool(positions, grid) * _TINY) / total
     clusters = (centroids + mean).to(tokens.dtype)
     return Clusters(
         clusters.view(batch, *grid, channels),
@@ -501,7 +504,7 @@ def _rebuild_from_window(
 
     def nearest_distance() -> Tensor:
         nearest = tiles.cells.expand(x.shape[0], -1, -1).gather(2, index[..., 0])
-        return _nearest_distance(tiled, centroids, nearest).flatten(1)[:, tiles.place]
+        return _nearest_distance(x, centroids, nearest.flatten(1)[:, tiles.place])
 
     weights = torch.zeros_like(score).scatter(-1, index, weigh(best, nearest_distance))
     out = weights @ _take(values, tiles.cells)  # (B, T, R, D)
