@@ -1,131 +1,204 @@
-"""The comparison table, the demo, and the small checkpoint tool."""
+"""Comparisons: ratios and fronts, their JSON form, and the tables, recomputed by hand."""
 
-import copy
+import csv
+import io
+import json
+from dataclasses import replace
 
 import pytest
-import torch
-from conftest import EMBEDDED, load_tool
-from PIL import Image
-from torch import nn
 
 from expedit_d2.analysis.flops import Flops
 from expedit_d2.analysis.timing import Timing
-from expedit_d2.comparison import Row, compare, share_weights, to_table
-from expedit_d2.engine import Trainer, load_weights
+from expedit_d2.comparison import (
+    Comparison,
+    Conditions,
+    Row,
+    describe,
+    pareto,
+    parse_setting,
+    save_tables,
+    to_csv,
+    to_markdown,
+    to_terminal,
+)
 from expedit_d2.settings import Settings
 
+CONDITIONS = Conditions("a CPU", 1, "float32", "2.1", "2024-01-01", 5, 4, "python compare.py")
 
-def row(name, ap, after, seconds):
+
+def row(name, ap, after, seconds, settings=None, agreement=97.0):
     flops = Flops(embed=1e9, before=2e9, clustering=0.0, after=after, reconstruction=0.0, head=4e9)
-    return Row(name, {"box AP": ap}, {"instances": 97.0}, flops, Timing(seconds, seconds, seconds))
-
-
-def test_table_shows_ratios_to_the_plain_model():
-    plain, ours = row("plain", 50.0, 3e9, 0.5), row("a1_8x8", 49.0, 1.5e9, 0.4)
-    header, _, first, second = to_table([plain, ours]).splitlines()
-    assert (
-        "box AP" in header
-        and "kept" in header
-        and "agree, instances" in header
-        and "speed-up" in header
+    return Row(
+        name=name,
+        settings=settings,
+        metrics={"box AP": ap},
+        agreement={"instances": agreement},
+        flops=flops,
+        parameters=3_000_000,
+        latency=Timing(seconds, 0.9 * seconds, 1.1 * seconds),
+        baseline=Timing(0.6, 0.5, 0.7),
+        throughput=4.0,
+        baseline_throughput=2.0,
+        peak_memory=5 * 2**20,
     )
-    assert first.split() == "plain 50.0 100.0 % 97.0 6.00 0 % 10.00 0 % 2.00 1.00x".split()
-    assert second.split() == "a1_8x8 49.0 98.0 % 97.0 4.50 25 % 8.50 15 % 2.50 1.25x".split()
-
-
-def test_flops_parts_add_up():
-    flops = Flops(1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
-    assert (flops.total, flops.transformer, flops.blocks) == (63.0, 31.0, 30.0)
-
-
-def test_shared_copy_has_the_same_tensors_and_its_own_modules():
-    model = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))
-    twin = share_weights(model)
-    assert twin is not model and twin[0] is not model[0]
-    for mine, theirs in zip(twin.state_dict().values(), model.state_dict().values(), strict=True):
-        assert mine.data_ptr() == theirs.data_ptr()
 
 
 @pytest.fixture
-def tiny_model(tiny_opts):
-    from projects import get_cfg
-
-    cfg = get_cfg()
-    cfg.merge_from_file(EMBEDDED)
-    cfg.merge_from_list(tiny_opts)
-    model = Trainer.build_model(cfg).eval()
-    load_weights(model, cfg.MODEL.WEIGHTS)
-    return cfg, model
+def comparison():
+    ours = Settings(alpha=(0, 1, 2), method="merge", keep=0.5)
+    rows = [row("plain", 50.0, 3e9, 0.6), row("ours", 49.0, 1.5e9, 0.4, ours)]
+    return Comparison("vitdet", "collage_val", 7, CONDITIONS, rows)
 
 
-def test_comparison_of_a_real_detector(tiny_model):
-    cfg, model = tiny_model
-    name = cfg.DATASETS.TEST[0]
-    before = copy.deepcopy(model.state_dict())
-    settings = {
-        # As many clusters as tokens and no softness: nothing may change.
-        "same": Settings(alpha=1, grid=(8, 8), temperature=1e6),
-        "half": Settings(alpha=1, ratio=0.5),
-    }
-    rows = compare(
-        model,
-        settings,
-        Trainer.build_test_loader(cfg, name),
-        lambda: Trainer.build_evaluator(cfg, name),
-        timed_images=2,
-        progress=False,
+def test_ratios_to_the_plain_model(comparison):
+    plain, ours = comparison.rows
+    assert comparison.kept(ours, "box AP") == pytest.approx(98.0)
+    assert comparison.saved(ours) == pytest.approx(15.0)  # 8.5 of 10
+    assert comparison.saved(ours, "transformer") == pytest.approx(25.0)  # 4.5 of 6
+    assert comparison.saved(ours, "clustering") == 0.0  # the plain model has none
+    assert comparison.flops_ratio(ours) == pytest.approx(10 / 8.5)
+    assert comparison.speedup(ours) == pytest.approx(1.5)
+    assert comparison.batched_speedup(ours) == 2.0
+    assert (ours.fps, ours.lowest_agreement) == (2.5, 97.0)
+    untimed = replace(ours, latency=None, throughput=None)
+    assert comparison.speedup(untimed) is comparison.batched_speedup(untimed) is None
+
+
+def test_kept_of_errors_is_turned_around(comparison):
+    plain = replace(comparison.plain, metrics={"RMSE": 2.0})
+    worse = replace(comparison.plain, metrics={"RMSE": 2.5})
+    both = replace(comparison, rows=[plain, worse])
+    assert both.kept(worse, "RMSE") == pytest.approx(80.0)
+
+
+def test_kept_of_nothing_is_unknown(comparison):
+    plain, ours = (replace(r, metrics={"PQ": 0.0}) for r in comparison.rows)
+    nothing = replace(comparison, rows=[plain, ours])
+    assert nothing.kept(ours, "PQ") is nothing.lowest_kept(ours) is None
+    assert "-" in to_terminal(nothing).splitlines()[3].split()
+
+
+def test_json_round_trip(comparison):
+    text = replace(comparison, unfinished=["more"]).to_json()
+    assert Comparison.from_json(text) == replace(comparison, unfinished=["more"])
+    assert json.loads(text)["rows"][1]["settings"]["keep"] == 0.5
+
+
+def test_pareto_front_is_what_nothing_dominates():
+    points = [(1, 5), (2, 5), (2, 4), (3, 3), (3, 3), (0, 6), (4, None), (2.5, 2)]
+    front = pareto(points, lambda p: p[0], lambda p: p[1])
+
+    def dominated(p):
+        return any(q[0] >= p[0] and q[1] >= p[1] and q != p for q in points if q[1] is not None)
+
+    assert front == [(3, 3), (2, 5), (0, 6)]
+    assert set(front) == {p for p in points if p[1] is not None and not dominated(p)}
+
+
+def test_terminal_table_has_the_essentials(comparison):
+    head, _, first, second = to_terminal(comparison).splitlines()[:4]
+    assert head.split() == (
+        "setting box AP kept agree, instances GFLOPs saved FPS speed-up by GFLOPs memory".split()
     )
-    plain, same, half = rows
-    assert [r.name for r in rows] == ["plain", "same", "half"]
-    assert set(plain.metrics) == {"box AP", "mask AP"}
-    assert plain.agreement == same.agreement == {"instances": 100.0}
-    assert same.metrics == pytest.approx(plain.metrics)
-    assert half.flops.total < plain.flops.total and half.flops.clustering > 0
-    assert all(r.seconds.median > 0 for r in rows)
-    after = model.state_dict()
-    assert list(after) == list(before)
-    assert all(torch.equal(after[key], before[key]) for key in before)
+    # The plain model against itself, whatever it took in the others' turns.
+    assert first.split() == ("plain 50.0 100.0 % 97.0 % 10.00 0 % 1.67 1.00x 1.00x 5 MiB".split())
+    assert second.split() == "ours 49.0 98.0 % 97.0 % 8.50 15 % 2.50 1.50x 1.18x 5 MiB".split()
 
 
-def test_slim_checkpoint_keeps_the_weights_and_overwrites_nothing(tmp_path):
-    slim = load_tool("slim_checkpoint")
-    model = nn.Linear(64, 64)
-    source, target = str(tmp_path / "model_final.pth"), str(tmp_path / "slim.pth")
-    torch.save({"model": model.state_dict(), "optimizer": {"lr": 1}, "iteration": 9}, source)
-    slim.run([source, target])
-    kept = torch.load(target)
-    assert set(kept) == {"model"} and kept["model"]["weight"].dtype == torch.float16
-    torch.testing.assert_close(kept["model"]["weight"].float(), model.weight, atol=1e-3, rtol=1e-3)
-    with pytest.raises(SystemExit, match="is there already"):
-        slim.run([source, target])
-    with pytest.raises(SystemExit, match="there is no checkpoint"):
-        slim.run([str(tmp_path / "none.pth"), str(tmp_path / "other.pth")])
+def test_terminal_table_of_several_tasks_shows_the_lowest_agreement(comparison):
+    two = [replace(r, agreement={"instances": 97.0, "panoptic": 91.0}) for r in comparison.rows]
+    text = to_terminal(replace(comparison, rows=two))
+    assert "agree, lowest" in text and "91.0 %" in text and "97.0 %" not in text
+    assert "97.00 %" in to_markdown(replace(comparison, rows=two))
 
 
-def test_demo_writes_its_table_and_picture(tiny_opts, tmp_path, capsys):
-    demo = load_tool("demo")
-    setting = tmp_path / "vitdet_a1_2x2.yaml"
-    setting.write_text(
-        f"_BASE_: {EMBEDDED}\nMODEL:\n  EXPEDIT:\n    ENABLED: True\n    ALPHA: 1\n"
-        "    GRID: [2, 2]\n    SCOPE: window\n"
+def test_interruption_is_said_in_the_tables(comparison):
+    partial = replace(comparison, unfinished=["b", "c"])
+    assert "Not finished: b, c." in to_terminal(partial)
+    assert "Not finished" not in to_terminal(comparison)
+
+
+def test_markdown_has_every_part(comparison):
+    text = to_markdown(comparison)
+    tables = text.split("**")
+    assert [title for title in tables[1::2]] == ["Quality", "Cost", "GFLOPs"]
+    cells = [cell.strip() for cell in tables[4].splitlines()[5].split("|")[1:-1]]
+    assert cells == (
+        ["ours", "400.0 (360.0-440.0)", "2.50", "1.50x", "1.18x", "4.00", "2.00x", "5.0", "3.00"]
     )
-    output = tmp_path / "demo"
-    options = ["--timed", "2", "--pictures", "1", "--output", str(output)]
-    options += ["--config-file", EMBEDDED, "--expedit"]
-    demo.run([*options, str(setting), "--", *tiny_opts])
-    table = (output / "tables.md").read_text()
-    assert table.startswith("vitdet\n") and "| plain" in " ".join(table.split())
-    assert "a1_2x2" in table and "a1_2x2" in capsys.readouterr().out
-    with Image.open(output / "vitdet.png") as picture:
-        assert min(picture.size) > 100
-    with pytest.raises(SystemExit, match="demo.py: there is no config file 'none.yaml'"):
-        demo.run([*options, "none.yaml", "--", *tiny_opts])
-    with pytest.raises(SystemExit, match="--models must be among .*'vitdet'.* got 'none'"):
-        demo.run(["--models", "none"])
+    assert "`method=merge alpha=0-2 keep=0.5`" in text
+    parts = [cell.strip() for cell in tables[6].splitlines()[5].split("|")[1:-1]]
+    assert parts[1:7] == ["1.000", "2.000", "0.000", "1.500", "0.000", "4.000"]
+    assert "`python compare.py`" in text
 
 
-def test_embedded_cases_are_the_plain_configs_with_their_settings():
-    demo = load_tool("demo")
-    cases = {case.plain.stem: case.expedit for case in demo.embedded_cases(None)}
-    assert "vitdet_a6_3x3" in {path.stem for path in cases["vitdet"]}
-    assert all(path.stem.startswith(f"{name}_") for name in cases for path in cases[name])
+def test_csv_is_unrounded(comparison):
+    first, second = csv.DictReader(io.StringIO(to_csv(comparison)))
+    assert first["name"] == "plain" and first["settings"] == ""
+    assert float(second["flops ratio"]) == 10 / 8.5
+    assert float(second["seconds, high"]) == 1.1 * 0.4
+    assert float(second["peak memory"]) == 5 * 2**20
+
+
+def test_tables_of_what_was_not_timed(comparison):
+    bare = [
+        replace(r, latency=None, throughput=None, peak_memory=None, metrics={})
+        for r in comparison.rows
+    ]
+    untimed = replace(comparison, rows=bare)
+    assert "FPS" not in to_terminal(untimed) and "kept" not in to_terminal(untimed)
+    assert "| - " in " ".join(to_markdown(untimed).split())
+    assert next(csv.DictReader(io.StringIO(to_csv(untimed))))["speed-up"] == ""
+
+
+def test_files(comparison, tmp_path):
+    files = save_tables(comparison, tmp_path / "new" / "vitdet_1.5")
+    assert [file.name for file in files] == ["vitdet_1.5.md", "vitdet_1.5.csv", "vitdet_1.5.json"]
+    assert Comparison.from_json(files[2].read_text()) == comparison
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("alpha=4 ratio=0.7", Settings(alpha=4, ratio=0.7)),
+        ("ALPHA=4 GRID=16x12", Settings(alpha=4, grid=(16, 12))),
+        ("alpha=4 grid=16,12 residual=False", Settings(alpha=4, grid=(16, 12), residual=False)),
+        (
+            "method=merge alpha=0-6 keep=0.5",
+            Settings(alpha=tuple(range(7)), method="merge", keep=0.5),
+        ),
+        (
+            "method=merge alpha=0-2,5 keep=900,800,700,600",
+            Settings(alpha=(0, 1, 2, 5), method="merge", keep=(900, 800, 700, 600)),
+        ),
+        (
+            "alpha=2 ratio=0.5 temperature=1e-2 reconstruct_at=head",
+            Settings(alpha=2, ratio=0.5, temperature=0.01, reconstruct_at="head"),
+        ),
+        ("alpha=2 ratio=0.5 temperature=auto", Settings(alpha=2, ratio=0.5)),
+        ("fused_attention=true", Settings(fused_attention=True)),
+    ],
+)
+def test_settings_in_one_line(text, expected):
+    name, settings = parse_setting(text)
+    assert settings == expected
+    assert name == describe(settings) and parse_setting(name) == (name, settings)
+    assert parse_setting(f"my name: {text}") == ("my name", settings)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("alpha", ["'alpha'", "method=merge"]),
+        ("alpha=1 ratio=", ["'ratio='"]),
+        ("alpha=1 alpha=2 ratio=0.5", ["alpha is given twice"]),
+        ("alpha=1 ratio=2", ["RATIO", "(0, 1]", "2"]),
+        ("alpha=1 share=2", ["unknown", "share", "ratio"]),
+        ("ratio=0.5", ["alpha is missing"]),
+        ("", ["alpha is missing"]),
+    ],
+)
+def test_settings_that_are_wrong(text, words):
+    with pytest.raises(ValueError) as error:
+        parse_setting(text)
+    assert all(word in str(error.value) for word in words), error.value

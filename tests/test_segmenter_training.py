@@ -13,7 +13,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from PIL import Image
 from test_segmenter_model import CLASSES, CONFIGS, error, tiny_cfg, tiny_model
 
-from expedit_d2.comparison import compare
+from expedit_d2.comparison import Options, Subject, compare
 from expedit_d2.settings import Settings
 from projects import load_cfg, load_model
 from projects.Segmenter import SegmenterTrainer, build_train_loader, register_semantic_datasets
@@ -245,14 +245,14 @@ def test_comparison_has_miou_and_agreement(collage_cfg):
         "exact": Settings(2, grid=(8, 8), temperature=1e6, neighbors=1, reconstruct_at="head"),
         "head": Settings(2, grid=(4, 4), reconstruct_at="head"),
     }
-    plain, exact, reduced = compare(
+    subject = Subject(
+        "tiny",
         model,
-        settings,
+        name,
         SegmenterTrainer.build_test_loader(collage_cfg, name),
         lambda: SegmenterTrainer.build_evaluator(collage_cfg, name),
-        timed_images=1,
-        progress=False,
     )
+    plain, exact, reduced = compare(subject, settings, Options(timed_images=0)).rows
     assert set(plain.metrics) == {"mIoU"}
     assert set(exact.agreement.values()) == {100.0}
     assert reduced.flops.total < plain.flops.total

@@ -10,20 +10,17 @@ import argparse
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import numpy as np
-import torch
 from detectron2.data import MetadataCatalog
 from detectron2.utils.logger import setup_logger
-from torch import nn
 
-from expedit_d2.comparison import compare, to_table
-from expedit_d2.data import register_by_path, register_collage
+from expedit_d2.comparison import Options, Subject, compare, to_markdown, to_terminal
+from expedit_d2.data import register_collage
 from expedit_d2.settings import Settings
 from expedit_d2.visualize import save_panels, side_by_side
-from projects import load_cfg, load_model, trainer_of
+from projects.subjects import load_subject, setting_of
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs" / "embedded"
 
@@ -71,51 +68,29 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def draw(
-    model: nn.Module, setting: Settings, loader: Sequence, dataset: str, count: int, colors: str
-) -> list[dict[str, np.ndarray]]:
+def draw(subject: Subject, setting: Settings, count: int) -> list[dict[str, np.ndarray]]:
     """Panels of the first images; of the output that says most, where there are several."""
-    metadata = MetadataCatalog.get(dataset)
+    metadata = MetadataCatalog.get(subject.dataset)
     rows = []
-    for inputs, _ in zip(loader, range(count), strict=False):
-        rows += side_by_side(model, setting, inputs[0], metadata, colors)[-1:]
+    for inputs in subject.images(count):
+        rows += side_by_side(subject.model, setting, inputs[0], metadata, subject.color)[-1:]
     return rows
 
 
 def run_case(case: Case, args: argparse.Namespace) -> str:
     """Evaluate and draw one model; returns its table in Markdown."""
     name = case.plain.stem
-    cfg = load_cfg(case.plain, args.opts)
-    dataset = cfg.DATASETS.TEST[0]
-    register_by_path(cfg.DATASETS.TEST)
     settings = {
-        path.stem.removeprefix(f"{name}_"): Settings.from_node(
-            load_cfg(path, args.opts).MODEL.EXPEDIT
-        )
-        for path in case.expedit
+        path.stem.removeprefix(f"{name}_"): setting_of(path, args.opts) for path in case.expedit
     }
-    output = Path(args.output)
-    cfg.OUTPUT_DIR = str(output)
-    trainer = trainer_of(cfg)
-    model = load_model(cfg)
-    loader = trainer.build_test_loader(cfg, dataset)
-    rows = compare(
-        model, settings, loader, partial(trainer.build_evaluator, cfg, dataset), args.timed
-    )
-    print(
-        f"\n{name}: {dataset}, {len(loader)} images, batch 1, {cfg.MODEL.DEVICE}, "
-        f"{torch.get_num_threads()} threads, torch {torch.__version__}\n\n{to_table(rows)}\n"
-    )
-    panels = draw(
-        model,
-        next(iter(settings.values())),
-        loader,
-        dataset,
-        args.pictures,
-        cfg.INPUT.FORMAT,
-    )
-    save_panels(panels, output / f"{name}.png")
-    return f"{name}\n\n{to_table(rows, 'github')}\n"
+    subject = load_subject(case.plain, args.opts)
+    comparison = compare(subject, settings, Options(timed_images=args.timed, batch=1))
+    print(f"\n{to_terminal(comparison)}\n")
+    if comparison.unfinished:
+        raise KeyboardInterrupt
+    panels = draw(subject, next(iter(settings.values())), args.pictures)
+    save_panels(panels, Path(args.output) / f"{name}.png")
+    return f"{name}\n\n{to_markdown(comparison)}"
 
 
 def main(args: argparse.Namespace) -> None:

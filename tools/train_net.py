@@ -22,7 +22,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from functools import partial
+from pathlib import Path
 from typing import Any
 
 from detectron2.config import CfgNode
@@ -30,7 +30,7 @@ from detectron2.engine import default_argument_parser, default_setup, launch
 from detectron2.evaluation import print_csv_format
 from detectron2.utils import comm
 
-from expedit_d2.comparison import compare, to_table
+from expedit_d2.comparison import Subject, compare, to_terminal
 from expedit_d2.data import register_by_path, register_collage
 from expedit_d2.engine import (
     evaluate_lazy,
@@ -39,6 +39,7 @@ from expedit_d2.engine import (
 )
 from expedit_d2.settings import Settings
 from projects import load_cfg, load_model, trainer_of
+from projects.subjects import is_lazy, load_subject, setting_of, subject_of
 
 
 def setup(args: argparse.Namespace) -> CfgNode:
@@ -53,7 +54,7 @@ def run_yaml(args: argparse.Namespace) -> dict[str, Any]:
     cfg = setup(args)
     default_setup(cfg, args)
     if args.compare:
-        return run_comparison(cfg)
+        return compare_yaml(cfg, args)
     trainer_class = trainer_of(cfg)
     if args.eval_only:
         return trainer_class.test(cfg, load_model(cfg))
@@ -62,26 +63,31 @@ def run_yaml(args: argparse.Namespace) -> dict[str, Any]:
     return trainer.train()
 
 
-def run_comparison(cfg: CfgNode) -> dict[str, Any]:
-    """The configured model without and with its ``MODEL.EXPEDIT``, on every test data set."""
-    settings = Settings.from_node({**cfg.MODEL.EXPEDIT, "ENABLED": True})
-    plain = cfg.clone()
-    plain.defrost()
-    plain.MODEL.EXPEDIT.ENABLED = False
-    trainer = trainer_of(plain)
-    model = load_model(plain)
-    for name in plain.DATASETS.TEST:
-        loader = trainer.build_test_loader(plain, name)
-        rows = compare(
-            model, {"expedit": settings}, loader, partial(trainer.build_evaluator, plain, name)
-        )
-        print(f"\n{name}\n{to_table(rows)}\n")
+def print_comparison(subject: Subject, settings: Settings | None) -> None:
+    """The plain model and the configured one, measured anew."""
+    if settings is None:
+        raise ValueError("--compare: MODEL.EXPEDIT has no ALPHA, so nothing to compare")
+    comparison = compare(subject, {"expedit": settings})
+    print(f"\n{to_terminal(comparison)}\n")
+    if comparison.unfinished:
+        raise KeyboardInterrupt
+
+
+def compare_yaml(cfg: CfgNode, args: argparse.Namespace) -> dict[str, Any]:
+    """On every test data set."""
+    settings = setting_of(args.config_file, args.opts)
+    for name in cfg.DATASETS.TEST:
+        print_comparison(subject_of(cfg, Path(args.config_file).stem, name), settings)
     return {}
 
 
 def run_lazy(args: argparse.Namespace) -> dict[str, Any]:
     cfg = load_lazy_config(args.config_file, args.opts)
     default_setup(cfg, args)
+    if args.compare:
+        settings = setting_of(args.config_file, args.opts)
+        print_comparison(load_subject(args.config_file, args.opts), settings)
+        return {}
     if args.eval_only:
         results = evaluate_lazy(cfg)
         if comm.is_main_process():
@@ -92,7 +98,7 @@ def run_lazy(args: argparse.Namespace) -> dict[str, Any]:
 
 def main(args: argparse.Namespace) -> dict[str, Any]:
     register_collage()
-    return run_lazy(args) if args.config_file.endswith(".py") else run_yaml(args)
+    return run_lazy(args) if is_lazy(args.config_file) else run_yaml(args)
 
 
 def run(arguments: list[str] | None = None) -> None:
@@ -105,8 +111,8 @@ def run(arguments: list[str] | None = None) -> None:
     try:
         if not os.path.isfile(args.config_file):
             raise FileNotFoundError(f"--config-file: there is no file {args.config_file!r}")
-        if args.compare and args.config_file.endswith(".py"):
-            raise ValueError("--compare takes a YAML config")
+        if args.compare and args.num_gpus * args.num_machines > 1:
+            raise ValueError("--compare runs in one process: leave --num-gpus at 1")
         launch(
             main,
             args.num_gpus,

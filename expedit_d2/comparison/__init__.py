@@ -1,5 +1,34 @@
-"""The plain model beside expedited ones: metrics, agreement, FLOPs and speed."""
+"""The plain model beside expedited ones: metrics, agreement, FLOPs, speed and memory.
 
-from .compare import Row, compare, share_weights, to_table
+A `Subject` is a model with its data; `compare` measures it with a list of settings, which gives a
+`Comparison`; `tables` writes that down.
+"""
 
-__all__ = ["Row", "compare", "share_weights", "to_table"]
+from .rows import PLAIN, Comparison, Conditions, Row, pareto
+from .session import Options, Session, compare, expedited_copy, share_weights
+from .spelling import describe, parse_setting
+from .store import Store
+from .subject import Subject, register_images
+from .tables import save_tables, to_csv, to_markdown, to_terminal
+
+__all__ = [
+    "PLAIN",
+    "Comparison",
+    "Conditions",
+    "Options",
+    "Row",
+    "Session",
+    "Store",
+    "Subject",
+    "compare",
+    "describe",
+    "expedited_copy",
+    "pareto",
+    "parse_setting",
+    "register_images",
+    "save_tables",
+    "share_weights",
+    "to_csv",
+    "to_markdown",
+    "to_terminal",
+]

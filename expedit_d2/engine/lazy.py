@@ -23,7 +23,7 @@ from ..settings import Settings
 from .checkpoint import load_weights
 from .config import choose_device
 
-__all__ = ["evaluate_lazy", "load_lazy_config", "train_lazy"]
+__all__ = ["evaluate_lazy", "load_lazy_config", "load_lazy_model", "train_lazy"]
 
 
 def load_lazy_config(path: str, overrides: list[str]) -> DictConfig:
@@ -49,6 +49,18 @@ def _build_model(cfg: DictConfig) -> nn.Module:
     return model
 
 
+def load_lazy_model(cfg: DictConfig) -> nn.Module:
+    """The configured model in evaluation mode, with the weights of ``train.init_checkpoint``.
+
+    Raises:
+        ValueError: if the weights do not fit or the settings are out of range.
+        FileNotFoundError: if there is no such file.
+    """
+    model = _build_model(cfg)
+    load_weights(model, cfg.train.init_checkpoint, key="train.init_checkpoint")
+    return model.eval()
+
+
 def _run_evaluation(cfg: DictConfig, model: nn.Module) -> dict[str, Any]:
     if "evaluator" not in cfg.dataloader:
         raise ValueError("dataloader.evaluator is missing in the config; there is nothing to run")
@@ -57,15 +69,8 @@ def _run_evaluation(cfg: DictConfig, model: nn.Module) -> dict[str, Any]:
 
 
 def evaluate_lazy(cfg: DictConfig) -> dict[str, Any]:
-    """Evaluate ``train.init_checkpoint``.
-
-    Raises:
-        ValueError: if the weights do not fit or the settings are out of range.
-        FileNotFoundError: if there is no such file.
-    """
-    model = _build_model(cfg)
-    load_weights(model, cfg.train.init_checkpoint, key="train.init_checkpoint")
-    return _run_evaluation(cfg, create_ddp_model(model))
+    """Evaluate ``train.init_checkpoint``; raises as `load_lazy_model`."""
+    return _run_evaluation(cfg, create_ddp_model(load_lazy_model(cfg)))
 
 
 def train_lazy(cfg: DictConfig, resume: bool) -> dict[str, Any]:

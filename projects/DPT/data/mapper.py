@@ -84,7 +84,7 @@ class DepthMapper:
     def __call__(self, record: Mapping[str, Any]) -> dict[str, Any]:
         """
         Args:
-            record: with ``file_name`` and ``depth_file_name``.
+            record: with ``file_name`` and, in training, ``depth_file_name``.
 
         Returns:
             The record without other annotations, with ``image`` uint8 (3, H, W), its ``height`` and
@@ -93,7 +93,7 @@ class DepthMapper:
         Raises:
             ValueError: if the record has no depth, or one of another size.
         """
-        for key in ("file_name", "depth_file_name"):
+        for key in ("file_name", *(["depth_file_name"] if self.depth_scale is not None else [])):
             if key not in record:
                 raise ValueError(f"depth needs records with {key!r}, got {sorted(record)}")
         image = utils.read_image(record["file_name"], format=self.image_format)

@@ -1,0 +1,133 @@
+#!/usr/bin/env python
+"""Compare a plain model with reduced ones: metrics, agreement, GFLOPs, speed and memory.
+
+Examples::
+
+    # the embedded Segmenter with the settings that lie beside its config; no downloads
+    python tools/compare.py
+
+    # a model of your own, its labelled data, and two settings
+    python tools/compare.py --config-file my_model.yaml \
+        --setting "alpha=8 ratio=0.7" --setting "half: method=merge alpha=0-6 keep=0.5" \
+        -- MODEL.WEIGHTS my_model.pth DATASETS.TEST "('my/instances.json@images',)"
+
+    # images without labels: agreement with the plain model, GFLOPs, speed and memory
+    python tools/compare.py --config-file my_vitdet.py --images "photos/*.jpg" \
+        --setting "alpha=4 ratio=0.7" -- train.init_checkpoint=my_model.pth
+
+Results are kept in the output folder as they come: the same command goes on after an interruption.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+from detectron2.utils.logger import setup_logger
+
+from expedit_d2.comparison import (
+    Comparison,
+    Options,
+    Store,
+    compare,
+    parse_setting,
+    save_tables,
+    to_terminal,
+)
+from expedit_d2.comparison.session import DTYPES
+from expedit_d2.data import register_collage
+from expedit_d2.settings import Settings
+from projects.subjects import load_subject, setting_of, settings_beside
+
+EMBEDDED = Path(__file__).resolve().parent.parent / "configs" / "embedded" / "segmenter.yaml"
+
+
+def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    option = parser.add_argument
+    option("--config-file", default=str(EMBEDDED), help="YAML or LazyConfig (embedded Segmenter)")
+    option(
+        "--setting",
+        action="append",
+        default=[],
+        metavar='"[NAME:] KEY=VALUE ..."',
+        help="fields of MODEL.EXPEDIT; lists as 0,1,2 or 0-6; may be given several times",
+    )
+    option("--expedit", nargs="+", default=[], metavar="CONFIG", help="use their MODEL.EXPEDIT")
+    option("--images", metavar="FOLDER_OR_PATTERN", help="images without labels")
+    option("--first", type=int, metavar="N", help="only the first images, without metrics")
+    option("--timed", type=int, default=20, help="images to time; 0: no speed (%(default)s)")
+    option("--batch", type=int, default=4, help="images in a batch; 1: none (%(default)s)")
+    option("--dtype", choices=DTYPES, default="float32", help="by autocast (%(default)s)")
+    option("--threads", type=int, help="CPU threads of torch (its own choice)")
+    option("--output", default="output/compare", help="folder of the results (%(default)s)")
+    option("opts", nargs="*", help="config overrides: KEY VALUE, or key=value for a LazyConfig")
+    return parser.parse_args(arguments)
+
+
+def all_settings(args: argparse.Namespace) -> dict[str, Settings]:
+    """By name, as asked for; otherwise the config's own, and those of the files beside it.
+
+    Raises:
+        ValueError: if there is none, or two of one name.
+    """
+    given: list[tuple[str, Settings | None]] = [parse_setting(text) for text in args.setting]
+    stem = Path(args.config_file).stem
+    for path in args.expedit:
+        given.append((Path(path).stem.removeprefix(f"{stem}_"), setting_of(path)))
+    if not given:
+        given = [*settings_beside(args.config_file).items()]
+        own = setting_of(args.config_file, args.opts)
+        given += [("expedit", own)] if own is not None else []
+    if not given:
+        raise ValueError('there is no setting to compare; give --setting "alpha=4 ratio=0.7"')
+    settings: dict[str, Settings] = {}
+    for name, setting in given:
+        if setting is None:
+            raise ValueError(f"{name}: its MODEL.EXPEDIT has no ALPHA, so nothing to compare")
+        if name in settings:
+            raise ValueError(f"two settings are named {name!r}; give them names")
+        settings[name] = setting
+    return settings
+
+
+def main(args: argparse.Namespace) -> Comparison:
+    setup_logger(name="detectron2").setLevel("ERROR")  # the progress bars say enough
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    register_collage()
+    options = Options(args.dtype, args.timed, args.batch)
+    settings = all_settings(args)
+    subject = load_subject(args.config_file, args.opts, args.images, args.first)
+    output = Path(args.output)
+    store = Store(output)
+    stem = output / subject.name
+    comparison = compare(
+        subject, settings, options, store, save=lambda so_far: save_tables(so_far, stem)
+    )
+    files = save_tables(comparison, stem)
+    print(f"\n{to_terminal(comparison)}\n\nAll of it: {', '.join(map(str, files))}")
+    return comparison
+
+
+def run(arguments: list[str] | None = None) -> None:
+    """Parse the arguments and run; an expected error ends with one sentence."""
+    args = parse_arguments(arguments)
+    try:
+        unfinished = main(args).unfinished
+    except (ValueError, OSError, KeyError) as error:
+        sys.exit(f"compare.py: {error.args[0] if isinstance(error, KeyError) else error}")
+    except KeyboardInterrupt:
+        print("compare.py: interrupted before the plain model was finished", file=sys.stderr)
+        sys.exit(130)
+    if unfinished:
+        print("compare.py: interrupted; the same command goes on from here", file=sys.stderr)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    run()
