@@ -7,19 +7,31 @@ import io
 import re
 from dataclasses import replace
 from html.parser import HTMLParser
+from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import load_tool
+import torch
+from conftest import EMBEDDED, load_tool
+from detectron2.data.catalog import Metadata
 from PIL import Image
 
 from expedit_d2.analysis.flops import Flops
 from expedit_d2.analysis.timing import Timing
 from expedit_d2.comparison.rows import PLAIN, Comparison, Conditions, Row
-from expedit_d2.report import Picture, best_row, headline, read_pictures, write_report
+from expedit_d2.comparison.spelling import describe
+from expedit_d2.report import (
+    Picture,
+    best_row,
+    draw_pictures,
+    headline,
+    read_pictures,
+    write_report,
+)
 from expedit_d2.report.figures import Point, draw_tradeoff
 from expedit_d2.report.summary import tradeoffs
 from expedit_d2.settings import Settings
+from projects import load_cfg, load_model
 
 VOID = {"meta", "img", "br", "link", "input", "hr"}
 BASE = 0.2  # seconds of the plain model
@@ -126,12 +138,12 @@ def test_every_number_of_every_row_is_in_the_page(tmp_path):
             assert f"{100 - 100 * now / was:.1f} % saved" in text
         ms = 1000 * r.latency.median
         assert f"{ms:.1f}" in text and f"{0.9 * ms:.1f} to {1.2 * ms:.1f}" in text
-        assert f"{BASE / r.latency.median:.2f}×" in text
+        assert f"{BASE / r.latency.median:.2f}×plain {1000 * BASE:.1f} ms" in text
         assert f"{r.throughput:.2f}" in text
         assert f"{r.peak_memory / 2**20:.1f}" in text
     for value in (*vars(CONDITIONS).values(), "2.31 M", "200 images"):
         assert str(value) in text
-    assert "alpha=(0, 1), keep=0.5, method='merge'" in text
+    assert describe(ROWS[2].settings) in text
 
 
 def test_nothing_is_fetched(tmp_path):
@@ -282,6 +294,20 @@ def test_pictures_are_embedded_and_small(tmp_path):
             assert (attributes["width"], attributes["height"]) == ("448", "149")
             assert np.abs(np.asarray(image, int) - (200, 0, 0)).max() < 10
     assert "semantic, plain" in page.text
+
+
+def test_pictures_are_drawn_from_a_model():
+    cfg = load_cfg(Path(EMBEDDED).with_name("segmenter.yaml"), ["MODEL.DEVICE", "cpu"])
+    torch.manual_seed(0)
+    pixels = torch.randint(0, 256, (2, 3, 256, 256), dtype=torch.uint8)
+    items = [{"image": pixels[0], "file_name": "some/photo.jpg"}, {"image": pixels[1]}]
+    setting = Settings((1, 2), keep=0.5, method="merge")
+    drawn = draw_pictures(load_model(cfg), "half", setting, items, Metadata(), cfg.INPUT.FORMAT)
+    assert [p.title for p in drawn] == ["Image photo, setting half", "Image 2, setting half"]
+    for picture_ in drawn:
+        titles = list(picture_.panels)
+        assert titles[:4] == ["image", "clusters", "semantic, plain", "semantic, merge"]
+        assert len(titles) == 5
 
 
 def test_tool_reads_results_and_pictures(tmp_path, capsys):

@@ -1,6 +1,15 @@
 """Comparisons as one HTML file that needs nothing else: plots, table, conditions, pictures."""
 
-from .page import Picture, read_pictures, write_report
-from .summary import best_row, headline
+from .page import write_report
+from .pictures import Picture, draw_pictures, read_pictures
+from .summary import best_row, headline, headline_row
 
-__all__ = ["Picture", "best_row", "headline", "read_pictures", "write_report"]
+__all__ = [
+    "Picture",
+    "best_row",
+    "draw_pictures",
+    "headline",
+    "headline_row",
+    "read_pictures",
+    "write_report",
+]

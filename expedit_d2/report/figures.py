@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 from itertools import pairwise
+from textwrap import fill
 
 import matplotlib
 import numpy as np
@@ -33,6 +34,8 @@ _OTHERS = ("#8a8f98", "P")
 _FONT = 9.5  # points, in a figure that is as wide as a phone
 _TICKS = (0, 20, 40, 60, 70, 80, 90, 95, 98, 99, 99.5, 100, 100.5, 101, 102, 105, 110, 120)
 
+#: Letters in a line of a name.
+_LINE = 22
 #: More points than these are named on the front only.
 _ALL_NAMED = 8
 #: Where a name may stand: its offset in points, and how it is aligned there.
@@ -151,7 +154,7 @@ def _name_points(figure: Figure, axes: Axes, points: Sequence[Point]) -> None:
     frame = Bbox([(figure.bbox.x0, axes.bbox.y0), (figure.bbox.x1, figure.bbox.y1)])
     for point in front if len(points) > _ALL_NAMED else points:
         text = axes.annotate(
-            point.name,
+            fill(point.name, _LINE),
             (point.x, point.y),
             (0, 0),
             textcoords="offset points",

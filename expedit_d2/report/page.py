@@ -5,8 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,28 +16,15 @@ from PIL import Image
 
 from .. import __version__
 from ..comparison.rows import Comparison, Row
-from ..settings import Settings
+from ..comparison.spelling import describe
 from .figures import draw_tradeoff
+from .pictures import Picture
 from .summary import best_row, headline, tradeoffs
 
-__all__ = ["Picture", "read_pictures", "write_report"]
+__all__ = ["write_report"]
 
 #: Pixels of the longer side: of one panel among several, and of a picture of its own.
 _PANEL, _WHOLE = 448, 1600
-_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
-
-
-@dataclass(frozen=True)
-class Picture:
-    """Panels that belong together, such as what `side_by_side` gives for an image.
-
-    Attributes:
-        title: of them all.
-        panels: title to uint8 RGB (height, width, 3).
-    """
-
-    title: str
-    panels: Mapping[str, np.ndarray]
 
 
 def write_report(
@@ -83,31 +69,6 @@ def write_report(
     return path
 
 
-def read_pictures(paths: Sequence[str | Path]) -> list[Picture]:
-    """Image files, and those in folders by name, each as a picture of one panel.
-
-    Raises:
-        FileNotFoundError: for a path that is not there.
-        ValueError: for a folder without images.
-    """
-    files: list[Path] = []
-    for path in map(Path, paths):
-        if path.is_dir():
-            inside = sorted(p for p in path.iterdir() if p.suffix.lower() in _SUFFIXES)
-            if not inside:
-                raise ValueError(f"no images ({', '.join(_SUFFIXES)}) in the folder {str(path)!r}")
-            files += inside
-        elif path.is_file():
-            files.append(path)
-        else:
-            raise FileNotFoundError(f"there is no file or folder {str(path)!r}")
-    pictures = []
-    for file in files:
-        with Image.open(file) as image:
-            pictures.append(Picture(file.stem, {"": np.asarray(image.convert("RGB"))}))
-    return pictures
-
-
 # --- a comparison -----------------------------------------------------------------------------
 
 
@@ -124,9 +85,7 @@ def _section(comparison: Comparison, key: str) -> dict[str, Any]:
         "better than in both; the vertical axis is stretched towards 100\N{NO-BREAK SPACE}%.",
         "table": _table(comparison),
         "table_note": _table_note(comparison),
-        "settings": [
-            (row.name, _described(row.settings)) for row in comparison.rows if row.settings
-        ],
+        "settings": [(row.name, describe(row.settings)) for row in comparison.rows if row.settings],
         "conditions": _conditions(comparison),
     }
 
@@ -172,8 +131,9 @@ def _cells(comparison: Comparison, row: Row) -> dict[str, _Cell]:
     for part, name in (("transformer", "GFLOPs, transformer"), ("total", "GFLOPs, all")):
         saved = f"{comparison.saved(row, part):.1f} % saved"
         cells[name] = _cell(getattr(row.flops, part) / 1e9, "{:.2f}", saved)
-    cells["speed-up"] = _cell(comparison.speedup(row), "{:.2f}×")
-    time = row.latency
+    time, then = row.latency, row.baseline
+    plain = "" if then is None else f"plain {1e3 * then.median:.1f} ms"
+    cells["speed-up"] = _cell(comparison.speedup(row), "{:.2f}×", plain)
     cells["ms an image"] = (
         _Cell("–")
         if time is None
@@ -191,20 +151,12 @@ def _table_note(comparison: Comparison) -> str:
     note = (
         "Kept and saved are relative to the plain model. Agreement is that of the output with the "
         "plain model's, without labels. One FLOP is one multiply-add. Times are the median and the "
-        "middle half at batch 1; the speed-up compares times that were measured in turns."
+        "middle half at batch 1; the speed-up compares a setting with the plain model measured in "
+        "turns with it, whose time stands below."
     )
     if comparison.unfinished:
         note += f" Interrupted before: {', '.join(comparison.unfinished)}."
     return note
-
-
-def _described(settings: Settings) -> str:
-    """The settings that are not the defaults, as arguments of `expedite`."""
-    return ", ".join(
-        f"{field.name}={getattr(settings, field.name)!r}"
-        for field in fields(settings)
-        if getattr(settings, field.name) != field.default
-    )
 
 
 def _conditions(comparison: Comparison) -> list[tuple[str, str]]:

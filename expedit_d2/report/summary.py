@@ -9,7 +9,7 @@ from typing import NamedTuple
 from ..comparison.rows import Comparison, Row, pareto
 from .figures import Point
 
-__all__ = ["AGREEMENT", "KEPT", "Tradeoff", "best_row", "headline", "tradeoffs"]
+__all__ = ["AGREEMENT", "KEPT", "Tradeoff", "best_row", "headline", "headline_row", "tradeoffs"]
 
 #: Percent of every metric that the headline's setting keeps, at least.
 KEPT = 99.5
@@ -40,24 +40,27 @@ def best_row(comparison: Comparison) -> Row | None:
     return max(eligible, key=lambda row: _gain(comparison, row), default=None)
 
 
+def headline_row(comparison: Comparison) -> Row | None:
+    """The best setting; if there is none, the one that keeps most; None without settings."""
+    return best_row(comparison) or max(
+        comparison.rows[1:], key=lambda row: _quality(comparison, row) or 0, default=None
+    )
+
+
 def headline(comparison: Comparison) -> str:
     """One sentence on the best setting, or on why there is none."""
-    settings = comparison.rows[1:]
-    if not settings:
+    row = headline_row(comparison)
+    if row is None:
         return "Only the plain model was evaluated."
-    best = best_row(comparison)
-    if best is not None:
-        return f"{best.name}: {_in_words(comparison, best)}."
+    sentence = f"{row.name}: {_in_words(comparison, row)}."
+    if row is best_row(comparison):
+        return sentence
     aim = (
         f"keeps {KEPT:g} % of every metric"
         if comparison.plain.metrics
         else f"agrees with the plain model in {AGREEMENT:g} %"
     )
-    nearest = max(settings, key=lambda row: _quality(comparison, row) or 0)
-    return (
-        f"No setting is faster and {aim}; nearest is {nearest.name}: "
-        f"{_in_words(comparison, nearest)}."
-    )
+    return f"No setting is faster and {aim}; nearest is {sentence}"
 
 
 def _in_words(comparison: Comparison, row: Row) -> str:

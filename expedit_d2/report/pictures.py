@@ -1,0 +1,86 @@
+"""Pictures of a report: drawn from a model, or read from files."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from detectron2.data.catalog import Metadata
+from PIL import Image
+from torch import nn
+
+from ..settings import Settings
+from ..visualize import side_by_side
+
+__all__ = ["Picture", "draw_pictures", "read_pictures"]
+
+_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+
+
+@dataclass(frozen=True)
+class Picture:
+    """Panels that belong together, such as what `side_by_side` gives for an image.
+
+    Attributes:
+        title: of them all.
+        panels: title to uint8 RGB (height, width, 3).
+    """
+
+    title: str
+    panels: Mapping[str, np.ndarray]
+
+
+def draw_pictures(
+    model: nn.Module,
+    name: str,
+    settings: Settings,
+    items: Iterable[dict],
+    metadata: Metadata,
+    color_format: str,
+) -> list[Picture]:
+    """Images, clusters, predictions without and with token reduction, and where these differ.
+
+    Args:
+        model: a plain Detectron2 model in evaluation mode; it is left as it was.
+        name: of the settings.
+        settings: of any method.
+        items: Detectron2's input for each image.
+        metadata: of the data set, for names and colours.
+        color_format: of the images, ``INPUT.FORMAT``.
+
+    Returns:
+        For each image one picture, of the output that says most where there are several.
+    """
+    pictures = []
+    for number, item in enumerate(items, start=1):
+        image = Path(item["file_name"]).stem if "file_name" in item else f"{number}"
+        panels = side_by_side(model, settings, item, metadata, color_format)[-1]
+        pictures.append(Picture(f"Image {image}, setting {name}", panels))
+    return pictures
+
+
+def read_pictures(paths: Sequence[str | Path]) -> list[Picture]:
+    """Image files, and those in folders by name, each as a picture of one panel.
+
+    Raises:
+        FileNotFoundError: for a path that is not there.
+        ValueError: for a folder without images.
+    """
+    files: list[Path] = []
+    for path in map(Path, paths):
+        if path.is_dir():
+            inside = sorted(p for p in path.iterdir() if p.suffix.lower() in _SUFFIXES)
+            if not inside:
+                raise ValueError(f"no images ({', '.join(_SUFFIXES)}) in the folder {str(path)!r}")
+            files += inside
+        elif path.is_file():
+            files.append(path)
+        else:
+            raise FileNotFoundError(f"there is no file or folder {str(path)!r}")
+    pictures = []
+    for file in files:
+        with Image.open(file) as image:
+            pictures.append(Picture(file.stem, {"": np.asarray(image.convert("RGB"))}))
+    return pictures
