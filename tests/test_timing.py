@@ -61,14 +61,46 @@ def test_one_repeat(clock):
     assert interleaved({"a": clock.function("a", 7)}, 1, 0)["a"] == Timing(7.0, 7.0, 7.0)
 
 
-def test_waits_for_the_gpu_on_both_sides(clock, monkeypatch):
+class FakeEvent:
+    """Takes the clock's time in milliseconds, as a CUDA event does."""
+
+    clock: FakeClock
+
+    def __init__(self, enable_timing: bool) -> None:
+        assert enable_timing
+
+    def record(self) -> None:
+        self.clock.calls.append("event")
+        self.at = self.clock.now
+
+    def elapsed_time(self, end: FakeEvent) -> float:
+        return 1e3 * (end.at - self.at)
+
+
+@pytest.fixture
+def gpu(clock, monkeypatch) -> FakeClock:
     monkeypatch.setattr(timing.torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(timing.torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(timing.torch.cuda, "synchronize", clock.function("wait", 10.0))
-    result = interleaved({"a": clock.function("a", 1.0)}, repeats=2, warmup=0)
-    assert clock.calls == ["wait", "a", "wait"] * 2
+    monkeypatch.setattr(FakeEvent, "clock", clock, raising=False)
+    monkeypatch.setattr(timing.torch.cuda, "Event", FakeEvent)
+    return clock
+
+
+def test_on_a_gpu_events_take_the_time(gpu):
+    result = interleaved({"a": gpu.function("a", 1.0)}, repeats=2, warmup=0)
+    assert gpu.calls == ["wait", "event", "a", "event", "wait"] * 2
+    # Waiting is not part of it: the events are in the GPU's own queue.
+    assert result["a"].median == 1.0
+
+
+def test_another_clock_waits_for_the_gpu_on_both_sides(gpu):
+    result = interleaved(
+        {"a": gpu.function("a", 1.0)}, repeats=2, warmup=0, clock=lambda: 2 * gpu.now
+    )
+    assert gpu.calls == ["wait", "a", "wait"] * 2
     # What the call left in the queue is its own time; what was there before is not.
-    assert result["a"].median == 11.0
+    assert result["a"].median == 22.0
 
 
 def test_leaves_an_unused_gpu_alone(clock, monkeypatch):

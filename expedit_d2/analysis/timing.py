@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-__all__ = ["Timing", "interleaved"]
+__all__ = ["Timing", "interleaved", "processor", "synchronize"]
 
 
 @dataclass(frozen=True)
@@ -29,10 +31,31 @@ class Timing:
         return Timing(self.median * factor, self.low * factor, self.high * factor)
 
 
-def _synchronize() -> None:
+def _uses_gpu() -> bool:
+    return torch.cuda.is_available() and torch.cuda.is_initialized()
+
+
+def synchronize() -> None:
     """Wait for the GPU, if this process uses one: its work is only queued by a call."""
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
+    if _uses_gpu():
         torch.cuda.synchronize()
+
+
+def _elapsed(call: Callable[[], object], clock: Callable[[], float] | None) -> float:
+    """Seconds of a call, the work that it leaves in the GPU's queue included."""
+    synchronize()
+    if clock is None and _uses_gpu():
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        call()
+        end.record()
+        synchronize()
+        return start.elapsed_time(end) / 1e3
+    now = clock or time.perf_counter
+    begun = now()
+    call()
+    synchronize()
+    return now() - begun
 
 
 def _summary(seconds: list[float]) -> Timing:
@@ -47,6 +70,8 @@ def interleaved(
     repeats: int,
     warmup: int = 1,
     progress: bool = False,
+    clock: Callable[[], float] | None = None,
+    label: str = "timing in turns",
 ) -> dict[str, Timing]:
     """Time every function ``repeats`` times, in turns.
 
@@ -58,6 +83,9 @@ def interleaved(
         repeats: timed rounds, at least 1.
         warmup: rounds before these that are not timed.
         progress: show a progress bar.
+        clock: seconds; ``time.process_time`` on a CPU that others use too, with one thread. None:
+            wall-clock time, by CUDA events where this process uses a GPU.
+        label: of the progress bar.
 
     Returns:
         The time of each function, by its name, in seconds.
@@ -70,13 +98,19 @@ def interleaved(
     seconds: dict[str, list[float]] = {name: [] for name in fns}
     names = list(fns)
     turns = range(-warmup, repeats)
-    for turn in tqdm(turns, desc="timing in turns", unit="round", disable=not progress):
+    for turn in tqdm(turns, desc=label, unit="round", leave=False, disable=not progress):
         for name in names if turn % 2 == 0 else reversed(names):
-            _synchronize()
-            start = time.perf_counter()
-            fns[name]()
-            _synchronize()
-            elapsed = time.perf_counter() - start
+            elapsed = _elapsed(fns[name], clock)
             if turn >= 0:
                 seconds[name].append(elapsed)
     return {name: _summary(taken) for name, taken in seconds.items()}
+
+
+def processor(device: str) -> str:
+    """The name of the CPU, or of the GPU with ``"cuda"``: what numbers were taken on."""
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()

@@ -246,7 +246,9 @@ class Session:
 
         runs = {name: partial(forward, model, cycle(inputs)) for name, model in models.items()}
         with self._forwarding():
-            return interleaved(runs, rounds, progress=self.options.progress)
+            return interleaved(
+                runs, rounds, progress=self.options.progress, label=f"timing {label}"
+            )
 
 
 _NOTHING = {
