@@ -28,7 +28,7 @@ def output(tmp_path):
 
 
 def run(output, *options, opts=()):
-    quick = ["--timed", "1", "--batch", "1", "--output", str(output)]
+    quick = ["--timed", "1", "--batch", "1", "--pictures", "0", "--output", str(output)]
     compare.run([*quick, *options, "--", *opts])
 
 

@@ -13,13 +13,11 @@ import numpy as np
 import pytest
 import torch
 from conftest import EMBEDDED, load_tool
-from detectron2.data.catalog import Metadata
 from PIL import Image
 
 from expedit_d2.analysis.flops import Flops
 from expedit_d2.analysis.timing import Timing
-from expedit_d2.comparison.rows import PLAIN, Comparison, Conditions, Row
-from expedit_d2.comparison.spelling import describe
+from expedit_d2.comparison import PLAIN, Comparison, Conditions, Row, Subject, describe
 from expedit_d2.report import (
     Picture,
     best_row,
@@ -299,15 +297,27 @@ def test_pictures_are_embedded_and_small(tmp_path):
 def test_pictures_are_drawn_from_a_model():
     cfg = load_cfg(Path(EMBEDDED).with_name("segmenter.yaml"), ["MODEL.DEVICE", "cpu"])
     torch.manual_seed(0)
-    pixels = torch.randint(0, 256, (2, 3, 256, 256), dtype=torch.uint8)
-    items = [{"image": pixels[0], "file_name": "some/photo.jpg"}, {"image": pixels[1]}]
-    setting = Settings((1, 2), keep=0.5, method="merge")
-    drawn = draw_pictures(load_model(cfg), "half", setting, items, Metadata(), cfg.INPUT.FORMAT)
-    assert [p.title for p in drawn] == ["Image photo, setting half", "Image 2, setting half"]
-    for picture_ in drawn:
-        titles = list(picture_.panels)
+    pixels = torch.randint(0, 256, (3, 3, 256, 256), dtype=torch.uint8)
+    items = [{"image": pixels[0], "file_name": "some/photo.jpg"}, *({"image": p} for p in pixels)]
+    subject = Subject("s", load_model(cfg), "no data set", [[item] for item in items], None)
+    drawn = draw_pictures(subject, ROWS[2], 2)
+    assert [p.title for p in drawn] == ["Image photo, setting quick", "Image 2, setting quick"]
+    for one in drawn:
+        titles = list(one.panels)
         assert titles[:4] == ["image", "clusters", "semantic, plain", "semantic, merge"]
         assert len(titles) == 5
+    with pytest.raises(ValueError, match="the row 'plain' has no settings"):
+        draw_pictures(subject, ROWS[0], 2)
+
+
+def test_comparing_ends_with_a_report(tiny_opts, tmp_path, capsys):
+    options = ["--timed", "1", "--batch", "1", "--first", "2", "--output", str(tmp_path / "out")]
+    options += ["--config-file", EMBEDDED, "--setting", "half: alpha=1 ratio=0.5"]
+    load_tool("compare").run([*options, "--pictures", "1", "--", *tiny_opts])
+    file = tmp_path / "out" / "vitdet.html"
+    assert str(file) in capsys.readouterr().out
+    page = Page(file.read_text("utf-8"))
+    assert len(page.all("img")) == 5 and "setting half" in page.text
 
 
 def test_tool_reads_results_and_pictures(tmp_path, capsys):

@@ -38,6 +38,7 @@ from expedit_d2.comparison import (
 )
 from expedit_d2.comparison.session import DTYPES
 from expedit_d2.data import register_collage
+from expedit_d2.report import draw_pictures, headline_row, write_report
 from expedit_d2.settings import Settings
 from projects.subjects import load_subject, setting_of, settings_beside
 
@@ -64,6 +65,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     option("--batch", type=int, default=4, help="images in a batch; 1: none (%(default)s)")
     option("--dtype", choices=DTYPES, default="float32", help="by autocast (%(default)s)")
     option("--threads", type=int, help="CPU threads of torch (its own choice)")
+    option("--pictures", type=int, default=3, help="images to draw in the report (%(default)s)")
     option("--output", default="output/compare", help="folder of the results (%(default)s)")
     option("opts", nargs="*", help="config overrides: KEY VALUE, or key=value for a LazyConfig")
     return parser.parse_args(arguments)
@@ -110,6 +112,9 @@ def main(args: argparse.Namespace) -> Comparison:
         subject, settings, options, store, save=lambda so_far: save_tables(so_far, stem)
     )
     files = save_tables(comparison, stem)
+    row = None if comparison.unfinished else headline_row(comparison)
+    pictures = [] if row is None else draw_pictures(subject, row, args.pictures)
+    files.append(write_report([comparison], pictures, f"{stem}.html"))
     print(f"\n{to_terminal(comparison)}\n\nAll of it: {', '.join(map(str, files))}")
     return comparison
 

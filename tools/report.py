@@ -3,7 +3,7 @@
 
 Examples::
 
-    python tools/report.py output/compare/results.json --output report.html
+    python tools/report.py output/compare/segmenter.json --output report.html
 
     python tools/report.py a.json b.json --pictures output/pictures --output report.html
 """
@@ -14,7 +14,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from expedit_d2.comparison.rows import Comparison
+from expedit_d2.comparison import Comparison
 from expedit_d2.report import read_pictures, write_report
 
 

@@ -15,8 +15,7 @@ from markupsafe import Markup
 from PIL import Image
 
 from .. import __version__
-from ..comparison.rows import Comparison, Row
-from ..comparison.spelling import describe
+from ..comparison import Comparison, Row, describe
 from .figures import draw_tradeoff
 from .pictures import Picture
 from .summary import best_row, headline, tradeoffs

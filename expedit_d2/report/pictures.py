@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from detectron2.data.catalog import Metadata
+from detectron2.data import MetadataCatalog
 from PIL import Image
-from torch import nn
 
-from ..settings import Settings
+from ..comparison import Row, Subject
 from ..visualize import side_by_side
 
 __all__ = ["Picture", "draw_pictures", "read_pictures"]
@@ -32,32 +31,28 @@ class Picture:
     panels: Mapping[str, np.ndarray]
 
 
-def draw_pictures(
-    model: nn.Module,
-    name: str,
-    settings: Settings,
-    items: Iterable[dict],
-    metadata: Metadata,
-    color_format: str,
-) -> list[Picture]:
+def draw_pictures(subject: Subject, row: Row, count: int) -> list[Picture]:
     """Images, clusters, predictions without and with token reduction, and where these differ.
 
     Args:
-        model: a plain Detectron2 model in evaluation mode; it is left as it was.
-        name: of the settings.
-        settings: of any method.
-        items: Detectron2's input for each image.
-        metadata: of the data set, for names and colours.
-        color_format: of the images, ``INPUT.FORMAT``.
+        subject: whose plain model runs on its first images; it is left as it was.
+        row: its settings are drawn.
+        count: of images.
 
     Returns:
         For each image one picture, of the output that says most where there are several.
+
+    Raises:
+        ValueError: for the row of the plain model.
     """
+    if row.settings is None:
+        raise ValueError(f"the row {row.name!r} has no settings to draw")
+    metadata = MetadataCatalog.get(subject.dataset)
     pictures = []
-    for number, item in enumerate(items, start=1):
+    for number, (item,) in enumerate(subject.images(count), start=1):
         image = Path(item["file_name"]).stem if "file_name" in item else f"{number}"
-        panels = side_by_side(model, settings, item, metadata, color_format)[-1]
-        pictures.append(Picture(f"Image {image}, setting {name}", panels))
+        panels = side_by_side(subject.model, row.settings, item, metadata, subject.color)[-1]
+        pictures.append(Picture(f"Image {image}, setting {row.name}", panels))
     return pictures
 
 

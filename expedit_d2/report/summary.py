@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 from typing import NamedTuple
 
-from ..comparison.rows import Comparison, Row, pareto
+from ..comparison import Comparison, Row, pareto
 from .figures import Point
 
 __all__ = ["AGREEMENT", "KEPT", "Tradeoff", "best_row", "headline", "headline_row", "tradeoffs"]
