@@ -149,10 +149,16 @@ def _cells(comparison: Comparison, row: Row) -> dict[str, _Cell]:
 def _table_note(comparison: Comparison) -> str:
     note = (
         "Kept and saved are relative to the plain model. Agreement is that of the output with the "
-        "plain model's, without labels. One FLOP is one multiply-add. Times are the median and the "
-        "middle half at batch 1; the speed-up compares a setting with the plain model measured in "
-        "turns with it, whose time stands below."
+        "plain model's, without labels. One FLOP is one multiply-add."
     )
+    if comparison.plain.latency is not None:
+        note += (
+            " Times are the median and the middle half at batch 1; the speed-up compares a setting "
+            "with the plain model measured in turns with it, whose time stands below."
+        )
+    best = best_row(comparison)
+    if best is not None:
+        note += f" Shaded: {best.name}, the setting of the headline."
     if comparison.unfinished:
         note += f" Interrupted before: {', '.join(comparison.unfinished)}."
     return note

@@ -71,7 +71,8 @@ def _in_words(comparison: Comparison, row: Row) -> str:
         words.append(f"{speedup:.2f} times as fast")
     quality = _quality(comparison, row)
     if not row.metrics:
-        words.append(f"{quality:.1f} % agreement with the plain model")
+        least = " or more" if len(row.agreement) > 1 else ""
+        words.append(f"{quality:.1f} %{least} agreement with the plain model")
     elif quality is not None:
         of = (
             f"of {next(iter(row.metrics))}"
@@ -99,7 +100,8 @@ def tradeoffs(comparison: Comparison) -> list[Tradeoff]:
     if comparison.plain.metrics:
         qualities.append((comparison.lowest_kept, kept))
     if comparison.plain.agreement:
-        qualities.append((lambda row: row.lowest_agreement, "agreement with the plain model, %"))
+        lowest = "lowest agreement" if len(comparison.plain.agreement) > 1 else "agreement"
+        qualities.append((lambda row: row.lowest_agreement, f"{lowest} with the plain model, %"))
     gains: list[tuple[Callable[[Row], float | None], str]] = [
         (comparison.speedup, "speed-up, measured at batch 1"),
         (lambda row: comparison.saved(row, "transformer"), "GFLOPs of the transformer saved, %"),
