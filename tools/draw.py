@@ -73,8 +73,6 @@ def main(args: argparse.Namespace) -> list[Path]:
     register_collage()
     cfg = load_cfg(args.config_file, args.opts)
     settings = Settings.from_node({**cfg.MODEL.EXPEDIT, "ENABLED": True})
-    if not settings.alphas:
-        raise ValueError("MODEL.EXPEDIT.ALPHA is not set: there is nothing to compare with")
     cfg.MODEL.EXPEDIT.ENABLED = False
     register_by_path(cfg.DATASETS.TEST)
     dataset = cfg.DATASETS.TEST[0]

@@ -29,8 +29,9 @@ _STYLES = {
     "tome": ("#1fa187", "^"),
     "pool": ("#a35fd0", "D"),
     "hard": ("#e0475b", "v"),
+    "density": ("#b08d2e", "P"),
 }
-_OTHERS = ("#8a8f98", "P")
+_OTHERS = ("#8a8f98", "X")
 _FONT = 9.5  # points, in a figure that is as wide as a phone
 _TICKS = (0, 20, 40, 60, 70, 80, 90, 95, 98, 99, 99.5, 100, 100.5, 101, 102, 105, 110, 120)
 

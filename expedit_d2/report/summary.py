@@ -124,4 +124,6 @@ def _is_known(value: float | None) -> bool:
 
 
 def _method(row: Row) -> str:
-    return row.settings.method if row.settings else row.name
+    if row.settings is None:
+        return row.name
+    return row.settings.method or "by budget"  # which chooses a method for each transformer

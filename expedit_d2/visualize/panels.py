@@ -51,10 +51,15 @@ def side_by_side(
         borders over what the transformer saw of it (with padding; where the model slides a window,
         the first place of that), the plain prediction, the one with reduced tokens, and where they
         differ.
+
+    Raises:
+        ValueError: for settings that reduce nothing.
     """
     plain = model([item])[0]
     values = dict(vars(settings))
     with expedite(model, values.pop("alpha"), **values) as handle:
+        if handle.blocks is None:
+            raise ValueError("MODEL.EXPEDIT.ALPHA is not set: there is nothing to compare with")
         with record_reductions(handle.blocks) as reductions, _seen_pixels(model) as seen:
             reduced = model([item])[0]
     labels = cluster_labels(reductions[: len(handle.blocks.methods)])[0].cpu().numpy()
@@ -73,7 +78,7 @@ def side_by_side(
                 "image": image,
                 "clusters": clusters,
                 f"{_TITLES[key]}, plain": draw(image, plain[key], metadata),
-                f"{_TITLES[key]}, {settings.method}": draw(image, reduced[key], metadata),
+                f"{_TITLES[key]}, {handle.settings.method}": draw(image, reduced[key], metadata),
                 f"differ: {different.mean():.1%}": draw_difference(image, different),
             }
         )
