@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from .adapters import find_host
+from .budget import within_budget
 from .fused import Handle, fuse_attention
 from .hook import ExpeditedBlocks
 from .methods import build_method
@@ -34,7 +35,7 @@ class Expedited(Handle):
 
 def expedite(
     model: nn.Module,
-    alpha: int | tuple[int, ...] | None,
+    alpha: int | tuple[int, ...] | None = None,
     outputs: Collection[int] | None = None,
     **settings: Any,
 ) -> Expedited:
@@ -42,8 +43,10 @@ def expedite(
 
     Example::
 
-        with expedite(model, alpha=10, grid=(28, 28)):
+        with expedite(model, budget=0.5):  # half of the GFLOPs of its blocks
             outputs = model(inputs)
+
+        handle = expedite(model, alpha=10, grid=(28, 28))
 
     Args:
         model: a supported ViT, or any model that contains exactly one.
@@ -51,7 +54,7 @@ def expedite(
             the model; several cluster again and again; None reduces nothing.
         outputs: indices of the blocks whose output is read, each rebuilt to the full map; None:
             what is known of the model's family, else all.
-        **settings: grid or ratio, scope, temperature, …: see `expedit_d2.settings.Settings`.
+        **settings: budget, or instead of it alpha and grid, ratio or keep; scope, temperature, …: see `expedit_d2.settings.Settings`.
 
     Returns:
         A handle; ``handle.remove()`` undoes it, as does leaving its ``with`` block.
@@ -64,6 +67,8 @@ def expedite(
     if is_expedited(model):
         raise ValueError("the model is already expedited; remove() the first handle before")
     host = find_host(model)
+    if checked.budget is not None:
+        checked = within_budget(checked, host)
     if not checked.alphas:
         fused = fuse_attention(model) if checked.fused_attention else Handle(lambda: None)
         return Expedited(checked, None, fused.remove)

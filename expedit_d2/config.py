@@ -28,19 +28,27 @@ def add_expedit_config(cfg: CN) -> None:
         "EXPEDIT",
         {
             "ENABLED": False,
-            # How tokens are reduced: a name in expedit_d2.methods.
-            "METHOD": "expedit",
+            # Instead of ALPHA and the counts below: share of the GFLOPs of the transformer's blocks
+            # to spend, in (0, 1); they follow from a rule (expedit_d2/budget.py).
+            "BUDGET": None,
+            # How tokens are reduced: expedit, merge, tome, density, pool or hard (one file each in
+            # expedit_d2/methods). None: merge with KEEP, expedit with GRID or RATIO, and with
+            # BUDGET what is best for the transformer.
+            "METHOD": None,
             # Number of transformer blocks run before clustering, 0 to depth - 1. None: off.
             "ALPHA": None,
             # Clusters (h, w): of the map, or of each attention window with SCOPE "window".
             "GRID": None,
             # Instead of GRID: clusters along each side as a share of the tokens, in (0, 1].
             "RATIO": None,
-            # For METHOD merge and tome, instead: tokens left behind the last ALPHA, as a share of
-            # all in (0, 1] or a number, or one value for each ALPHA.
+            # For METHOD merge, tome and density, instead: tokens left behind the last ALPHA, as a
+            # share of all in (0, 1] or a number, or one value for each ALPHA.
             "KEEP": None,
+            # How METHOD merge spreads one KEEP over several ALPHAs: the share that is merged is
+            # "falling" from the first to the last, or "equal".
+            "SCHEDULE": "falling",
             # Rounds of bipartite matching in each merge of METHOD merge.
-            "ROUNDS": 2,
+            "ROUNDS": 1,
             # "map": cluster the whole map. "window": each attention window for itself.
             "SCOPE": "map",
             # Soft k-means steps (the paper's kappa).

@@ -31,6 +31,16 @@ class _State:
     records: tuple[tuple[nn.Module, Any], ...] = ()
 
 
+def _appended(
+    records: tuple[tuple[nn.Module, Any], ...], rebuild: nn.Module, record: Any
+) -> tuple[tuple[nn.Module, Any], ...]:
+    """The records with one more; two that can be taken as one are."""
+    if records and hasattr(record, "then") and type(record) is type(records[-1][1]):
+        *before, (_, last) = records
+        return (*before, (rebuild, last.then(record)))
+    return (*records, (rebuild, record))
+
+
 class _Pass:
     """One run through the blocks.
 
@@ -62,7 +72,7 @@ class _Pass:
                 tokens, record = method.reduce(tokens, lambda x: self.layout.keys(block, x))
             prefix, tokens = self.layout.run(block, prefix, tokens, *args, **kwargs)
         if method is not None:
-            records = (*records, (method.rebuild, record))
+            records = _appended(records, method.rebuild, record)
         self.states[index] = _State(prefix, tokens, records)
         if not torch.is_grad_enabled() and index > 0:
             self.states.pop(index - 1, None)  # nobody will run this block again

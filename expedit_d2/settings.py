@@ -8,12 +8,13 @@ from typing import Any
 
 from .operators import AUTO, NORMALIZATIONS, check_grid, check_temperature, check_window
 
-__all__ = ["SCOPES", "Settings"]
+__all__ = ["OFF_GRID", "SCHEDULES", "SCOPES", "Settings", "spread_share"]
 
 SCOPES = ("map", "window")
 POSITIONS = ("clusters", "grid")
 #: Methods that leave a number of tokens, KEEP, on no grid; the others leave a GRID.
-OFF_GRID = ("merge", "tome")
+OFF_GRID = ("merge", "tome", "density")
+SCHEDULES = ("falling", "equal")
 RECONSTRUCT_AT = ("backbone", "head")
 
 
@@ -26,10 +27,14 @@ class Settings:
         grid: clusters (h, w), of the map or, with scope "window", of each attention window.
         ratio: instead of grid, clusters along each side as a share of the tokens, in (0, 1].
         keep: for methods off the grid: tokens left behind the last alpha, as a share of all in
-            (0, 1] or a number; or one such value for each alpha. A share is spread over the alphas
-            as the method has it.
+            (0, 1] or a number; or one such value for each alpha.
+        budget: instead of all these: share of the GFLOPs of the transformer's blocks to spend, in
+            (0, 1); alpha and the counts follow from a rule, see `expedit_d2.budget`.
         scope: "map" or "window".
-        method: a name in `expedit_d2.methods.METHODS`.
+        method: a name in `expedit_d2.methods.METHODS`; None: "merge" with keep, "expedit" with
+            grid or ratio, and with budget what is best for the transformer.
+        schedule: how method "merge" spreads one ``keep`` over several alphas: the share that it
+            merges is "falling" linearly from the first to the last, or "equal".
         rounds: of bipartite matching in each merge.
         iterations: soft k-means steps.
         temperature: multiplies squared distances; "auto" (or None) follows the features.
@@ -54,9 +59,11 @@ class Settings:
     grid: tuple[int, int] | None = None
     ratio: float | None = None
     keep: float | int | tuple[float | int, ...] | None = None
+    budget: float | None = None
     scope: str = "map"
-    method: str = "expedit"
-    rounds: int = 2
+    method: str | None = None
+    schedule: str = "falling"
+    rounds: int = 1
     iterations: int = 5
     temperature: float | str | None = AUTO
     window: int = 5
@@ -87,7 +94,14 @@ class Settings:
                 )
         if len(set(self.alphas)) < len(self.alphas):
             raise ValueError(f"ALPHA must not name a block twice, got {self.alpha!r}")
-        self._check_counts()
+        if self.budget is not None:
+            self._check_budget()
+        else:
+            if self.method is None:
+                fix("method", "expedit" if self.keep is None else "merge")
+            self._check_counts()
+        if self.schedule not in SCHEDULES:
+            raise ValueError(f"SCHEDULE must be one of {SCHEDULES}, got {self.schedule!r}")
         if self.grid is not None:
             _keyed("GRID", check_grid, self.grid)
         if self.ratio is not None and not (_is_number(self.ratio) and 0 < self.ratio <= 1):
@@ -113,6 +127,19 @@ class Settings:
         if self.normalize not in NORMALIZATIONS:
             raise ValueError(f"NORMALIZE must be one of {NORMALIZATIONS}, got {self.normalize!r}")
 
+    def _check_budget(self) -> None:
+        """A budget stands for the settings that it is turned into."""
+        if not _is_number(self.budget) or not 0 < self.budget < 1:
+            raise ValueError(
+                f"BUDGET must be a share of the blocks' GFLOPs in (0, 1), got {self.budget!r}"
+            )
+        for name in ("alpha", "grid", "ratio", "keep"):
+            if getattr(self, name) is not None:
+                raise ValueError(
+                    f"BUDGET chooses {name.upper()} by itself; set one of the two, got BUDGET "
+                    f"{self.budget} and {name.upper()} {getattr(self, name)}"
+                )
+
     def _check_counts(self) -> None:
         """How many tokens are left must be said, in the way that the method has it."""
         if self.method in OFF_GRID:
@@ -126,8 +153,7 @@ class Settings:
                 )
         elif self.keep is not None:
             raise ValueError(
-                f"KEEP is for METHOD {' and '.join(OFF_GRID)}; METHOD {self.method} takes GRID or "
-                "RATIO"
+                f"KEEP is for METHOD {', '.join(OFF_GRID)}; METHOD {self.method} takes GRID or RATIO"
             )
         elif self.alpha is not None and (self.grid is None) == (self.ratio is None):
             raise ValueError(
@@ -170,21 +196,20 @@ class Settings:
             )
         return self.grid
 
-    def count(self, index: int, tokens: int, equal: str) -> int:
+    def count(self, index: int, tokens: int, spread: str) -> int:
         """Tokens that KEEP leaves behind one of the alphas.
 
         Args:
             index: of the alpha, from the first.
             tokens: of the whole map.
-            equal: "shares" if each alpha keeps the same share of what it gets, "numbers" if it
-                takes away the same number.
+            spread: "equal" if each alpha keeps the same share of what it gets, "falling" if what
+                it merges falls linearly, "numbers" if each takes away the same number.
         """
         keep = self.keep[index] if isinstance(self.keep, tuple) else self.keep
-        share = min(1.0, keep if isinstance(keep, float) else keep / tokens)
+        share = keep if isinstance(keep, float) else keep / tokens
         if not isinstance(self.keep, tuple):
-            part = (index + 1) / len(self.alphas)
-            share = share**part if equal == "shares" else 1 - (1 - share) * part
-        return max(1, round(share * tokens))
+            share = spread_share(min(1.0, share), index, len(self.alphas), spread)
+        return max(1, round(min(1.0, share) * tokens))
 
     @classmethod
     def from_node(cls, node: Mapping[str, Any]) -> Settings | None:
@@ -204,6 +229,16 @@ class Settings:
         if unknown:
             raise ValueError(f"unknown EXPEDIT key {unknown[0]!r}; the keys are {known}")
         return cls(**values)
+
+
+def spread_share(keep: float, index: int, alphas: int, spread: str) -> float:
+    """The share of all tokens that is left behind one of several alphas; see `Settings.count`."""
+    done = (index + 1) / alphas
+    if spread == "numbers":
+        return 1 - (1 - keep) * done
+    if spread == "falling":  # weights alphas, alphas - 1, ... 1, summed up
+        done = (index + 1) * (2 * alphas - index) / (alphas * (alphas + 1))
+    return keep**done
 
 
 def _is_number(value: Any) -> bool:

@@ -44,7 +44,8 @@ class Tokens:
 class Method(Protocol):
     """A pair of parameter-free modules; what they share passes through an explicit record."""
 
-    # (Tokens, Keys) -> (fewer Tokens, record)
+    # (Tokens, Keys) -> (fewer Tokens, record); two records in turn become one if they have
+    # ``then(later record)``
     reduce: nn.Module
     # optional: True reduces inside of the block behind alpha, between its attention and its MLP
     inside: bool

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from expedit_d2 import expedite
 from expedit_d2.methods import METHODS, build_method
+from expedit_d2.methods.density import density_peaks
 from expedit_d2.settings import OFF_GRID, Settings
 from expedit_d2.tokens import Tokens
 
@@ -123,7 +124,7 @@ def test_hard_is_lloyds_algorithm_near_each_token():
 def test_tome_is_merging_inside_of_every_block():
     """Beside blocks taken apart by hand, on clusters of a plain loop; votes counted in tokens."""
     vit, x = tiny_vit(init_values=0.5), images(batch=1)
-    with expedite(vit, (0, 1, 2, 3), method="tome", keep=0.5, residual=False):
+    with expedite(vit, (0, 1, 2, 3), method="tome", keep=0.5):
         ours = run(vit, x)
     entering = []
     with vit.blocks[0].register_forward_pre_hook(lambda _, args: entering.append(args[0])):
@@ -133,6 +134,7 @@ def test_tome_is_merging_inside_of_every_block():
         for number, block in enumerate(vit.blocks):
             votes = torch.tensor([1.0, *(len(group) for group in groups)])
             keys = block.attn.qkv(block.norm1(y))[0, 1:].unflatten(1, (3, 4, 8))[:, 1].mean(1)
+            keys = F.normalize(keys, dim=-1)
             y = y + block.ls1(block.attn(block.norm1(y), attn_mask=votes.log()[None, None, None]))
             count = round(H * W * (1 - 0.5 * (number + 1) / 4))
             merged = plain_matching(keys, votes[1:], count, 1, (len(groups),))
@@ -166,3 +168,45 @@ def test_tome_needs_blocks_that_can_be_taken_apart():
         pytest.raises(ValueError, match="METHOD tome needs timm's Block, .* got EvaBlock"),
     ):
         run(eva, torch.randn(1, 3, 28, 28))
+
+
+# --- density -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("count", [1, 5, 17, 40])
+def test_density_peaks_by_a_plain_loop(count):
+    """Density from the five nearest, gap to the nearest denser one, centres by their product."""
+    points = torch.randn(40, 3, dtype=torch.float64)
+    distance = [[(p - q).square().sum().item() for q in points] for p in points]
+    means = [sum(sorted(row)[1:6]) / 5 for row in distance]
+    average = sum(means) / len(means)
+    density = [torch.tensor(-m / average).exp().item() for m in means]
+    gaps = []
+    for i, row in enumerate(distance):
+        denser = [d for j, d in enumerate(row) if density[j] > density[i]]
+        gaps.append(min(denser) if denser else max(max(r) for r in distance))
+    order = sorted(range(40), key=lambda i: density[i] * gaps[i], reverse=True)
+    centres = order[:count]
+    expected = [min(range(count), key=lambda c: row[centres[c]]) for row in distance]
+    index = density_peaks(points.float()[None], count)[0]
+    assert index.tolist() == expected
+
+
+def test_density_runs_blocks_on_the_means_of_its_clusters():
+    vit, x = tiny_vit(), images(batch=1)
+    before = []
+    with vit.blocks[2].register_forward_pre_hook(lambda _, args: before.append(args[0])):
+        run(vit, x)
+    with expedite(vit, 2, method="density", keep=30):
+        ours = run(vit, x)
+    with torch.no_grad():
+        tokens, block = before[0][0, 1:], vit.blocks[2]
+        keys = block.attn.qkv(block.norm1(tokens)).unflatten(1, (3, 4, 8))[:, 1].mean(1)
+        index = density_peaks(keys[None], 30)[0]
+        clusters = torch.stack([tokens[index == c].mean(0) for c in range(30)])
+        votes = torch.cat([torch.ones(1), index.bincount(minlength=30).float()]).log()
+        y = torch.cat([before[0][:, :1], clusters[None]], dim=1)
+        for block in vit.blocks[2:]:
+            y = block(y, attn_mask=votes[None, None, None])
+        expected = vit.norm(torch.cat([y[:, :1], y[:, 1:][:, index]], dim=1))
+    assert error(ours, expected) < 1e-5

@@ -343,7 +343,7 @@ def test_config_expedites_the_backbone(file: str, alpha: int, grid: tuple[int, i
         ({"GRID": (0, 4)}, r"GRID.*got \(0, 4\)"),
         ({"GRID": None, "RATIO": 0}, r"RATIO must be in \(0, 1\], got 0"),
         ({"GRID": None, "RATIO": 1.5}, r"RATIO must be in \(0, 1\], got 1.5"),
-        ({"METHOD": "merge"}, r"METHOD must be one of .*got 'merge'"),
+        ({"METHOD": "none"}, r"METHOD must be one of .*got 'none'"),
         ({"SCOPE": "image"}, r"SCOPE must be one of .*got 'image'"),
         ({"TEMPERATURE": 0.0}, r"TEMPERATURE.*got 0.0"),
         ({"TEMPERATURE": "hot"}, r"TEMPERATURE.*got 'hot'"),

@@ -34,7 +34,19 @@ def adapt(vit: nn.Module) -> Host:
         window=window or None,
         outputs=(len(vit.blocks) - 1,),
         fused=_attend,
+        size=_size(vit),
+        latest=0.75,
+        least=0.375,
     )
+
+
+def _size(vit: nn.Module) -> tuple[int, int]:
+    """The map that the model was made for: that of its global relative positions."""
+    for block in vit.blocks:
+        if block.window_size == 0 and block.attn.use_rel_pos:
+            rows, cols = shape_of(block.attn.rel_pos_h)[0], shape_of(block.attn.rel_pos_w)[0]
+            return (rows + 1) // 2, (cols + 1) // 2
+    return 64, 64
 
 
 #: How far, in tokens, the clusters of a window may have moved out of it.

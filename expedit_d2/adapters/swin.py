@@ -48,7 +48,7 @@ def matches(module: nn.Module) -> bool:
 def adapt(swin: nn.Module) -> Host:
     flat = not is_class(swin, "D2SwinTransformer", _OURS)
 
-    def stage(layer: nn.Module) -> Host:
+    def stage(index: int, layer: nn.Module) -> Host:
         def attach() -> Callable[[], None]:
             return layer.register_forward_pre_hook(_remember_size).remove
 
@@ -58,6 +58,7 @@ def adapt(swin: nn.Module) -> Host:
             layout=partial(_Layout, flat=flat),
             window=layer.window_size,
             outputs=(len(layer.blocks) - 1,),
+            size=(256 >> index, 256 >> index),
         )
         return replace(host, attach=attach) if flat else host
 
@@ -67,7 +68,9 @@ def adapt(swin: nn.Module) -> Host:
         layout=_Layout,
         scopes=("window",),
         fused=_fused,
-        stages=tuple(stage(layer) for layer in swin.layers),
+        latest=1.0,
+        least=0.6,
+        stages=tuple(stage(index, layer) for index, layer in enumerate(swin.layers)),
     )
 
 

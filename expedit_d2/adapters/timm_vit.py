@@ -79,6 +79,7 @@ def host_of(vit: nn.Module, layout: Callable[..., PrefixLayout]) -> Host:
         outputs=getattr(vit, "expedit_outputs", None),
         attach=attach,
         off_grid=True,
+        size=tuple(vit.patch_embed.grid_size or (32, 32)),
     )
 
 
@@ -144,6 +145,7 @@ class PrefixLayout:
         attended = x + block.drop_path1(block.ls1(block.attn(block.norm1(x), **kwargs)))
         before = tokens.features.flatten(1, -2)
         prefix, tokens = self._taken_apart(attended, tokens)
+        # The keys are those of this attention, whatever came out of it.
         tokens, record = reduce(tokens, lambda _: self.keys(block, before))
         x = self.join(prefix, tokens.features)
         x = x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))

@@ -58,12 +58,32 @@ def _index_add(inputs: list[Any], outputs: list[Any]) -> float:
     return prod(get_shape(inputs[3]))
 
 
+def _scatter_add(inputs: list[Any], outputs: list[Any]) -> float:
+    """One addition for each index."""
+    return prod(get_shape(inputs[2]))
+
+
+def _baddbmm(inputs: list[Any], outputs: list[Any]) -> float:
+    """A batched product; what is added to it comes with it."""
+    batch, rows, inner = get_shape(inputs[1])
+    return batch * rows * inner * get_shape(inputs[2])[-1]
+
+
+def _cdist(inputs: list[Any], outputs: list[Any]) -> float:
+    """Distances of all pairs: one multiply-add for each channel of each."""
+    return prod(get_shape(outputs[0])) * get_shape(inputs[0])[-1]
+
+
 #: What fvcore misses. In one table, so that a reader sees what is counted.
 HANDLES: dict[str, Handle] = {
     "aten::scaled_dot_product_attention": _attention,
     "aten::einsum": _einsum,
     "aten::embedding_bag": _embedding_bag,
     "aten::index_add": _index_add,
+    "aten::scatter_add": _scatter_add,
+    "aten::baddbmm": _baddbmm,
+    "aten::cdist": _cdist,
+    "aten::index_add_": _index_add,
     "aten::lerp": elementwise_flop_counter(0, 1),
     "aten::square": elementwise_flop_counter(0, 1),
     "aten::linalg_vector_norm": elementwise_flop_counter(1, 0),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from ..settings import Settings
+from .density import Density
 from .expedit import Expedit
 from .hard import Hard
 from .merge import Merge
@@ -14,7 +15,14 @@ from .tome import ToMe
 __all__ = ["METHODS", "build_method"]
 
 #: Name in ``METHOD`` -> class, built from what `build_method` takes.
-METHODS = {"expedit": Expedit, "merge": Merge, "tome": ToMe, "pool": Pool, "hard": Hard}
+METHODS = {
+    "expedit": Expedit,
+    "merge": Merge,
+    "tome": ToMe,
+    "density": Density,
+    "pool": Pool,
+    "hard": Hard,
+}
 
 
 def build_method(settings: Settings, attention_window: int | None, index: int = 0) -> nn.Module:

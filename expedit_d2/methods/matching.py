@@ -1,7 +1,7 @@
 """Bipartite matching: which tokens to merge with which (ToMe, arXiv 2210.09461, section 3.1).
 
-Half of the tokens look for their most similar one in the other half, and the most similar pairs are
-merged. Several rounds find merges of more than two, and of two in the same half.
+Half of the tokens look for the nearest one in the other half, and the nearest pairs are merged.
+Several rounds find merges of more than two, and of two in the same half.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..operators import shape_of
@@ -31,14 +30,21 @@ class Merging:
     merged: Tensor
     into: Tensor
 
-    def reduce(self, x: Tensor) -> Tensor:
-        """Sums over the clusters: (B, n, D) to (B, k, D)."""
-        batch, count = self.kept.shape
-        channels = shape_of(x)[2]
-        out = _rows(x, self.kept).flatten(0, 1)
-        first = torch.arange(batch, device=x.device)[:, None] * count
-        out = out.index_add(0, (self.into + first).flatten(), _rows(x, self.merged).flatten(0, 1))
-        return out.view(batch, count, channels)
+    def sizes(self, sizes: Tensor) -> Tensor:
+        """What the clusters stand for (B, k), of what the tokens do (B, n)."""
+        return sizes.gather(1, self.kept).scatter_add(1, self.into, sizes.gather(1, self.merged))
+
+    def mean(self, x: Tensor, sizes: Tensor) -> Tensor:
+        """Means over the clusters, weighted by ``sizes`` (B, n): (B, n, D) to (B, k, D).
+
+        A cluster's first token is moved by the others, so only these cost anything; with one
+        merge in every block they are few.
+        """
+        first, others = _rows(x, self.kept), _rows(x, self.merged)
+        shares = sizes.gather(1, self.merged) / self.sizes(sizes).gather(1, self.into)
+        moves = (others - _rows(first, self.into)) * shares[..., None]
+        into = self.into[..., None].expand_as(moves)
+        return first.scatter_add(1, into, moves.to(x.dtype))
 
     def index(self) -> Tensor:
         """(B, n): the cluster of each token."""
@@ -54,7 +60,7 @@ def _rows(x: Tensor, index: Tensor) -> Tensor:
     return x.gather(1, index[..., None].expand(-1, -1, shape_of(x)[2]))
 
 
-def halves(count: int, shape: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+def _halves(count: int, shape: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
     """The two sides of a matching: a checkerboard on a grid, every second token off it."""
     index = torch.arange(count, device=device)
     odd = index % 2
@@ -65,43 +71,61 @@ def halves(count: int, shape: tuple[int, ...], device: torch.device) -> tuple[Te
     return order[: (count + 1) // 2], order[(count + 1) // 2 :]
 
 
-def match(keys: Tensor, sizes: Tensor, count: int, rounds: int, shape: tuple[int, ...]) -> Merging:
+def match(
+    keys: Tensor,
+    sizes: Tensor,
+    count: int,
+    rounds: int,
+    shape: tuple[int, ...],
+    ward: float = 0.0,
+) -> Merging:
     """Choose n - count merges, in rounds of about the same number.
 
     Args:
-        keys: (B, n, d); tokens are compared by the cosine of their angle.
-        sizes: (B, n) weights of the means that stand for merged keys in the next round.
+        keys: (B, n, d), compared by squared distance; of unit length that is their angle.
+        sizes: (B, n) what the tokens stand for: weights of the means that are the keys of clusters
+            in the next round.
         count: clusters to leave. A round merges half of the tokens at most.
         rounds: at least 1; more where a round's half does not do.
         shape: (H, W) of a map, (n,) off the grid.
+        ward: pairs are ranked by distance x (product of their sizes / sum)^ward. With 1 that is
+            what merging adds to the squared error (Ward, 1963); less lets large clusters grow.
     """
-    batch, tokens, _ = keys.shape
+    batch, tokens, _ = shape_of(keys)
     kept = torch.arange(tokens, device=keys.device).expand(batch, -1)
     merged, into = [], []
     keys = keys.float()
-    sizes = sizes[..., None].float()
-    while kept.shape[1] > count:
-        now = kept.shape[1]
-        left, right = halves(now, shape, keys.device)
-        number = min(-(-(now - count) // max(rounds, 1)), len(right), len(left))
+    sizes = sizes.float()
+    now = tokens
+    while now > count:
+        left, right = _halves(now, shape, keys.device)
+        number = min(-(-(now - count) // max(rounds, 1)), now // 2)
         rounds -= 1
-        unit = F.normalize(keys, dim=-1)
-        similarity, partner = (unit[:, left] @ unit[:, right].transpose(1, 2)).max(-1)
-        order = similarity.argsort(dim=-1, descending=True)
+        a, b = keys[:, left], keys[:, right]
+        # The nearest is that of the largest a b - |b|^2 / 2: one product and one look at it.
+        closeness = torch.baddbmm(b.square().sum(-1)[:, None] / -2, a, b.transpose(1, 2))
+        closeness, partner = closeness.max(-1)
+        cost = (a.square().sum(-1) - 2 * closeness).clamp_min(0)
+        if ward:
+            mine, theirs = sizes[:, left], sizes[:, right].gather(1, partner)
+            cost = cost * (mine * theirs / (mine + theirs)) ** ward
+        order = cost.argsort(dim=-1)
+        # In their order, so that neighbours stay on different sides of the next matching.
         chosen, rest = order[:, :number], order[:, number:].sort(-1).values
         step = Merging(
             kept=torch.cat([left[rest], right.expand(batch, -1)], dim=1),
             merged=left[chosen],
-            into=partner.gather(1, chosen) + rest.shape[1],
+            into=partner.gather(1, chosen) + ((now + 1) // 2 - number),
         )
-        index = step.index()
-        into = [index.gather(1, earlier) for earlier in into] + [step.into]
+        if merged:
+            index = step.index()
+            into = [index.gather(1, earlier) for earlier in into]
+        into.append(step.into)
         merged.append(kept.gather(1, step.merged))
         kept = kept.gather(1, step.kept)
-        if kept.shape[1] > count:
-            keys = step.reduce(keys * sizes)
-            sizes = step.reduce(sizes)
-            keys = keys / sizes
-        shape = (kept.shape[1],)
+        now -= number
+        if now > count:
+            keys, sizes = step.mean(keys, sizes), step.sizes(sizes)
+        shape = (now,)
     nothing = kept[:, :0]
     return Merging(kept, torch.cat([*merged, nothing], dim=1), torch.cat([*into, nothing], dim=1))

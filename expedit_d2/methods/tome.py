@@ -7,6 +7,7 @@ the map gets its cluster's output, as the authors do for dense prediction (arXiv
 
 from __future__ import annotations
 
+import torch.nn.functional as F
 from torch import nn
 
 from ..operators import shape_of
@@ -28,10 +29,11 @@ class _Merging(nn.Module):
     def forward(self, tokens: Tokens, keys: Keys) -> tuple[Tokens, Record]:
         features = tokens.features.flatten(1, -2)
         now = shape_of(features)[1]
-        count = self.settings.count(self.index, tokens.size[0] * tokens.size[1], equal="numbers")
+        count = self.settings.count(self.index, tokens.size[0] * tokens.size[1], "numbers")
         # One matching cannot merge more than half of the tokens.
         count = min(max(count, (now + 1) // 2), now)
-        return merge_tokens(tokens, keys(features), count, rounds=1, checkerboard=False)
+        unit = F.normalize(keys(features).float(), dim=-1)  # the cosine of the angle
+        return merge_tokens(tokens, unit, count, checkerboard=False)
 
 
 class ToMe(nn.Module):
@@ -42,4 +44,4 @@ class ToMe(nn.Module):
     def __init__(self, settings: Settings, attention_window: int | None, index: int = 0) -> None:
         super().__init__()
         self.reduce = _Merging(settings, index)
-        self.rebuild = Unmerge(settings.residual)
+        self.rebuild = Unmerge()

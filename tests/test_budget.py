@@ -1,0 +1,130 @@
+"""BUDGET: the settings that follow, and what they cost by an exact count."""
+
+from __future__ import annotations
+
+import pytest
+import timm
+import torch
+from detectron2.modeling import ViT
+from test_timm_vit import images, run, tiny_vit
+from torch import nn
+
+from expedit_d2 import expedite
+from expedit_d2.adapters import find_host
+from expedit_d2.analysis.flops import count_flops
+from expedit_d2.backbones.swin import D2SwinTransformer
+from expedit_d2.budget import Costs, within_budget
+from expedit_d2.settings import Settings
+
+
+def vit_b(**kwargs) -> nn.Module:
+    """A plain ViT of a real width and few blocks: the operators are a small part, as in use."""
+    sizes = {"img_size": (256, 384), "embed_dim": 384, "depth": 6, "num_heads": 6}
+    return timm.create_model("vit_small_patch16_224", num_classes=0, **sizes, **kwargs).eval()
+
+
+def vitdet() -> nn.Module:
+    return ViT(
+        img_size=512,
+        patch_size=16,
+        embed_dim=192,
+        depth=8,
+        num_heads=3,
+        window_size=8,
+        window_block_indexes=(0, 1, 2, 4, 5, 6),
+        use_rel_pos=True,
+        drop_path_rate=0.0,
+    ).eval()
+
+
+def kept(model: nn.Module, x: torch.Tensor, **settings) -> float:
+    """The share of the blocks' FLOPs that is left, by fvcore."""
+    plain = count_flops(model, x)
+    with expedite(model, **settings):
+        return count_flops(model, x).blocks / plain.blocks
+
+
+@pytest.mark.parametrize("method", [None, "merge", "tome", "density", "expedit", "pool", "hard"])
+@pytest.mark.parametrize("budget", [0.55, 0.7])
+def test_the_budget_is_met_on_a_plain_vit(method, budget):
+    share = kept(vit_b(), torch.randn(1, 3, 256, 384), budget=budget, method=method)
+    # Distances of all pairs, for density peaks, come on top.
+    assert budget - 0.04 < share < budget + 0.04
+
+
+@pytest.mark.parametrize("budget", [0.6, 0.8])
+def test_the_budget_is_met_with_windows(budget):
+    share = kept(vitdet(), torch.randn(1, 3, 512, 512), budget=budget)
+    # A window has a whole number of clusters along its side, and there may be fewer than allowed.
+    assert budget - 0.12 < share < budget + 0.04
+
+
+def test_the_budget_is_met_on_a_swin():
+    swin = D2SwinTransformer(
+        embed_dim=48, depths=(2, 2, 6, 2), num_heads=(2, 2, 4, 8), window_size=8, drop_path_rate=0.0
+    ).eval()
+    share = kept(swin, torch.randn(1, 3, 256, 256), budget=0.8)
+    assert 0.68 < share < 0.84
+    with expedite(swin, budget=0.8) as handle:
+        assert 4 <= handle.settings.alpha < 10 and handle.settings.scope == "window"
+
+
+def test_costs_of_a_plain_model_are_those_that_fvcore_counts():
+    for model, x in ((vit_b(), (256, 384)), (vitdet(), (512, 512))):
+        host = find_host(model)
+        counted = count_flops(model, torch.randn(1, 3, *x)).blocks
+        # Norms, class tokens and relative positions are not reckoned.
+        assert Costs.of(host).total == pytest.approx(counted, rel=0.05)
+
+
+def test_what_is_chosen():
+    host = find_host(vit_b())
+    merge = within_budget(Settings(budget=0.5), host)
+    assert (merge.method, merge.alphas, merge.budget) == ("merge", tuple(range(6)), None)
+    assert within_budget(Settings(budget=0.4), host).keep < merge.keep
+    # Late where the clusters stay many enough, else earlier.
+    grids = [within_budget(Settings(budget=b, method="expedit"), host) for b in (0.75, 0.5)]
+    assert grids[0].alpha == 3 and grids[1].alpha < 3
+    assert min(setting.ratio for setting in grids) >= 0.6
+    windows = within_budget(Settings(budget=0.8), find_host(vitdet()))
+    assert (windows.method, windows.scope) == ("expedit", "window")
+    assert windows.grid[0] == windows.grid[1] < 8
+
+
+def test_other_settings_stay():
+    chosen = within_budget(Settings(budget=0.5, rounds=3, size_aware=False), find_host(vit_b()))
+    assert (chosen.rounds, chosen.size_aware) == (3, False)
+
+
+def test_a_budget_in_one_argument():
+    vit, x = tiny_vit(), images()
+    plain = run(vit, x)
+    with expedite(vit, budget=0.6) as handle:
+        assert handle.settings.method == "merge"
+        out = run(vit, x)
+    assert out.shape == plain.shape and not torch.equal(out, plain)
+    assert torch.equal(run(vit, x), plain)
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"budget": 0}, r"BUDGET must be a share .* got 0"),
+        ({"budget": 1.2}, r"BUDGET must be a share .* got 1.2"),
+        ({"budget": "half"}, r"BUDGET must be a share .* got 'half'"),
+        ({"budget": 0.5, "alpha": 3}, "BUDGET chooses ALPHA by itself.* ALPHA 3"),
+        ({"budget": 0.5, "ratio": 0.7}, "BUDGET chooses RATIO by itself"),
+        ({"budget": 0.5, "method": "merge", "keep": 0.7}, "BUDGET chooses KEEP by itself"),
+    ],
+)
+def test_budgets_that_do_not_fit(settings, message):
+    with pytest.raises(ValueError, match=message):
+        Settings(**settings)
+
+
+def test_a_budget_that_cannot_be_met():
+    swin = D2SwinTransformer(
+        embed_dim=24, depths=(2, 2, 2, 2), num_heads=(1, 1, 2, 4), window_size=4
+    )
+    with pytest.raises(ValueError, match=r"BUDGET must be above 0\.\d+ .* got 0.2"):
+        expedite(swin, budget=0.2)
