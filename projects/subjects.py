@@ -3,22 +3,32 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Sequence
-from functools import partial
+from functools import partial, reduce
+from operator import getitem
 from pathlib import Path
 
 from detectron2.config import CfgNode, LazyCall, instantiate
 from detectron2.data import get_detection_dataset_dicts
 from omegaconf import DictConfig, OmegaConf
 
-from expedit_d2.comparison import Subject, register_images
+from expedit_d2.comparison import Subject, describe, register_images
+from expedit_d2.comparison.winner import to_overrides, to_yaml
 from expedit_d2.data import register_by_path
 from expedit_d2.engine import load_lazy_config, load_lazy_model
 from expedit_d2.settings import Settings
 
 from . import get_cfg, load_cfg, load_model, trainer_of
 
-__all__ = ["is_lazy", "load_subject", "setting_of", "settings_beside", "subject_of"]
+__all__ = [
+    "is_lazy",
+    "load_subject",
+    "setting_of",
+    "settings_beside",
+    "subject_of",
+    "write_winner",
+]
 
 
 def is_lazy(config_file: str | Path) -> bool:
@@ -140,3 +150,42 @@ def settings_beside(config_file: str | Path) -> dict[str, Settings]:
         for file in sorted(path.parent.glob(f"{path.stem}_*.yaml"))
     }
     return {name: settings for name, settings in found.items() if settings is not None}
+
+
+def write_winner(
+    settings: Settings, config_file: str | Path, opts: Sequence[str], stem: str | Path
+) -> tuple[Path, str]:
+    """Write settings as a config on top of another one; for a LazyConfig, as overrides.
+
+    Args:
+        settings: to write.
+        config_file: YAML or LazyConfig.
+        opts: overrides that were in force, which the file takes in.
+        stem: of the file; its name ends in ``_tuned``.
+
+    Returns:
+        The file, and the command that evaluates with it.
+    """
+    stem = Path(stem)
+    evaluate = "python tools/train_net.py --eval-only --config-file"
+    if is_lazy(config_file):
+        node = OmegaConf.to_container(load_lazy_config(str(config_file), list(opts)).expedit)
+        overrides = [*opts, *to_overrides(settings, node)]
+        file = stem.with_name(f"{stem.name}_tuned.txt")
+        file.write_text("\n".join(overrides) + "\n", encoding="utf-8")
+        return file, f"{evaluate} {shlex.join([str(config_file), *overrides])}"
+    base = get_cfg()
+    base.merge_from_file(str(config_file))
+    merged = base.clone()
+    merged.merge_from_list(list(opts))
+    given = [
+        (key, reduce(getitem, key.split("."), merged))
+        for key in opts[0::2]
+        if not key.startswith("MODEL.EXPEDIT.") or key.endswith(".FUSED_ATTENTION")
+    ]
+    file = stem.with_name(f"{stem.name}_tuned.yaml")
+    text = to_yaml(
+        settings, config_file, base.MODEL.EXPEDIT, file.parent, given, describe(settings)
+    )
+    file.write_text(text, encoding="utf-8")
+    return file, f"{evaluate} {shlex.quote(str(file))}"

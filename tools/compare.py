@@ -24,25 +24,18 @@ import argparse
 import sys
 from pathlib import Path
 
-import torch
-from detectron2.utils.logger import setup_logger
-
 from expedit_d2.comparison import (
     Comparison,
-    Options,
     Store,
     compare,
     parse_setting,
     save_tables,
     to_terminal,
 )
-from expedit_d2.comparison.session import DTYPES
-from expedit_d2.data import register_collage
 from expedit_d2.report import draw_pictures, headline_row, write_report
 from expedit_d2.settings import Settings
-from projects.subjects import load_subject, setting_of, settings_beside
-
-EMBEDDED = Path(__file__).resolve().parent.parent / "configs" / "embedded" / "segmenter.yaml"
+from projects.arguments import add_measuring_options, measuring_options, prepare
+from projects.subjects import setting_of, settings_beside
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
@@ -50,7 +43,6 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     option = parser.add_argument
-    option("--config-file", default=str(EMBEDDED), help="YAML or LazyConfig (embedded Segmenter)")
     option(
         "--setting",
         action="append",
@@ -59,15 +51,8 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         help="fields of MODEL.EXPEDIT; lists as 0,1,2 or 0-6; may be given several times",
     )
     option("--expedit", nargs="+", default=[], metavar="CONFIG", help="use their MODEL.EXPEDIT")
-    option("--images", metavar="FOLDER_OR_PATTERN", help="images without labels")
-    option("--first", type=int, metavar="N", help="only the first images, without metrics")
-    option("--timed", type=int, default=20, help="images to time; 0: no speed (%(default)s)")
-    option("--batch", type=int, default=4, help="images in a batch; 1: none (%(default)s)")
-    option("--dtype", choices=DTYPES, default="float32", help="by autocast (%(default)s)")
-    option("--threads", type=int, help="CPU threads of torch (its own choice)")
     option("--pictures", type=int, default=3, help="images to draw in the report (%(default)s)")
-    option("--output", default="output/compare", help="folder of the results (%(default)s)")
-    option("opts", nargs="*", help="config overrides: KEY VALUE, or key=value for a LazyConfig")
+    add_measuring_options(parser, "output/compare")
     return parser.parse_args(arguments)
 
 
@@ -98,13 +83,8 @@ def all_settings(args: argparse.Namespace) -> dict[str, Settings]:
 
 
 def main(args: argparse.Namespace) -> Comparison:
-    setup_logger(name="detectron2").setLevel("ERROR")  # the progress bars say enough
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    register_collage()
-    options = Options(args.dtype, args.timed, args.batch)
-    settings = all_settings(args)
-    subject = load_subject(args.config_file, args.opts, args.images, args.first)
+    options, settings = measuring_options(args), all_settings(args)
+    subject = prepare(args)
     output = Path(args.output)
     store = Store(output)
     stem = output / subject.name

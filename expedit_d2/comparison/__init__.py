@@ -4,12 +4,14 @@ A `Subject` is a model with its data; `compare` measures it with a list of setti
 `Comparison`; `tables` writes that down.
 """
 
+from .candidates import candidates
 from .rows import PLAIN, Comparison, Conditions, Row, pareto
 from .session import Options, Session, compare, expedited_copy, share_weights
 from .spelling import describe, parse_setting
 from .store import Store
 from .subject import Subject, register_images
 from .tables import save_tables, to_csv, to_markdown, to_terminal
+from .tune import Target, Tuning, tune
 
 __all__ = [
     "PLAIN",
@@ -20,6 +22,9 @@ __all__ = [
     "Session",
     "Store",
     "Subject",
+    "Target",
+    "Tuning",
+    "candidates",
     "compare",
     "describe",
     "expedited_copy",
@@ -31,4 +36,5 @@ __all__ = [
     "to_csv",
     "to_markdown",
     "to_terminal",
+    "tune",
 ]

@@ -42,10 +42,8 @@ def _essentials(comparison: Comparison, row: Row) -> Cells:
             (metric, _number(value)),
             ("kept", _number(comparison.kept(row, metric), unit=" %")),
         ]
-    tasks = list(row.agreement)
-    if tasks:
-        head = "lowest" if len(tasks) > 1 else tasks[0]
-        cells.append((f"agree, {head}", _number(row.lowest_agreement, unit=" %")))
+    if row.agreement:
+        cells.append(("agree", _number(row.lowest_agreement, unit=" %")))
     cells += [
         ("GFLOPs", _number(row.flops.total / 1e9, ".2f")),
         ("saved", _number(comparison.saved(row), ".0f", " %")),
@@ -76,16 +74,20 @@ def caption(comparison: Comparison) -> str:
     lines = [f"{comparison.model} on {comparison.dataset}, {_count(comparison.images, 'image')}."]
     if plain.metrics:
         lines.append("kept: share of the plain model's metric.")
-    lines.append("agree: output the same as the plain model's. GFLOPs: of the first image.")
+    if plain.agreement:
+        lowest = "the lowest of " if len(plain.agreement) > 1 else ""
+        lines.append(
+            f"agree: output the same as the plain model's, {lowest}{', '.join(plain.agreement)}."
+        )
+    lines.append("GFLOPs: of the first image.")
     if plain.latency is not None:
         threads = f", {_count(now.threads, 'thread')}"
-        lines.append(
-            f"Speed: {now.device}{threads}, {now.dtype}, torch {now.torch}; batch 1, median of "
-            f"{_count(now.timed_images, 'image')}, in turns with the plain model."
-        )
-        lines.append(
-            "by GFLOPs: the speed-up that all GFLOPs would give. memory: peak beyond the weights."
-        )
+        lines += [
+            f"Speed: {now.device}{threads}, {now.dtype}, torch {now.torch};",
+            f"batch 1, median of {_count(now.timed_images, 'image')}.",
+            "speed-up: against the plain model in the same turns; by GFLOPs: what these would give.",
+            "memory: peak of a forward, weights not included.",
+        ]
     if comparison.unfinished:
         lines.append(f"Not finished: {', '.join(comparison.unfinished)}.")
     return "\n".join(lines)

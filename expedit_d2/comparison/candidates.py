@@ -1,0 +1,54 @@
+"""Settings worth trying on a model, from what its adapter says about it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from ..adapters import Host
+from ..settings import Settings
+from .spelling import describe
+
+__all__ = ["candidates"]
+
+#: Where reducing starts, as shares of the depth.
+_STARTS = (1 / 6, 1 / 4, 1 / 3, 1 / 2, 2 / 3)
+#: Clusters along each side, as shares of the tokens.
+_RATIOS = (0.5, 0.6, 0.7, 0.8, 0.85)
+#: Merges before each block of the first part of the network, and none after.
+_MERGED = (1 / 3, 1 / 2, 2 / 3)
+_KEPT = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
+
+
+def _on_the_grid(scopes: Sequence[str], first: int, depth: int) -> Iterator[Settings]:
+    """Clustering on a grid, of the map or of each window, after some blocks."""
+    for start in sorted({round(share * depth) for share in _STARTS}):
+        for scope in scopes:
+            for ratio in _RATIOS:
+                yield Settings(alpha=first + start, ratio=ratio, scope=scope)
+
+
+def _merging(first: int, depth: int) -> Iterator[Settings]:
+    for part in sorted({max(1, round(share * depth)) for share in _MERGED}):
+        for keep in _KEPT:
+            alphas = tuple(range(first, first + part))
+            yield Settings(alpha=alphas, method="merge", keep=keep)
+
+
+def candidates(host: Host) -> dict[str, Settings]:
+    """What to try on a transformer, by name.
+
+    Where its blocks lie in stages, they reduce in the longest one, which costs most.
+
+    Args:
+        host: of the model, as `find_host` gives it.
+    """
+    stages = host.stages or (host,)
+    longest = max(range(len(stages)), key=lambda index: len(stages[index].blocks))
+    first = sum(len(stage.blocks) for stage in stages[:longest])
+    depth = len(stages[longest].blocks)
+    windows = stages[longest].window is not None
+    scopes = [scope for scope in host.scopes if scope != "window" or windows]
+    tried = list(_on_the_grid(scopes, first, depth))
+    if host.off_grid:
+        tried += _merging(first, depth)
+    return {describe(settings): settings for settings in tried}

@@ -1,0 +1,102 @@
+#!/usr/bin/env python
+"""Find the setting for a target: what to keep of the metrics, an agreement, or a speed-up.
+
+Many settings run on a few images, for agreement with the plain model and GFLOPs. The best few run
+on all images, with metrics and timing. The winner is written as a small config.
+
+Examples::
+
+    # the embedded Segmenter: as fast as possible with 99 % of its mIoU
+    python tools/tune.py --keep 99
+
+    # a model of your own: at least 1.4 times faster, the output as close as possible
+    python tools/tune.py --faster 1.4 --config-file my_model.yaml -- MODEL.WEIGHTS my_model.pth
+
+    # images without labels
+    python tools/tune.py --agreement 98 --images photos --config-file my_model.yaml
+
+Results are kept in the output folder as they come: the same command goes on after an interruption.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+from expedit_d2.adapters import find_host
+from expedit_d2.comparison import Store, Target, Tuning, candidates, save_tables, to_terminal, tune
+from projects.arguments import add_measuring_options, measuring_options, prepare
+from projects.subjects import write_winner
+
+
+def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    option = parser.add_argument
+    option("--keep", type=float, metavar="PERCENT", help="of every metric, or of --metric")
+    option("--metric", help="as in the tables: PQ, mIoU, 'box AP'")
+    option("--agreement", type=float, metavar="PERCENT", help="with the plain model's output")
+    option("--faster", type=float, metavar="TIMES", help="than the plain model, at batch 1")
+    option("--sweep", type=int, default=8, help="images of the sweep (%(default)s)")
+    option("--confirm", type=int, default=6, help="settings to run on everything (%(default)s)")
+    add_measuring_options(parser, "output/tune")
+    return parser.parse_args(arguments)
+
+
+def report(tuning: Tuning) -> None:
+    """Print what was found."""
+    if tuning.front:
+        front = replace(tuning.sweep, rows=[tuning.sweep.plain, *tuning.front])
+        print(f"\nNo other setting of the sweep is better than these:\n\n{to_terminal(front)}")
+    if tuning.skipped:
+        name, why = next(iter(tuning.skipped.items()))
+        print(f"\nLeft out: {len(tuning.skipped)} settings, such as {name}: {why}")
+    if tuning.confirmed:
+        print(f"\nOn everything:\n\n{to_terminal(tuning.confirmed)}")
+
+
+def main(args: argparse.Namespace) -> Tuning:
+    target = Target(args.keep, args.metric, args.agreement, args.faster)
+    for name in ("sweep", "confirm"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"--{name} must be 1 or more, got {getattr(args, name)}")
+    options = measuring_options(args)
+    subject = prepare(args)
+    output = Path(args.output)
+    settings = candidates(find_host(subject.model))
+    tuning = tune(subject, settings, target, args.sweep, args.confirm, options, Store(output))
+    stem = output / subject.name
+    if tuning.sweep:
+        save_tables(tuning.sweep, f"{stem}_sweep")
+    if tuning.confirmed:
+        save_tables(tuning.confirmed, stem)
+    report(tuning)
+    if tuning.winner is not None:
+        file, command = write_winner(tuning.winner.settings, args.config_file, args.opts, stem)
+        print(f"\nFor {target}: {tuning.winner.name}\n{file}, to be run with\n  {command}")
+    elif not tuning.interrupted:
+        print(f"\nNo setting was found for {target}.")
+    return tuning
+
+
+def run(arguments: list[str] | None = None) -> None:
+    """Parse the arguments and run; an expected error ends with one sentence."""
+    args = parse_arguments(arguments)
+    try:
+        tuning = main(args)
+    except (ValueError, OSError, KeyError) as error:
+        sys.exit(f"tune.py: {error.args[0] if isinstance(error, KeyError) else error}")
+    except KeyboardInterrupt:
+        sys.exit(130)
+    if tuning.interrupted:
+        print("tune.py: interrupted; the same command goes on from here", file=sys.stderr)
+        sys.exit(130)
+    if tuning.winner is None:
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    run()
