@@ -49,12 +49,21 @@ _NEVER = -3e38
 # Highest temperature: twice as much still fits fp32.
 _HOTTEST = 1e38
 # Cells along a side of a tile; larger tiles copy less of the rim, smaller ones multiply less.
-_TILE = 8
+_TILE = 4
+# Tiles along an axis whose cells are not known when a graph is made: of 8 cells at 32.
+_TILES = 4
+# Numbers in the tiles that are multiplied at a time on a CPU, so that they stay in its cache.
+_IN_CACHE = 2**19
 
 
 def shape_of(x: Tensor) -> tuple[int, ...]:
     """The shape in numbers, also while torch.jit traces, where sizes are tensors."""
     return tuple(int(n) if isinstance(n, Tensor) else n for n in x.shape)
+
+
+def in_graph() -> bool:
+    """Whether a graph is recorded, in which every turn of a loop would be a copy of its body."""
+    return torch.jit.is_tracing() or torch.compiler.is_compiling()
 
 
 def is_exporting() -> bool:
@@ -91,15 +100,17 @@ class _Tiles:
 
 def _tile_axis(size: int, cells: int, radius: int, device: torch.device) -> _Tiles:
     """Tile one axis of ``size`` tokens and ``cells`` cells; T, R, P as in `_Tiles`."""
-    count = math.ceil(cells / _TILE)
-    tile = math.ceil(cells / count)
+    # An exported graph has the same number of tiles for every size. All numbers that are divided
+    # are positive, as ONNX rounds towards zero.
+    count = (cells + _TILE - 1) // _TILE if isinstance(cells, int) else _TILES
+    tile = (cells + count - 1) // count
     index = torch.arange(size, device=device)
     # The cell that nearest-neighbour upsampling of the grid would show at each token.
     home = index * cells // size
 
     first_cell = torch.arange(count, device=device) * tile
     first_token = (first_cell * size + cells - 1) // cells
-    longest = min(size, math.ceil(tile * size / cells))
+    longest = min(size, (tile * size + cells - 1) // cells)
     tokens = first_token[:, None] + torch.arange(longest, device=device)
     real = (tokens < size) & (home[tokens.clamp(max=size - 1)] < first_cell[:, None] + tile)
     tokens = tokens.clamp(max=size - 1)
@@ -159,6 +170,43 @@ def _in_fp32(function: Callable[..., _R]) -> Callable[..., _R]:
 def _take(items: Tensor, index: Tensor) -> Tensor:
     """Rows of ``items`` (B, L, C) at ``index`` (T, K): (B, T, K, C)."""
     return items.index_select(1, index.flatten()).unflatten(1, tuple(index.shape))
+
+
+def _flat_index(index: Tensor, batch: int, items: int) -> Tensor:
+    """Index (T, K) into the items of one image to (B * T, K) into those of all."""
+    first = torch.arange(batch, device=index.device)[:, None, None] * items
+    return (index + first).flatten(0, 1)
+
+
+def _groups(tiles: int, each: int, like: Tensor) -> list[slice]:
+    """Tiles of ``each`` numbers in groups that are worked on together."""
+    step = tiles if like.is_cuda or in_graph() else max(1, _IN_CACHE // each)
+    return [slice(start, start + step) for start in range(0, tiles, step)]
+
+
+def _meet(
+    x: Tensor, items: Tensor, index: Tensor, product: Callable[[Tensor, Tensor], Tensor]
+) -> Tensor:
+    """Products of tiles x (B, T, ...) with their items, (B, L, C) at index (T, P), side by side."""
+    batch, total, channels = shape_of(items)
+    tiles, places = shape_of(index)
+    x, items, index = x.flatten(0, 1), items.flatten(0, 1), _flat_index(index, batch, total)
+    out = [
+        product(x[group], items.index_select(0, index[group].flatten()).unflatten(0, (-1, places)))
+        for group in _groups(batch * tiles, places * channels, items)
+    ]
+    return (out[0] if len(out) == 1 else torch.cat(out)).unflatten(0, (batch, tiles))
+
+
+def _gather_up(shares: Tensor, x: Tensor, index: Tensor, start: Tensor) -> Tensor:
+    """start (B, L, C), plus the products of tiles (B, T, P, R) and (B, T, R, C) at index (T, P)."""
+    batch, total, channels = shape_of(start)
+    tiles, places = shape_of(index)
+    shares, x, index = shares.flatten(0, 1), x.flatten(0, 1), _flat_index(index, batch, total)
+    out = start.flatten(0, 1)
+    for group in _groups(batch * tiles, places * channels, x):
+        out.index_add_(0, index[group].flatten(), (shares[group] @ x[group]).flatten(0, 1))
+    return out.unflatten(0, (batch, total))
 
 
 @torch.no_grad()
@@ -247,7 +295,7 @@ def _means(size: int, cells: int, like: Tensor) -> Tensor:
 
 def _pool(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
     """Adaptive average pooling, (B, H, W, C) to (B, h * w, C)."""
-    return adaptive_pool(tokens, grid).flatten(1, 2)
+    return adaptive_pool(tokens, grid).flatten(1, 2).contiguous()
 
 
 def _score(x: Tensor, centroids: Tensor, cells: Tensor | None = None) -> Tensor:
@@ -262,9 +310,10 @@ def _score(x: Tensor, centroids: Tensor, cells: Tensor | None = None) -> Tensor:
         (B, N, M), or (B, T, R, P).
     """
     norms = centroids.square().sum(-1) / 2  # once a centroid, not once a tile
-    if cells is not None:
-        centroids, norms = _take(centroids, cells), norms[:, cells]
-    return x @ centroids.transpose(-2, -1) - norms[..., None, :]
+    if cells is None:
+        return x @ centroids.transpose(-2, -1) - norms[:, None]
+    products = _meet(x, centroids, cells, lambda x, near: x @ near.transpose(-2, -1))
+    return products - norms[:, cells][..., None, :]
 
 
 def grid_positions(height: int, width: int, device: torch.device | None = None) -> Tensor:
@@ -344,13 +393,6 @@ def cluster_tokens(
         allowed = allowed & (filled[..., None, :] | (counts == 0)[..., None])
 
     tiled = _take(x, tiles.tokens)  # (B, T, R, C)
-    cells = tiles.cells.flatten()
-
-    def add_up(parts: Tensor, start: Tensor | None = None) -> Tensor:
-        """(B, T, P, ...) of every tile to (B, M, ...), added where rims overlap."""
-        if start is None:
-            start = parts.new_zeros(batch, grid[0] * grid[1], *parts.shape[3:])
-        return start.index_add(1, cells, parts.flatten(1, 2))
 
     for _ in range(iterations):
         score = _score(tiled, centroids, tiles.cells)  # (B, T, R, P)
@@ -362,12 +404,13 @@ def cluster_tokens(
             temperature = auto_temperature(distances, x, flat).view(-1, 1, 1, 1)
         affinity = _logits(score, temperature).softmax(-1) * counts[..., None]
         shares = affinity.transpose(-2, -1)  # (B, T, P, R)
-        sizes = add_up(shares.sum(-1))
+        sizes = shares.new_zeros(batch, grid[0] * grid[1])
+        sizes = sizes.index_add(1, tiles.cells.flatten(), shares.sum(-1).flatten(1))
         # The tiny vote for its old place keeps a cluster that no token joins where it is.
         total = sizes[..., None] + _TINY
-        centroids = add_up(shares @ tiled, centroids * _TINY) / total
-    places = shares @ _take(positions.flatten(1, 2), tiles.tokens)
-    places = add_up(places, _pool(positions, grid) * _TINY) / total
+        centroids = _gather_up(shares, tiled, tiles.cells, centroids * _TINY) / total
+    places = _take(positions.flatten(1, 2), tiles.tokens)
+    places = _gather_up(shares, places, tiles.cells, _pool(positions, grid) * _TINY) / total
     clusters = (centroids + mean).to(tokens.dtype)
     return Clusters(
         clusters.view(batch, *grid, channels),
@@ -507,7 +550,7 @@ def _rebuild_from_window(
         return _nearest_distance(x, centroids, nearest.flatten(1)[:, tiles.place])
 
     weights = torch.zeros_like(score).scatter(-1, index, weigh(best, nearest_distance))
-    out = weights @ _take(values, tiles.cells)  # (B, T, R, D)
+    out = _meet(weights, values, tiles.cells, torch.matmul)  # (B, T, R, D)
     return out.flatten(1, 2).index_select(1, tiles.place)
 
 

@@ -19,7 +19,7 @@ def block(tokens: int, dim: int, keys: int | None = None) -> int:
 
 
 def clustering(height, width, grid, radius, dim, iterations):
-    """Tiles of up to 8 x 8 cells: products with the cells of tile and rim, and their sums."""
+    """Tiles of up to 4 x 4 cells: products with the cells of tile and rim, and their sums."""
     rows, cols = (axis(n, g, radius) for n, g in zip((height, width), grid, strict=True))
     tiles = rows[0] * cols[0]
     tokens, cells = rows[1] * cols[1], rows[2] * cols[2]
@@ -32,7 +32,7 @@ def clustering(height, width, grid, radius, dim, iterations):
 
 def axis(tokens, cells, radius):
     """Tiles, tokens a tile, cells a tile sees."""
-    tiles = -(-cells // 8)
+    tiles = -(-cells // 4)
     tile = -(-cells // tiles)
     return tiles, min(tokens, -(-tile * tokens // cells)), min(cells, tile + 2 * radius)
 
@@ -61,9 +61,9 @@ def test_expedited_timm_vit():
     assert flops.before == block(65, 16)
     assert flops.after == 2 * block(4 * 6 + 1, 16)
     assert flops.clustering == clustering(8, 8, (4, 6), 1, 16, iterations=2)
-    # Neighbors in a window of 5 x 5: one tile, 64 tokens by 24 clusters, scores and sums; and
+    # Neighbors in a window of 5 x 5: two tiles, each 32 tokens by 24 clusters, scores and sums; and
     # the clusters' squares.
-    assert flops.reconstruction == 2 * 64 * 24 * 16 + 24 * 16
+    assert flops.reconstruction == 2 * 2 * 32 * 24 * 16 + 24 * 16
     assert flops.total == pytest.approx(flops.transformer + flops.head)
     assert flops.uncounted == {}
 
@@ -76,10 +76,10 @@ def test_automatic_temperature_costs_the_nearest_distance_once():
     for temperature in (0.1, "auto"):
         with expedite(vit, alpha=1, grid=(4, 6), temperature=temperature):
             counts[temperature] = count_flops(vit, torch.randn(1, 3, 32, 32))
-    # Once in each operator: squares of 64 differences, and of 64 tokens for their variance.
+    # Once in each operator: squared norms of 64 differences, and of 64 tokens for their variance.
     for part in ("clustering", "reconstruction"):
         extra = getattr(counts["auto"], part) - getattr(counts[0.1], part)
-        assert extra == 2 * 64 * 16
+        assert extra == 2 * 64 * (16 + 1)
 
 
 def test_published_reconstruction_counts_its_neighbors():

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -27,7 +26,7 @@ from torch import Tensor, nn
 
 from expedit_d2.analysis.dense import dense_clustering, dense_reconstruction
 from expedit_d2.analysis.memory import peak_memory
-from expedit_d2.analysis.timing import Timing, interleaved
+from expedit_d2.analysis.timing import Timing, interleaved, processor
 from expedit_d2.operators import cluster_tokens, reconstruct_tokens
 
 SIZES = ["40x40:28x28", "48x48:32x32", "64x64:45x45"]
@@ -208,16 +207,6 @@ def table_rows(result: dict, window: int) -> list[list[str]]:
         rows.append([f"ViT-L, {VIT_DEPTH} blocks", "", spread(times["vit"]), "", "", "", ""])
     name = "{}x{} to {}x{}".format(*result["map"], *result["grid"])
     return [[name if index == 0 else "", *row] for index, row in enumerate(rows)]
-
-
-def processor(device: str) -> str:
-    """What the numbers were taken on."""
-    if device == "cuda":
-        return torch.cuda.get_device_name()
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 def main(argv: list[str] | None = None) -> int:

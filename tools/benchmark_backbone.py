@@ -1,0 +1,236 @@
+#!/usr/bin/env python
+"""Time a config's transformer: as it is, with fused attention, with Expedit, and with both.
+
+The transformer alone runs, with random weights, on random images. All four are timed in turns; the
+clustering and the rebuilding are timed inside of the forward, in rounds of their own. GFLOPs are
+fvcore's, as everywhere in this repository.
+
+Examples::
+
+    python tools/benchmark_backbone.py --config-file \\
+        projects/Segmenter/configs/ade20k/segmenter_vit_l_mask_expedit_a10_28x28.yaml
+    python tools/benchmark_backbone.py --config-file \\
+        configs/vitdet/mask_rcnn_vitdet_b_expedit_a4_45x45.yaml --sizes 1024x1024 --memory
+    python tools/benchmark_backbone.py --config-file … --device cuda --dtype bfloat16 --batch 8
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import torch
+from detectron2.modeling import build_model
+from tabulate import tabulate
+from torch import Tensor, nn
+
+from expedit_d2 import expedite, fuse_attention
+from expedit_d2.adapters import find_host
+from expedit_d2.analysis.flops import count_flops
+from expedit_d2.analysis.memory import peak_memory
+from expedit_d2.analysis.timing import interleaved, processor, synchronize
+from expedit_d2.api import Expedited
+from expedit_d2.comparison import share_weights
+from expedit_d2.settings import Settings
+from projects import load_cfg
+
+DTYPES = ["float32", "bfloat16", "float16"]
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """'640x640' to (height, width)."""
+    try:
+        height, width = map(int, text.split("x"))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not like 640x640") from None
+    return height, width
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    option = parser.add_argument
+    option("--config-file", required=True, metavar="FILE", help="one with MODEL.EXPEDIT.ALPHA")
+    option(
+        "--sizes",
+        nargs="+",
+        type=parse_size,
+        default=[(640, 640)],
+        metavar="HxW",
+        help="of the images, in pixels (640x640)",
+    )
+    option("--batch", type=int, default=1, help="images (%(default)s)")
+    option("--blocks", type=int, metavar="N", help="keep the first N blocks only (all)")
+    option("--repeats", type=int, default=7, help="timed rounds (%(default)s)")
+    option("--warmup", type=int, default=1, help="rounds before these (%(default)s)")
+    option("--threads", type=int, help="CPU threads of torch (its own choice)")
+    option("--dtype", choices=DTYPES, default="float32", help="by autocast (%(default)s)")
+    option("--device", choices=["cpu", "cuda"], default="cpu", help="(%(default)s)")
+    option("--channels-last", action="store_true", help="images in that memory format")
+    option("--compile", action="store_true", help="time what torch.compile makes of them")
+    option("--memory", action="store_true", help="peak memory too, which takes one more round")
+    option("--cpu-time", action="store_true", help="the process's own time; needs --threads 1")
+    option("--json", type=Path, metavar="FILE", help="also write the numbers here")
+    option("opts", nargs="*", metavar="KEY VALUE", help="config overrides")
+    args = parser.parse_args(argv)
+    if args.cpu_time and (args.device != "cpu" or args.threads != 1):
+        parser.error("--cpu-time counts what all threads of a CPU do: it needs --threads 1")
+    return args
+
+
+def build(args: argparse.Namespace) -> tuple[nn.Module, Settings]:
+    """The plain transformer of a config, and the config's settings."""
+    cfg = load_cfg(args.config_file, [*args.opts, "MODEL.DEVICE", args.device])
+    settings = Settings.from_node({**cfg.MODEL.EXPEDIT, "ENABLED": True})
+    if not settings.alphas:
+        raise SystemExit(f"{args.config_file}: MODEL.EXPEDIT.ALPHA is not set")
+    cfg.defrost()
+    cfg.MODEL.EXPEDIT.ENABLED = cfg.MODEL.EXPEDIT.FUSED_ATTENTION = False
+    host = find_host(build_model(cfg).eval())
+    if args.blocks is not None:
+        setattr(host.owner, host.attribute, host.blocks[: args.blocks])
+    return host.owner, settings
+
+
+def expedited(vit: nn.Module, settings: Settings, fused: bool) -> Expedited:
+    """A transformer alone has no head that could rebuild: it is done behind the last block."""
+    values = {**vars(settings), "reconstruct_at": "backbone", "fused_attention": fused}
+    host = find_host(vit)
+    only_last = None if host.stages or host.outputs else (len(host.blocks) - 1,)
+    return expedite(vit, values.pop("alpha"), only_last, **values)
+
+
+def operator_seconds(
+    handle: Expedited, forward: Callable[[], object], repeats: int, clock: Callable[[], float]
+) -> tuple[float, float]:
+    """Median seconds of clustering and of rebuilding in a forward."""
+    starts: list[float] = []
+    spent = {"reduce": 0.0, "rebuild": 0.0}
+
+    def start(*_: object) -> None:
+        synchronize()
+        starts.append(clock())
+
+    def stop(name: str, *_: object) -> None:
+        synchronize()
+        spent[name] += clock() - starts.pop()
+
+    hooks = []
+    for method in handle.blocks.methods.values():
+        for name in spent:
+            module = getattr(method, name)
+            hooks.append(module.register_forward_pre_hook(start))
+            hooks.append(module.register_forward_hook(partial(stop, name)))
+    rounds = []
+    for _ in range(repeats):
+        spent.update(reduce=0.0, rebuild=0.0)
+        forward()
+        rounds.append(tuple(spent.values()))
+    for hook in hooks:
+        hook.remove()
+    return tuple(statistics.median(times) for times in zip(*rounds, strict=True))
+
+
+def measure(args: argparse.Namespace, vit: nn.Module, settings: Settings, images: Tensor) -> dict:
+    """Seconds, GFLOPs and bytes of all four, for images of one size."""
+    clock = time.process_time if args.cpu_time else time.perf_counter
+    models = {name: share_weights(vit) for name in ("plain", "fused", "expedit", "expedit, fused")}
+    fuse_attention(models["fused"])
+    expedited(models["expedit"], settings, fused=False)
+    handle = expedited(models["expedit, fused"], settings, fused=True)
+    flops = {name: count_flops(model, images[:1]) for name, model in models.items()}
+    dtype = getattr(torch, args.dtype)
+
+    def forward(model: nn.Module) -> None:
+        with torch.autocast(args.device, dtype, enabled=dtype != torch.float32):
+            model(images)
+
+    calls = {name: partial(forward, model) for name, model in models.items()}
+    operators = operator_seconds(handle, calls["expedit, fused"], min(3, args.repeats), clock)
+    memory = {}
+    if args.memory:
+        memory = {name: peak_memory(call, images.device) for name, call in calls.items()}
+    if args.compile:
+        calls = {name: partial(forward, torch.compile(m)) for name, m in models.items()}
+    times = interleaved(calls, args.repeats, args.warmup, clock=clock)
+    plain, fewer = times["fused"].median, times["expedit, fused"].median
+    saved = flops["fused"].total / flops["expedit, fused"].total
+    return {
+        "image": tuple(images.shape[2:]),
+        "seconds": times,
+        "gflops": {name: count.total / 1e9 for name, count in flops.items()},
+        "bytes": memory,
+        "operator_seconds": dict(zip(("clustering", "rebuilding"), operators, strict=True)),
+        "operator_share": sum(operators) / plain,
+        "speed_up": plain / fewer,
+        "flops_ratio": saved,
+        "speed_up_of_flops_ratio": plain / fewer / saved,
+    }
+
+
+def report(result: dict) -> str:
+    """One size's table and what follows from it."""
+    times, plain = result["seconds"], result["seconds"]["plain"].median
+    rows = [
+        [
+            name,
+            str(timing),
+            f"{plain / timing.median:.2f}x",
+            f"{result['gflops'][name]:.1f}",
+            f"{result['bytes'][name] / 2**20:.0f}" if result["bytes"] else "",
+        ]
+        for name, timing in times.items()
+    ]
+    head = ["", "time", "speed-up", "GFLOPs an image", "peak MiB"]
+    table = tabulate(rows, head, disable_numparse=True, colalign=("left", *["right"] * 4))
+    clustering, rebuilding = (1e3 * s for s in result["operator_seconds"].values())
+    return (
+        "{}x{}\n".format(*result["image"]) + f"{table}\n"
+        f"clustering {clustering:.1f} ms, rebuilding {rebuilding:.1f} ms: together "
+        f"{100 * result['operator_share']:.2f} % of the fused plain forward\n"
+        f"with fused attention: speed-up {result['speed_up']:.3f}, GFLOPs ratio "
+        f"{result['flops_ratio']:.3f}: {result['speed_up_of_flops_ratio']:.3f} of it\n"
+    )
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_args(argv)
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise SystemExit("--device cuda: torch finds no GPU")
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
+    environment = {
+        "config": args.config_file,
+        "device": processor(args.device),
+        "threads": torch.get_num_threads(),
+        "dtype": args.dtype,
+        "batch": args.batch,
+        "blocks": args.blocks or "all",
+        "repeats": args.repeats,
+        "torch": torch.__version__,
+    }
+    print(", ".join(f"{name} {value}" for name, value in environment.items()))
+    vit, settings = build(args)
+    results = []
+    with torch.inference_mode():
+        for size in args.sizes:
+            images = torch.randn(args.batch, 3, *size, device=args.device)
+            if args.channels_last:
+                images = images.contiguous(memory_format=torch.channels_last)
+            results.append(measure(args, vit, settings, images))
+            print(report(results[-1]), flush=True)
+    print("Time: median (middle half) of the repeats. Peak memory: beyond weights and images.")
+    if args.json:
+        content = {"environment": environment, "settings": vars(settings), "results": results}
+        # Timings are the only thing that json does not know.
+        args.json.write_text(json.dumps(content, indent=2, default=vars) + "\n", encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
