@@ -54,7 +54,8 @@ def expedite(
             the model; several cluster again and again; None reduces nothing.
         outputs: indices of the blocks whose output is read, each rebuilt to the full map; None:
             what is known of the model's family, else all.
-        **settings: budget, or instead of it alpha and grid, ratio or keep; scope, temperature, …: see `expedit_d2.settings.Settings`.
+        **settings: budget, or instead of it alpha and grid, ratio or keep; temperature, …: see
+            `expedit_d2.settings.Settings`.
 
     Returns:
         A handle; ``handle.remove()`` undoes it, as does leaving its ``with`` block.

@@ -24,6 +24,8 @@ from .settings import OFF_GRID, Settings, spread_share
 __all__ = ["Costs", "within_budget"]
 
 
+# Part of the blocks that merge: in the last ones a merge costs about what it saves.
+_MERGED = 0.75
 _NEAR = 144  # a tile of 8 x 8 cells and its rim, in expedit_d2.operators
 
 
@@ -83,15 +85,17 @@ class Costs:
         blocks = sum(self.block(index, s, s) for index, s in enumerate(shares))
         return blocks + products * self.tokens * self.channels
 
-    def merged(self, keep: float, spread: str, inside: bool) -> float:
-        """One merge in each block, before it or inside of it, matching included."""
-        depth = len(self.windows)
+    def merged(self, keep: float, merges: int, spread: str, inside: bool) -> float:
+        """A merge in each of the first blocks, before it or inside of it; matching included."""
         dim = self.channels // 12 or 1  # of a head, about; matching is a percent
         total, entering = 0.0, 1.0
-        for index in range(depth):
-            left = spread_share(keep, index, depth, spread)
-            matching = self.tokens * entering * dim * (self.channels + self.tokens * entering / 4)
-            total += matching + self.block(index, entering if inside else left, left)
+        for index in range(len(self.windows)):
+            left = entering
+            if index < merges:
+                left = spread_share(keep, index, merges, spread)
+                tokens = self.tokens * entering
+                total += tokens * dim * (self.channels + tokens / 4)
+            total += self.block(index, entering if inside else left, left)
             entering = left
         return total
 
@@ -126,11 +130,16 @@ def _merging(settings: Settings, host: Host) -> Settings:
     costs = Costs.of(host)
     inside = method == "tome"
     spread = "numbers" if inside else settings.schedule
-    limit = settings.budget * costs.total
-    keep = _least(lambda keep: costs.merged(keep, spread, inside) <= limit)
+    depth = len(costs.windows)
+    merges = depth if inside else max(1, round(_MERGED * depth))
+
+    def share(keep: float) -> float:
+        return costs.merged(keep, merges, spread, inside) / costs.total
+
+    keep = _least(lambda keep: share(keep) <= settings.budget)
     if keep * costs.tokens < 1:
-        raise _too_small(settings, costs.merged(1 / costs.tokens, spread, inside) / costs.total)
-    return _chosen(settings, method, tuple(range(len(costs.windows))), keep=round(keep, 4))
+        raise _too_small(settings, share(1 / costs.tokens))
+    return _chosen(settings, method, tuple(range(merges)), keep=round(keep, 4))
 
 
 def _clustering(settings: Settings, host: Host, off_grid: bool) -> Settings:

@@ -153,7 +153,8 @@ class Settings:
                 )
         elif self.keep is not None:
             raise ValueError(
-                f"KEEP is for METHOD {', '.join(OFF_GRID)}; METHOD {self.method} takes GRID or RATIO"
+                f"KEEP is for METHOD {', '.join(OFF_GRID)}; METHOD {self.method} takes GRID or "
+                "RATIO"
             )
         elif self.alpha is not None and (self.grid is None) == (self.ratio is None):
             raise ValueError(

@@ -1,9 +1,9 @@
 """Density peaks: the tokens that are dense and far from denser ones are the clusters' centres.
 
-Rodriguez and Laio (Science 2014), with the density by nearest neighbours of Du et al. (2016). AiluRus
-(Li et al., NeurIPS 2023, arXiv 2311.01197) reduces tokens for dense prediction so, once, behind an
-early block; its authors add a weight of position, for which there is no published code. Every
-token joins the centre that is nearest, and is rebuilt from it alone.
+Rodriguez and Laio (Science 2014), with the density by nearest neighbours of Du et al. (2016).
+AiluRus (Li et al., NeurIPS 2023, arXiv 2311.01197) reduces tokens for dense prediction so, once,
+behind an early block; its authors add a weight of position, for which there is no published code.
+Every token joins the centre that is nearest, and is rebuilt from it alone.
 """
 
 from __future__ import annotations

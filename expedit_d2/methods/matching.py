@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..operators import shape_of
 
-__all__ = ["Merging", "match"]
+__all__ = ["Merging", "match", "take_rows"]
 
 
 @dataclass(frozen=True)
@@ -40,11 +40,10 @@ class Merging:
         A cluster's first token is moved by the others, so only these cost anything; with one
         merge in every block they are few.
         """
-        first, others = _rows(x, self.kept), _rows(x, self.merged)
+        first, others = take_rows(x, self.kept), take_rows(x, self.merged)
         shares = sizes.gather(1, self.merged) / self.sizes(sizes).gather(1, self.into)
-        moves = (others - _rows(first, self.into)) * shares[..., None]
-        into = self.into[..., None].expand_as(moves)
-        return first.scatter_add(1, into, moves.to(x.dtype))
+        moves = (others - take_rows(first, self.into)) * shares[..., None]
+        return _add_rows(first, self.into, moves.to(x.dtype))
 
     def index(self) -> Tensor:
         """(B, n): the cluster of each token."""
@@ -55,9 +54,23 @@ class Merging:
         return torch.empty_like(tokens).scatter(1, tokens, index)
 
 
-def _rows(x: Tensor, index: Tensor) -> Tensor:
+def _add_rows(x: Tensor, index: Tensor, rows: Tensor) -> Tensor:
+    """x (B, n, D) with rows (B, k, D) added at index (B, k)."""
+    batch, total, channels = shape_of(x)
+    if batch > 1:
+        index = index + torch.arange(batch, device=x.device)[:, None] * total
+    flat = x.reshape(batch * total, channels)
+    return flat.index_add(0, index.flatten(), rows.flatten(0, 1)).view_as(x)
+
+
+def take_rows(x: Tensor, index: Tensor) -> Tensor:
     """x (B, n, D) at index (B, k): (B, k, D)."""
-    return x.gather(1, index[..., None].expand(-1, -1, shape_of(x)[2]))
+    batch, total, channels = shape_of(x)
+    # Whole rows: several times as fast as a gather of single numbers.
+    if batch > 1:
+        index = index + torch.arange(batch, device=x.device)[:, None] * total
+    rows = x.reshape(batch * total, channels).index_select(0, index.flatten())
+    return rows.view(batch, -1, channels)
 
 
 def _halves(count: int, shape: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:

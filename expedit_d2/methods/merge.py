@@ -1,9 +1,10 @@
-"""Merging before every block, by a schedule that falls with depth: the tokens most alike become one.
+"""Merging before every block, by a schedule that falls with depth.
 
 From ToMe (Bolya et al., arXiv 2210.09461) come bipartite matching on keys and proportional
-attention. Different here: the share that is merged falls from block to block, where ToMe's constant
-number takes ever larger shares; tokens are merged before a block, by the keys that it would
-compute, averaged over the heads; and pairs of large clusters wait a little longer.
+attention: the tokens most alike become one. Different here: the share that is merged falls from
+block to block, where ToMe's constant number takes ever larger shares; tokens are merged before a
+block, by the keys that it would compute, averaged over the heads; and pairs of large clusters wait
+a little longer.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from ..operators import grid_positions, shape_of
 from ..settings import Settings
 from ..tokens import Keys, Tokens
-from .matching import match
+from .matching import match, take_rows
 
 __all__ = ["Merge", "Record", "Unmerge", "merge_tokens"]
 
@@ -100,8 +101,7 @@ class Unmerge(nn.Module):
     """
 
     def forward(self, features: Tensor, record: Record, residual: bool | None = None) -> Tensor:
-        index = record.index[..., None].expand(-1, -1, shape_of(features)[-1])
-        return features.gather(1, index).unflatten(1, record.shape)
+        return take_rows(features, record.index).unflatten(1, record.shape)
 
 
 class Merge(nn.Module):
