@@ -14,6 +14,7 @@ from detectron2.data import get_detection_dataset_dicts
 from omegaconf import DictConfig, OmegaConf
 
 from expedit_d2.comparison import Subject, describe, register_images
+from expedit_d2.comparison.spelling import changes_tokens
 from expedit_d2.comparison.winner import to_overrides, to_yaml
 from expedit_d2.data import register_by_path
 from expedit_d2.engine import load_lazy_config, load_lazy_model
@@ -139,7 +140,7 @@ def setting_of(config_file: str | Path, opts: Sequence[str] = ()) -> Settings | 
         # No model is built here, so no device is looked for.
         node = load_cfg(config_file, [*opts, "MODEL.DEVICE", "cpu"]).MODEL.EXPEDIT
     settings = Settings.from_node({**{k.lower(): v for k, v in node.items()}, "enabled": True})
-    return settings if settings.alphas else None
+    return settings if changes_tokens(settings) else None
 
 
 def settings_beside(config_file: str | Path) -> dict[str, Settings]:

@@ -127,7 +127,7 @@ def test_markdown_has_every_part(comparison):
     assert cells == (
         ["ours", "400.0 (360.0-440.0)", "2.50", "1.50x", "1.18x", "4.00", "2.00x", "5.0", "3.00"]
     )
-    assert "`method=merge alpha=0-2 keep=0.5`" in text
+    assert "`alpha=0-2 keep=0.5`" in text
     parts = [cell.strip() for cell in tables[6].splitlines()[5].split("|")[1:-1]]
     assert parts[1:7] == ["1.000", "2.000", "0.000", "1.500", "0.000", "4.000"]
     assert "`python compare.py`" in text
@@ -177,6 +177,9 @@ def test_files(comparison, tmp_path):
             Settings(alpha=2, ratio=0.5, temperature=0.01, reconstruct_at="head"),
         ),
         ("alpha=2 ratio=0.5 temperature=auto", Settings(alpha=2, ratio=0.5)),
+        ("method=tome alpha=0-2 keep=0.5", Settings(alpha=(0, 1, 2), method="tome", keep=0.5)),
+        ("alpha=0, keep=7,", Settings(alpha=(0,), keep=(7,))),
+        ("budget=0.5", Settings(budget=0.5)),
         ("fused_attention=true", Settings(fused_attention=True)),
     ],
 )
@@ -190,13 +193,13 @@ def test_settings_in_one_line(text, expected):
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("alpha", ["'alpha'", "method=merge"]),
+        ("alpha", ["'alpha'", "keep=0.5"]),
         ("alpha=1 ratio=", ["'ratio='"]),
         ("alpha=1 alpha=2 ratio=0.5", ["alpha is given twice"]),
         ("alpha=1 ratio=2", ["RATIO", "(0, 1]", "2"]),
         ("alpha=1 share=2", ["unknown", "share", "ratio"]),
-        ("ratio=0.5", ["alpha is missing"]),
-        ("", ["alpha is missing"]),
+        ("ratio=0.5", ["no alpha or budget"]),
+        ("", ["no alpha or budget"]),
     ],
 )
 def test_settings_that_are_wrong(text, words):

@@ -8,7 +8,7 @@ Examples::
 
     # a model of your own, its labelled data, and two settings
     python tools/compare.py --config-file my_model.yaml \
-        --setting "alpha=8 ratio=0.7" --setting "half: method=merge alpha=0-6 keep=0.5" \
+        --setting "alpha=8 ratio=0.7" --setting "half: budget=0.5" \
         -- MODEL.WEIGHTS my_model.pth DATASETS.TEST "('my/instances.json@images',)"
 
     # images without labels: agreement with the plain model, GFLOPs, speed and memory
@@ -71,11 +71,13 @@ def all_settings(args: argparse.Namespace) -> dict[str, Settings]:
         own = setting_of(args.config_file, args.opts)
         given += [("expedit", own)] if own is not None else []
     if not given:
-        raise ValueError('there is no setting to compare; give --setting "alpha=4 ratio=0.7"')
+        raise ValueError('there is no setting to compare; give --setting "budget=0.6"')
     settings: dict[str, Settings] = {}
     for name, setting in given:
         if setting is None:
-            raise ValueError(f"{name}: its MODEL.EXPEDIT has no ALPHA, so nothing to compare")
+            raise ValueError(
+                f"{name}: its MODEL.EXPEDIT has no ALPHA and no BUDGET, so nothing to compare"
+            )
         if name in settings:
             raise ValueError(f"two settings are named {name!r}; give them names")
         settings[name] = setting

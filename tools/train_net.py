@@ -66,7 +66,7 @@ def run_yaml(args: argparse.Namespace) -> dict[str, Any]:
 def print_comparison(subject: Subject, settings: Settings | None) -> None:
     """The plain model and the configured one, measured anew."""
     if settings is None:
-        raise ValueError("--compare: MODEL.EXPEDIT has no ALPHA, so nothing to compare")
+        raise ValueError("--compare: MODEL.EXPEDIT has no ALPHA and no BUDGET: nothing to compare")
     comparison = compare(subject, {"expedit": settings})
     print(f"\n{to_terminal(comparison)}\n")
     if comparison.unfinished:

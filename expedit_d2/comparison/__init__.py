@@ -11,7 +11,7 @@ from .spelling import describe, parse_setting
 from .store import Store
 from .subject import Subject, register_images
 from .tables import save_tables, to_csv, to_markdown, to_terminal
-from .tune import Target, Tuning, tune
+from .tuning import Target, Tuning, tune
 
 __all__ = [
     "PLAIN",

@@ -14,9 +14,11 @@ __all__ = ["candidates"]
 _STARTS = (1 / 6, 1 / 4, 1 / 3, 1 / 2, 2 / 3)
 #: Clusters along each side, as shares of the tokens.
 _RATIOS = (0.5, 0.6, 0.7, 0.8, 0.85)
-#: Merges before each block of the first part of the network, and none after.
-_MERGED = (1 / 3, 1 / 2, 2 / 3)
+#: Merges before each block of this first part of the network, and none after.
+_MERGED = (1 / 3, 1 / 2, 1)
 _KEPT = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
+#: What the rules of `expedit_d2.budget` choose.
+_BUDGETS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
 
 
 def _on_the_grid(scopes: Sequence[str], first: int, depth: int) -> Iterator[Settings]:
@@ -30,8 +32,7 @@ def _on_the_grid(scopes: Sequence[str], first: int, depth: int) -> Iterator[Sett
 def _merging(first: int, depth: int) -> Iterator[Settings]:
     for part in sorted({max(1, round(share * depth)) for share in _MERGED}):
         for keep in _KEPT:
-            alphas = tuple(range(first, first + part))
-            yield Settings(alpha=alphas, method="merge", keep=keep)
+            yield Settings(alpha=tuple(range(first, first + part)), method="merge", keep=keep)
 
 
 def candidates(host: Host) -> dict[str, Settings]:
@@ -48,7 +49,8 @@ def candidates(host: Host) -> dict[str, Settings]:
     depth = len(stages[longest].blocks)
     windows = stages[longest].window is not None
     scopes = [scope for scope in host.scopes if scope != "window" or windows]
-    tried = list(_on_the_grid(scopes, first, depth))
+    tried = [Settings(budget=budget) for budget in _BUDGETS]
+    tried += _on_the_grid(scopes, first, depth)
     if host.off_grid:
         tried += _merging(first, depth)
     return {describe(settings): settings for settings in tried}

@@ -1,20 +1,25 @@
 """Settings in one line, as the command line and the tables have them.
 
-``method=merge alpha=0-6 keep=0.5``: the fields of `Settings`; lists are ``0,1,2``, ranges ``0-6``,
+``alpha=0-6 keep=0.5``: the fields of `Settings`; lists are ``0,1,2``, ranges ``0-6``,
 grids also ``16x16``.
 """
 
 from __future__ import annotations
 
 import re
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 from ..settings import Settings
 
-__all__ = ["describe", "parse_setting"]
+__all__ = ["changes_tokens", "describe", "parse_setting"]
 
 _WORDS = {"none": None, "true": True, "false": False}
+
+
+def changes_tokens(settings: Settings) -> bool:
+    """Whether settings reduce anything; without an alpha or a budget they are switched off."""
+    return bool(settings.alphas) or settings.budget is not None
 
 
 def _parse_item(text: str) -> list[Any]:
@@ -37,7 +42,7 @@ def _parse_value(text: str) -> Any:
     if grid:
         return int(grid[1]), int(grid[2])
     items = [item for part in text.split(",") if part for item in _parse_item(part)]
-    return items[0] if len(items) == 1 else tuple(items)
+    return items[0] if len(items) == 1 and "," not in text else tuple(items)
 
 
 def parse_setting(text: str) -> tuple[str, Settings]:
@@ -55,9 +60,7 @@ def parse_setting(text: str) -> tuple[str, Settings]:
     for word in values.split():
         key, equals, value = word.partition("=")
         if not (key and equals and value):
-            raise ValueError(
-                f'a setting is like "method=merge alpha=0-6 keep=0.5", got {word!r} in {text!r}'
-            )
+            raise ValueError(f'a setting is like "alpha=0-6 keep=0.5", got {word!r} in {text!r}')
         if key.lower() in parsed:
             raise ValueError(f"{key} is given twice in the setting {text!r}")
         parsed[key.lower()] = _parse_value(value)
@@ -65,8 +68,8 @@ def parse_setting(text: str) -> tuple[str, Settings]:
         settings = Settings.from_node(parsed)
     except ValueError as error:
         raise ValueError(f"setting {text!r}: {error}") from None
-    if settings is None or not (settings.alphas or settings.fused_attention):
-        raise ValueError(f"setting {text!r}: alpha is missing, so that nothing is reduced")
+    if settings is None or not (changes_tokens(settings) or settings.fused_attention):
+        raise ValueError(f"setting {text!r}: there is no alpha or budget, so nothing is reduced")
     return name or describe(settings), settings
 
 
@@ -75,6 +78,8 @@ def _spell(name: str, value: Any) -> str:
         return f"{value[0]}x{value[1]}"
     if not isinstance(value, tuple):
         return str(value).lower() if isinstance(value, bool) else str(value)
+    if len(value) == 1:
+        return f"{value[0]},"
     if len(value) > 2 and list(value) == list(range(value[0], value[-1] + 1)):
         return f"{value[0]}-{value[-1]}"
     return ",".join(map(str, value))
@@ -82,9 +87,13 @@ def _spell(name: str, value: Any) -> str:
 
 def describe(settings: Settings) -> str:
     """The fields that are not the default, as `parse_setting` takes them."""
-    order = sorted(fields(settings), key=lambda field: field.name != "method")
-    values = {field.name: getattr(settings, field.name) for field in order}
-    default = {field.name: field.default for field in order}
+    if replace(settings, method=None) == settings:
+        shown = [field for field in fields(settings) if field.name != "method"]
+    else:  # it does not follow from the others
+        shown = sorted(fields(settings), key=lambda field: field.name != "method")
+    values = {field.name: getattr(settings, field.name) for field in shown}
     return " ".join(
-        f"{name}={_spell(name, value)}" for name, value in values.items() if value != default[name]
+        f"{field.name}={_spell(field.name, values[field.name])}"
+        for field in shown
+        if values[field.name] != field.default
     )

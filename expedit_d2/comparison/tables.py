@@ -85,7 +85,7 @@ def caption(comparison: Comparison) -> str:
         lines += [
             f"Speed: {now.device}{threads}, {now.dtype}, torch {now.torch};",
             f"batch 1, median of {_count(now.timed_images, 'image')}.",
-            "speed-up: against the plain model in the same turns; by GFLOPs: what these would give.",
+            "speed-up: against the plain model in the same turns; by GFLOPs: by these alone.",
             "memory: peak of a forward, weights not included.",
         ]
     if comparison.unfinished:

@@ -36,10 +36,10 @@ class Target:
     speedup: float | None = None
 
     def __post_init__(self) -> None:
-        if self.kept is self.agreement is self.speedup is None:
-            raise ValueError("there is no target: give what to keep, an agreement or a speed-up")
         if self.metric is not None and self.kept is None:
             raise ValueError(f"the metric {self.metric!r} needs the percentage to keep of it")
+        if self.kept is self.agreement is self.speedup is None:
+            raise ValueError("there is no target: give what to keep, an agreement or a speed-up")
         for name in ("kept", "agreement"):
             value = getattr(self, name)
             if value is not None and not 0 < value <= 100:
