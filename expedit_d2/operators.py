@@ -325,6 +325,14 @@ def grid_positions(height: int, width: int, device: torch.device | None = None) 
     ).unsqueeze(0)
 
 
+def on_device(numbers: tuple[float, ...], like: Tensor) -> Tensor:
+    """Numbers as a tensor (n,) of the type of ``like``, filled in on its device.
+
+    A tensor made from a list would be copied there, and the host waits for that.
+    """
+    return torch.stack([like.new_full((), number) for number in numbers])
+
+
 def _logits(score: Tensor, temperature: float | Tensor) -> Tensor:
     """Twice temperature * (score - the best of the row): never above 0, so nothing overflows."""
     if not isinstance(temperature, Tensor):

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..attention import attend, grid_terms, position_term, relative_positions
-from ..operators import grid_positions, shape_of
+from ..operators import grid_positions, on_device, shape_of
 from ..tokens import Tokens
 from ..windows import partition, unpartition
 from .host import Host, is_class
@@ -130,13 +130,14 @@ def _in_windows(positions: Tensor, window: tuple[int, int], span: tuple[int, int
     """Positions (B, h, w, 2) by window, from the corner of each; padding continues the grid."""
     batch, height, width, _ = shape_of(positions)
     rows, cols = -(-height // window[0]), -(-width // window[1])
-    pitch = positions.new_tensor([span[0] / height, span[1] / width])
+    pitch = on_device((span[0] / height, span[1] / width), positions)
+    side = on_device(window, positions)
     whole = grid_positions(rows * window[0], cols * window[1], positions.device)
     regular = (whole + 0.5) * pitch - 0.5
     inside = (whole[..., 0] < height) & (whole[..., 1] < width)
     padding = (0, 0, 0, cols * window[1] - width, 0, rows * window[0] - height)
     positions = torch.where(inside[..., None], F.pad(positions, padding), regular)
-    corner = (whole / whole.new_tensor(window)).floor() * whole.new_tensor(window) * pitch
+    corner = (whole / side).floor() * side * pitch
     return partition(positions - corner, window)
 
 

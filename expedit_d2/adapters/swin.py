@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..attention import attend
-from ..operators import grid_positions, shape_of
+from ..operators import grid_positions, on_device, shape_of
 from ..tokens import Tokens
 from ..windows import partition, shifted_mask, unpartition
 from .host import Host, is_class
@@ -132,8 +132,8 @@ class _Layout:
             return partition(t, window).flatten(1, 2)
 
         if tokens.positions is None:  # those of a regular grid, the same in every window
-            pitch = x.new_tensor([side / cells for cells in window], dtype=torch.float32)
-            positions = grid_positions(*window, x.device).flatten(1, 2) * pitch
+            places = grid_positions(*window, x.device).flatten(1, 2)
+            positions = places * on_device(tuple(side / cells for cells in window), places)
         else:
             positions = cut(tokens.positions)
         bias = _position_bias(block.attn, positions)
@@ -151,7 +151,7 @@ def _position_bias(attn: nn.Module, positions: Tensor) -> Tensor:
     """
     sides = [2 * side - 1 for side in attn.window_size]
     table = attn.relative_position_bias_table.float().t().unflatten(1, sides)  # (heads, row, col)
-    reach = positions.new_tensor([max(side - 1, 1) for side in attn.window_size])
+    reach = on_device(tuple(max(side - 1, 1) for side in attn.window_size), positions)
     offsets = (positions[:, :, None] - positions[:, None]) / reach
     with torch.autocast(positions.device.type, enabled=False):
         return F.grid_sample(

@@ -1,0 +1,166 @@
+"""One graph: no breaks for torch.compile, nothing that would make a GPU wait for the host."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from detectron2.modeling import ViT
+from timm.models.eva import Eva
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from expedit_d2 import expedite, fuse_attention
+from expedit_d2.backbones.swin import D2SwinTransformer
+from expedit_d2.methods import METHODS
+from expedit_d2.settings import OFF_GRID
+
+
+@pytest.fixture(autouse=True)
+def fresh():
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def timm_vit() -> nn.Module:
+    return VisionTransformer(
+        img_size=(24, 32), patch_size=4, embed_dim=32, depth=2, num_heads=4, num_classes=0
+    )
+
+
+def timm_eva() -> nn.Module:
+    return Eva(
+        img_size=(24, 32),
+        patch_size=4,
+        embed_dim=32,
+        depth=2,
+        num_heads=4,
+        num_classes=0,
+        use_rot_pos_emb=True,
+        dynamic_img_size=True,
+    )
+
+
+def detectron2_vit() -> nn.Module:
+    return ViT(
+        img_size=32,
+        patch_size=4,
+        embed_dim=32,
+        depth=2,
+        num_heads=4,
+        use_rel_pos=True,
+        window_size=4,
+        window_block_indexes=(0,),
+    )
+
+
+def swin() -> nn.Module:
+    return D2SwinTransformer(
+        embed_dim=16, depths=(2,), num_heads=(2,), window_size=4, out_features=["res2"]
+    )
+
+
+MODELS = {
+    "timm_vit": timm_vit,
+    "timm_eva": timm_eva,
+    "detectron2_vit": detectron2_vit,
+    "swin": swin,
+}
+
+
+def settings_for(kind: str, method: str) -> dict:
+    settings = {"alpha": 1, "method": method, "iterations": 2}
+    if method in OFF_GRID:
+        return settings | {"keep": 0.6}
+    if kind == "swin":
+        return settings | {"grid": (2, 3), "scope": "window"}
+    return settings | {"grid": (4, 5)}
+
+
+#: Methods that leave no grid need global attention, and ToMe a block that it can work inside of.
+PAIRS = [
+    (kind, method)
+    for kind in MODELS
+    for method in METHODS
+    if method not in OFF_GRID or kind.startswith("timm")
+    if (kind, method) != ("timm_eva", "tome")
+]
+
+
+def images(batch: int = 2, device: str = "cpu") -> Tensor:
+    return torch.randn(batch, 3, 24, 32, device=device)
+
+
+def outputs(model: nn.Module, x: Tensor) -> Tensor:
+    out = model(x)
+    if isinstance(out, dict):
+        out = tuple(out.values())
+    return torch.cat([t.flatten() for t in out])
+
+
+def assert_compiles(model: nn.Module) -> None:
+    x = images()
+    with torch.no_grad():
+        expected = outputs(model, x)
+        compiled = torch.compile(model, fullgraph=True, backend="eager")
+        torch.testing.assert_close(outputs(compiled, x), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind,method", PAIRS)
+def test_expedited_models_compile_to_one_graph(kind, method):
+    model = MODELS[kind]().eval()
+    with expedite(model, **settings_for(kind, method), fused_attention=True):
+        assert_compiles(model)
+
+
+@pytest.mark.parametrize("kind", ["detectron2_vit", "swin"])
+def test_fused_plain_models_compile_to_one_graph(kind):
+    model = MODELS[kind]().eval()
+    with fuse_attention(model):
+        assert_compiles(model)
+
+
+class _NoWaiting(TorchDispatchMode):
+    """Refuses what waits for the device: values read back, and Python numbers copied to it."""
+
+    FORBIDDEN = (
+        torch.ops.aten._local_scalar_dense,
+        torch.ops.aten.nonzero,
+        torch.ops.aten.masked_select,
+        torch.ops.aten._unique2,
+        torch.ops.aten.lift_fresh,
+    )
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        assert function.overloadpacket not in self.FORBIDDEN, function
+        for index in args[1] if function.overloadpacket is torch.ops.aten.index else ():
+            assert index is None or index.dtype != torch.bool, "a mask as an index"
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+# Rotary positions on the plain grid of pooling are made from a list of numbers.
+@pytest.mark.parametrize("kind,method", [pair for pair in PAIRS if pair != ("timm_eva", "pool")])
+def test_nothing_waits_for_the_device(kind, method, batch):
+    model = MODELS[kind]().eval()
+    settings = settings_for(kind, method) | {"fused_attention": True}
+    with expedite(model, **settings), torch.no_grad():
+        x = images(batch)
+        outputs(model, x)  # what a model computes once and keeps
+        with _NoWaiting():
+            outputs(model, x)
+
+
+def test_waiting_would_be_noticed():
+    x = images()
+    for waits in (
+        lambda: x.sum().item(),
+        lambda: x.new_tensor([1.0, 2.0]),
+        lambda: x[x > 0],
+        lambda: (x > 0).nonzero(),
+        lambda: bool(x.any()),
+    ):
+        with pytest.raises(AssertionError), _NoWaiting():
+            waits()
