@@ -91,6 +91,7 @@ def test_images_and_a_lazy_config(tiny_data, output, tmp_path, capsys):
     lines = (output / "results.jsonl").read_text()
     run(output, *options, opts=opts)
     assert (output / "results.jsonl").read_text() == lines
+    assert "4 results were measured before" in capsys.readouterr().out
 
 
 def test_interruption_is_told_and_ends_with_130(tiny_opts, output, monkeypatch, capsys):

@@ -98,6 +98,8 @@ def main(args: argparse.Namespace) -> Comparison:
     pictures = [] if row is None else draw_pictures(subject, row, args.pictures)
     files.append(write_report([comparison], pictures, f"{stem}.html"))
     print(f"\n{to_terminal(comparison)}\n\nAll of it: {', '.join(map(str, files))}")
+    if store.reused:
+        print(f"{store.reused} results were measured before; remove {output} to measure them again")
     return comparison
 
 

@@ -151,6 +151,8 @@ class Session:
         if self.store.get(key) is None:
             model = expedited_copy(self.subject.model, settings)
             self.store.put(key, measure(name, model), f"{self.subject.name}: {name}, {kind}")
+        else:
+            self.store.reused += 1
         return dict(self.store.get(key))
 
     @contextlib.contextmanager

@@ -22,6 +22,9 @@ class Store:
     """A folder with ``results.jsonl``, one JSON line per result, and pickles of larger things.
 
     Several processes must not write to one folder at a time.
+
+    Attributes:
+        reused: how many results were there already when they were needed.
     """
 
     def __init__(self, folder: str | Path | None) -> None:
@@ -32,6 +35,7 @@ class Store:
         self.folder = None if folder is None else Path(folder)
         self.results: dict[str, Any] = {}
         self.objects: dict[str, Any] = {}
+        self.reused = 0
         self._complete = True
         if self.folder is not None:
             self.folder.mkdir(parents=True, exist_ok=True)

@@ -76,9 +76,7 @@ def caption(comparison: Comparison) -> str:
         lines.append("kept: share of the plain model's metric.")
     if plain.agreement:
         lowest = "the lowest of " if len(plain.agreement) > 1 else ""
-        lines.append(
-            f"agree: output the same as the plain model's, {lowest}{', '.join(plain.agreement)}."
-        )
+        lines.append(f"agree: with the plain model's output, {lowest}{', '.join(plain.agreement)}.")
     lines.append("GFLOPs: of the first image.")
     if plain.latency is not None:
         threads = f", {_count(now.threads, 'thread')}"
@@ -116,14 +114,20 @@ def _quality(comparison: Comparison, row: Row) -> Cells:
 
 def _cost(comparison: Comparison, row: Row) -> Cells:
     batch = comparison.conditions.batch
-    return [
+    cells = [
         ("setting", row.name),
         ("ms (middle half)", _span(row.latency)),
         ("FPS", _number(row.fps, ".2f")),
         ("speed-up", _number(comparison.speedup(row), ".2f", "x")),
         ("by GFLOPs", _number(comparison.flops_ratio(row), ".2f", "x")),
-        (f"images/s, batch {batch}", _number(row.throughput, ".2f")),
-        (f"speed-up, batch {batch}", _number(comparison.batched_speedup(row), ".2f", "x")),
+    ]
+    if comparison.plain.throughput is not None:
+        cells += [
+            (f"images/s, batch {batch}", _number(row.throughput, ".2f")),
+            (f"speed-up, batch {batch}", _number(comparison.batched_speedup(row), ".2f", "x")),
+        ]
+    return [
+        *cells,
         ("memory, MiB", _number(_mib(row))),
         ("parameters, M", _number(row.parameters / 1e6, ".2f")),
     ]
