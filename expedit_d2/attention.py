@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .operators import shape_of
+from .operators import in_graph, shape_of
 
 __all__ = ["Term", "attend", "grid_terms", "key_bias", "position_term", "relative_positions"]
 
@@ -60,7 +60,7 @@ def attend(
     if not terms:
         return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=scale)
     # In a traced or compiled graph every part would be a copy of the code.
-    if not (torch.jit.is_tracing() or torch.compiler.is_compiling()):
+    if not in_graph():
         shape = torch.broadcast_shapes(*map(_shape, terms))
         count = -(-math.prod(shape) // (_PART_GPU if q.is_cuda else _PART_CPU))
         axis = next((axis for axis in (0, 1) if shape[axis] > 1), 2)

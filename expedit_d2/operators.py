@@ -63,7 +63,9 @@ def shape_of(x: Tensor) -> tuple[int, ...]:
 
 def in_graph() -> bool:
     """Whether a graph is recorded, in which every turn of a loop would be a copy of its body."""
-    return torch.jit.is_tracing() or torch.compiler.is_compiling()
+    # torch before 2.3 does not say whether it compiles.
+    compiling = getattr(torch.compiler, "is_compiling", lambda: False)()
+    return compiling or torch.jit.is_tracing()
 
 
 def is_exporting() -> bool:
