@@ -7,6 +7,8 @@ from setuptools import find_namespace_packages, setup
 
 ROOT = Path(__file__).resolve().parent
 
+ONNX = ["onnx>=1.18,<2", "onnxruntime>=1.20,<2", "onnxscript>=0.5,<1"]
+
 
 def read_version() -> str:
     # Read as text: importing the package would import torch, which may not be installed yet.
@@ -67,8 +69,8 @@ setup(
         "demo": ["scikit-image>=0.21,<1"],
         # ruff is pinned because another version formats differently; .pre-commit-config.yaml
         # names the same one.
-        "test": ["pytest>=8,<10", "ruff==0.17.6", "scikit-image>=0.21,<1"],
-        "onnx": ["onnx>=1.16,<2", "onnxruntime>=1.18,<2", "onnxscript>=0.1"],
+        "test": ["pytest>=8,<10", "ruff==0.17.6", "scikit-image>=0.21,<1", *ONNX],
+        "onnx": ONNX,
     },
     classifiers=[
         "Programming Language :: Python :: 3.10",

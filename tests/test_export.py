@@ -1,0 +1,100 @@
+"""torch.export and ONNX Runtime give what PyTorch gives, at sizes other than the example's."""
+
+from importlib.util import find_spec
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+from expedit_d2 import expedite
+from expedit_d2.backbones.timm_vit import TimmNet
+from expedit_d2.export import ImageModel, export_onnx, export_program, onnx_session
+from expedit_d2.operators import adaptive_pool
+
+pytestmark = pytest.mark.skipif(
+    not hasattr(torch.compiler, "is_exporting"), reason="export needs torch >= 2.7"
+)
+
+SETTINGS = {
+    "plain": None,
+    "grid": {"alpha": 1, "grid": (4, 5), "iterations": 2},
+    "ratio": {"alpha": 1, "ratio": 0.6, "iterations": 1},
+    "pool": {"alpha": 1, "ratio": 0.6, "method": "pool"},
+}
+
+
+@pytest.fixture(params=SETTINGS)
+def setting(request):
+    return SETTINGS[request.param]
+
+
+@pytest.fixture
+def backbone():
+    torch.manual_seed(0)
+    vit = timm.create_model(
+        "vit_tiny_patch16_224",
+        img_size=64,
+        patch_size=8,
+        embed_dim=24,
+        depth=2,
+        num_heads=2,
+        num_classes=0,
+        dynamic_img_size=True,
+    )
+    return TimmNet(vit).eval()
+
+
+def images(height, width, batch=1):
+    return torch.randn(batch, 3, height, width, generator=torch.Generator().manual_seed(height))
+
+
+@torch.no_grad()
+def assert_same(run, model, x):
+    expected = torch.utils._pytree.tree_leaves(model(x))
+    found = torch.utils._pytree.tree_leaves(run(x))
+    for ours, theirs in zip(expected, found, strict=True):
+        torch.testing.assert_close(theirs, ours, rtol=1e-3, atol=1e-3)
+
+
+def test_any_size(backbone, setting, tmp_path):
+    if setting:
+        expedite(backbone, **setting)
+    example, path = images(64, 80), tmp_path / "vit.onnx"
+    if find_spec("onnxscript") and find_spec("onnxruntime"):
+        program = export_onnx(backbone, example, path)
+        runs = [program.module(), onnx_session(path, threads=1)]
+    else:
+        runs = [export_program(backbone, example).module()]
+    for run in runs:
+        for size in ((64, 80), (80, 64), (72, 200), (61, 90)):
+            assert_same(run, backbone, images(*size))
+
+
+def test_fixed_size_of_a_batch(backbone):
+    expedite(backbone, alpha=1, grid=(4, 4), iterations=2)
+    program = export_program(backbone, images(64, 72, batch=2), dynamic=False).module()
+    assert_same(program, backbone, images(64, 72, batch=2) + 1)
+    with pytest.raises(Exception, match="64"):
+        program(images(80, 72, batch=2))
+
+
+def test_pooling_in_a_program_is_adaptive_pooling():
+    class Pool(nn.Module):
+        def forward(self, x):
+            return adaptive_pool(x, (3, 5))
+
+    x = torch.randn(2, 7, 11, 4)
+    program = torch.export.export(Pool(), (x,), strict=False)
+    operators = {str(node.target) for node in program.graph.nodes}
+    assert not any("adaptive" in name for name in operators)
+    torch.testing.assert_close(program.module()(x), Pool()(x))
+
+
+def test_bad_arguments(backbone):
+    with pytest.raises(ValueError, match=r"\(B, 3, H, W\)"):
+        export_program(backbone, torch.randn(3, 64, 64))
+    with pytest.raises(ValueError, match="training mode"):
+        export_program(backbone.train(), images(64, 64))
+    with pytest.raises(ValueError, match="TimmNet"):
+        ImageModel(backbone)

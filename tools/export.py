@@ -1,0 +1,140 @@
+#!/usr/bin/env python
+"""Export a model, plain or with Expedit, as an ONNX file or a torch.export program.
+
+Segmenter and DPT are exported whole (images in, class scores or depth out), of other models the
+backbone (normalised images in, feature maps out).
+
+Examples::
+
+    # any height and width; compared with PyTorch at the size given and at another one
+    python tools/export.py --config-file configs/embedded/segmenter_a4_16x16.yaml \
+        --output segmenter.onnx --check
+
+    # PyTorch and ONNX Runtime, plain and with Expedit, timed in turns
+    python tools/export.py --config-file configs/embedded/dpt_a4_16x16.yaml --size 256x256 \
+        --output dpt.onnx --benchmark 20
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.utils.logger import setup_logger
+from tabulate import tabulate
+from torch import Tensor, nn
+
+from expedit_d2.analysis.timing import interleaved
+from expedit_d2.export import ImageModel, check_onnx, export_onnx, export_program, onnx_session
+from projects import load_cfg, load_model
+
+WHOLE = ("Segmenter", "DPT")
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    if not re.fullmatch(r"[1-9]\d*x[1-9]\d*", text):
+        raise argparse.ArgumentTypeError(f"must be HEIGHTxWIDTH in pixels, got {text!r}")
+    height, width = map(int, text.split("x"))
+    return height, width
+
+
+def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config-file", required=True, help="YAML")
+    parser.add_argument("--output", required=True, help="the file to write")
+    parser.add_argument("--format", choices=("onnx", "pt2"), help="default: by the file's name")
+    parser.add_argument(
+        "--size", type=parse_size, default=(256, 320), help="of the example, HxW (256x320)"
+    )
+    parser.add_argument("--fixed", action="store_true", help="take images of this size only")
+    parser.add_argument("--check", action="store_true", help="compare with PyTorch")
+    parser.add_argument(
+        "--benchmark", type=int, default=0, metavar="N", help="time N rounds, plain and expedited"
+    )
+    parser.add_argument("opts", nargs="*", help="config overrides, as KEY VALUE pairs")
+    args = parser.parse_args(arguments)
+    if args.format is None:
+        args.format = "pt2" if args.output.endswith(".pt2") else "onnx"
+    return args
+
+
+def load(cfg: CfgNode, expedited: bool) -> nn.Module:
+    """What is exported: a module that takes one tensor of images, on the CPU."""
+    cfg = cfg.clone()
+    cfg.MODEL.DEVICE, cfg.MODEL.EXPEDIT.ENABLED = "cpu", expedited
+    model = load_model(cfg)
+    return ImageModel(model).eval() if cfg.MODEL.META_ARCHITECTURE in WHOLE else model.backbone
+
+
+def random_images(size: tuple[int, int]) -> Tensor:
+    """One image of noise (1, 3, H, W), 0 to 255."""
+    return torch.rand(1, 3, *size, generator=torch.Generator().manual_seed(0)) * 255
+
+
+def check(model: nn.Module, path: str, size: tuple[int, int], fixed: bool) -> None:
+    """Print the largest difference between ONNX Runtime and PyTorch, also at another size."""
+    for height, width in [size] if fixed else [size, (size[0] + 64, size[1] + 32)]:
+        difference = check_onnx(model, path, random_images((height, width)))
+        print(f"{height} x {width}: largest difference from PyTorch {difference:.1e}")
+
+
+def benchmark(cfg: CfgNode, args: argparse.Namespace, path: Path) -> None:
+    """Print the medians of PyTorch and ONNX Runtime, plain and with Expedit."""
+    images = random_images(args.size)
+    runs: dict[str, Any] = {}
+    for name, expedited in (("plain", False), ("Expedit", True)):
+        model = load(cfg, expedited)
+        file = path.with_name(f"{path.stem}_{name.lower()}{path.suffix}")
+        export_onnx(model, images, file, dynamic=not args.fixed)
+        runs["PyTorch", name] = partial(model, images)
+        runs["ONNX Runtime", name] = partial(onnx_session(file), images)
+    with torch.no_grad():
+        times = interleaved(runs, args.benchmark, warmup=2, progress=True)
+    rows = []
+    for engine in ("PyTorch", "ONNX Runtime"):
+        plain, ours = times[engine, "plain"], times[engine, "Expedit"]
+        rows.append([engine, plain, ours, f"{plain.median / ours.median:.2f}x"])
+    print(f"{args.size[0]} x {args.size[1]}, batch 1, {torch.get_num_threads()} threads")
+    print(tabulate(rows, ["", "plain", "Expedit", "speed-up"], disable_numparse=True))
+
+
+def main(args: argparse.Namespace) -> None:
+    setup_logger(name="detectron2").setLevel("ERROR")
+    if args.format == "pt2" and (args.check or args.benchmark):
+        raise ValueError("--check and --benchmark are for --format onnx")
+    cfg = load_cfg(args.config_file, args.opts)
+    if args.benchmark and cfg.MODEL.EXPEDIT.ALPHA is None:
+        raise ValueError("MODEL.EXPEDIT.ALPHA is not set: there is nothing to compare with")
+    model, images = load(cfg, cfg.MODEL.EXPEDIT.ENABLED), random_images(args.size)
+    path = Path(args.output)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if args.format == "pt2":
+        torch.export.save(export_program(model, images, not args.fixed), path)
+    else:
+        export_onnx(model, images, path, not args.fixed)
+    print(f"wrote {path}")
+    if args.check:
+        check(model, str(path), args.size, args.fixed)
+    if args.benchmark:
+        benchmark(cfg, args, path)
+
+
+def run(arguments: list[str] | None = None) -> None:
+    """Parse the arguments and run; an expected error ends with one sentence."""
+    args = parse_arguments(arguments)
+    try:
+        main(args)
+    except (ValueError, OSError, KeyError, ModuleNotFoundError) as error:
+        sys.exit(f"export.py: {error}")
+
+
+if __name__ == "__main__":
+    run()
