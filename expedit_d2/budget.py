@@ -157,7 +157,8 @@ def _clustering(settings: Settings, host: Host, off_grid: bool) -> Settings:
         # A token meets the clusters around its own: twice a step, and twice to be rebuilt.
         near = min(own.tokens, stage.window**2) if stage.window else _NEAR
         products = int(near * (2 * settings.iterations + 2))
-    for alpha in range(min(int(host.latest * len(own.windows)), len(own.windows) - 1), -1, -1):
+    latest = min(int(host.latest * len(own.windows)), len(own.windows) - 1)
+    for alpha in range(latest, -1, -1):
         meets = partial(_fits, own, alpha, products, limit)
         if off_grid:
             share = _least(lambda share, meets=meets: meets(share**0.5))
@@ -169,7 +170,7 @@ def _clustering(settings: Settings, host: Host, off_grid: bool) -> Settings:
         else:
             sides = _least(meets)
             counts, smallest = {"ratio": round(sides, 3)}, sides * min(stage.size) >= 1
-        if smallest and (sides >= host.least or alpha == 0):
+        if smallest and (sides >= host.least[alpha < latest] or alpha == 0):
             return _chosen(settings, method, first + alpha, **counts)
     least = whole - own.total + own.clustered(0, 1 / own.tokens, products)
     raise _too_small(settings, least / whole)

@@ -36,7 +36,7 @@ def adapt(vit: nn.Module) -> Host:
         fused=_attend,
         size=_size(vit),
         latest=0.75,
-        least=0.375,
+        least=(0.375, 0.6),
     )
 
 

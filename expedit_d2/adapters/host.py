@@ -27,8 +27,9 @@ class Host:
         scopes: what ``SCOPE`` may be.
         off_grid: whether the blocks run on tokens that lie on no grid.
         size: (H, W) tokens of the map that the model was made for, where costs are reckoned.
-        latest, least: for BUDGET: latest alpha, as a share of the blocks, and clusters along a
-            side, as a share of the tokens, below which an earlier alpha is better. Measured.
+        latest: for BUDGET, the latest alpha worth taking, as a share of the blocks. Measured.
+        least: clusters along a side, as a share of the tokens, below which an earlier alpha is
+            better: for the latest alpha, and for others. Measured.
         fused: an attention layer, ``block.attn``, and its arguments to its output, by scaled
             dot-product attention; None where the family's own layers do so.
         stages: where the blocks lie in several containers, one host for each, in order; tokens
@@ -45,7 +46,7 @@ class Host:
     off_grid: bool = False
     size: tuple[int, int] = (64, 64)
     latest: float = 0.5
-    least: float = 0.6
+    least: tuple[float, float] = (0.5, 0.6)
     fused: Callable[..., Tensor] | None = None
     stages: tuple[Host, ...] = ()
 

@@ -69,7 +69,7 @@ def adapt(swin: nn.Module) -> Host:
         scopes=("window",),
         fused=_fused,
         latest=1.0,
-        least=0.6,
+        least=(0.6, 0.6),
         stages=tuple(stage(index, layer) for index, layer in enumerate(swin.layers)),
     )
 
