@@ -75,7 +75,7 @@ class Costs:
     def total(self) -> float:
         return sum(self.block(index, 1, 1) for index in range(len(self.windows)))
 
-    def clustered(self, alpha: int, share: float, products: int) -> float:
+    def clustered(self, alpha: int, share: float, products: float) -> float:
         """Blocks from alpha on run on a share of the tokens.
 
         Args:
@@ -152,14 +152,17 @@ def _clustering(settings: Settings, host: Host, off_grid: bool) -> Settings:
     limit = settings.budget * whole - (whole - own.total)
 
     method = settings.method or "expedit"
-    products = 0
-    if method in ("expedit", "hard"):
-        # A token meets the clusters around its own: twice a step, and twice to be rebuilt.
-        near = min(own.tokens, stage.window**2) if stage.window else _NEAR
-        products = int(near * (2 * settings.iterations + 2))
+    # A token meets the clusters around its own: twice a step, and twice to be rebuilt.
+    meetings = 2 * settings.iterations + 2 if method in ("expedit", "hard") else 0
+    near = min(own.tokens, stage.window**2) if stage.window else own.tokens
+
+    def fits(alpha: int, sides: float) -> bool:
+        products = meetings * min(_NEAR, near * sides**2)
+        return own.clustered(alpha, sides**2, products) <= limit
+
     latest = min(int(host.latest * len(own.windows)), len(own.windows) - 1)
     for alpha in range(latest, -1, -1):
-        meets = partial(_fits, own, alpha, products, limit)
+        meets = partial(fits, alpha)
         if off_grid:
             share = _least(lambda share, meets=meets: meets(share**0.5))
             counts, sides, smallest = {"keep": round(share, 4)}, share**0.5, share * own.tokens >= 1
@@ -172,12 +175,8 @@ def _clustering(settings: Settings, host: Host, off_grid: bool) -> Settings:
             counts, smallest = {"ratio": round(sides, 3)}, sides * min(stage.size) >= 1
         if smallest and (sides >= host.least[alpha < latest] or alpha == 0):
             return _chosen(settings, method, first + alpha, **counts)
-    least = whole - own.total + own.clustered(0, 1 / own.tokens, products)
+    least = whole - own.total + own.clustered(0, 1 / own.tokens, 0)
     raise _too_small(settings, least / whole)
-
-
-def _fits(costs: Costs, alpha: int, products: int, limit: float, sides: float) -> bool:
-    return costs.clustered(alpha, sides**2, products) <= limit
 
 
 def _chosen(settings: Settings, method: str, alpha: int | tuple[int, ...], **counts) -> Settings:
