@@ -1,14 +1,17 @@
-"""Evaluation on two processes gives the metrics of one."""
+"""Evaluation on two processes gives the metrics of one; pictures are shared between them."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import EMBEDDED, ROOT, TINY
+from conftest import EMBEDDED, ROOT, TINY, load_tool
 from detectron2.engine import launch
 from detectron2.evaluation import DatasetEvaluators, inference_on_dataset
 from detectron2.utils import comm
+from PIL import Image
 
 from expedit_d2.data import register_collage
 from expedit_d2.evaluation import Agreement
@@ -67,7 +70,12 @@ def evaluate(name, folder):
             json.dump({"images": len(loader), **results}, file)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="Detectron2 wants a GPU for each process")
+needs_no_gpu = pytest.mark.skipif(
+    torch.cuda.is_available(), reason="Detectron2 wants a GPU for each process"
+)
+
+
+@needs_no_gpu
 @pytest.mark.parametrize("name", MODELS)
 def test_two_processes_give_the_metrics_of_one(name, tmp_path):
     results = []
@@ -79,3 +87,29 @@ def test_two_processes_give_the_metrics_of_one(name, tmp_path):
     assert "agreement" in one and one.keys() == two.keys()
     for task in one:
         assert two[task] == pytest.approx(one[task], nan_ok=True)
+
+
+@needs_no_gpu
+def test_pictures_of_a_folder_are_drawn_by_two_processes(tmp_path):
+    photos, pictures = tmp_path / "photos", tmp_path / "pictures"
+    photos.mkdir()
+    for name in ("b.png", "a.jpg", "c.JPG"):
+        Image.new("RGB", (64, 64), "gray").save(photos / name)
+    (photos / "notes.txt").write_text("no image", encoding="utf-8")
+    config = ROOT / "configs" / "embedded" / "segmenter_a4_16x16.yaml"
+    command = [sys.executable, ROOT / "tools" / "draw.py", "--num-gpus", "2"]
+    command += ["--images", photos, "--output", pictures, "--config-file", config]
+    command += ["MODEL.DEVICE", "cpu"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "3 pictures" in done.stdout
+    names = sorted(path.name for path in pictures.iterdir())
+    assert names == ["000_a.png", "001_b.png", "002_c.png"]
+
+
+def test_missing_images_are_named(tmp_path):
+    draw = load_tool("draw")
+    for path, message in ((tmp_path, "no images in"), (tmp_path / "x.png", "no file")):
+        args = draw.parse_arguments(["--config-file", EMBEDDED, "--images", str(path)])
+        with pytest.raises(FileNotFoundError, match=message):
+            draw.image_files(args, "unused")

@@ -7,6 +7,9 @@ Examples::
     python tools/draw.py --images photos/*.jpg --config-file my_model.yaml \
         MODEL.WEIGHTS my_model.pth MODEL.EXPEDIT.ALPHA 8 MODEL.EXPEDIT.RATIO 0.7
 
+    # all images of a folder, on four GPUs (or four processes, where there is no GPU)
+    python tools/draw.py --images photos --num-gpus 4 --config-file my_model.yaml
+
     # the first four images of the config's test data set
     python tools/draw.py --config-file configs/embedded/mask2former_a6_3x3.yaml
 """
@@ -24,7 +27,10 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data import transforms as T
 from detectron2.data.detection_utils import read_image
+from detectron2.engine import launch
+from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
+from PIL import Image
 from tqdm import tqdm
 
 from expedit_d2.data import register_by_path, register_collage
@@ -32,15 +38,25 @@ from expedit_d2.settings import Settings
 from expedit_d2.visualize import save_panels, side_by_side
 from projects import load_cfg, load_model
 
+#: Of the images that are taken from a folder, in lower case.
+EXTENSIONS = frozenset(
+    extension for extension, kind in Image.registered_extensions().items() if kind in Image.OPEN
+)
+
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--config-file", required=True, help="YAML with MODEL.EXPEDIT")
-    parser.add_argument("--images", nargs="+", help="files; default: of DATASETS.TEST")
+    parser.add_argument(
+        "--images", nargs="+", help="files, and folders of images; default: of DATASETS.TEST"
+    )
     parser.add_argument("--count", type=int, default=4, help="images of the data set")
     parser.add_argument("--output", default="output/pictures", help="folder of the pictures")
+    parser.add_argument(
+        "--num-gpus", type=int, default=1, help="processes that share the images, one on each GPU"
+    )
     parser.add_argument("opts", nargs="*", help="config overrides, as KEY VALUE pairs")
     return parser.parse_args(arguments)
 
@@ -48,10 +64,18 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
 def image_files(args: argparse.Namespace, dataset: str) -> list[str]:
     if not args.images:
         return [record["file_name"] for record in islice(DatasetCatalog.get(dataset), args.count)]
-    for path in args.images:
-        if not Path(path).is_file():
-            raise FileNotFoundError(f"--images: there is no file {path!r}")
-    return args.images
+    files = []
+    for path in map(Path, args.images):
+        if path.is_dir():
+            found = sorted(str(p) for p in path.iterdir() if p.suffix.lower() in EXTENSIONS)
+            if not found:
+                raise FileNotFoundError(f"--images: there are no images in {str(path)!r}")
+            files += found
+        elif path.is_file():
+            files.append(str(path))
+        else:
+            raise FileNotFoundError(f"--images: there is no file {str(path)!r}")
+    return files
 
 
 def load_inputs(cfg: CfgNode, files: list[str]) -> Iterator[dict]:
@@ -68,7 +92,7 @@ def load_inputs(cfg: CfgNode, files: list[str]) -> Iterator[dict]:
 
 
 def main(args: argparse.Namespace) -> list[Path]:
-    """Draw; returns the pictures' paths."""
+    """Draw this process's share of the images; returns the pictures' paths."""
     setup_logger(name="detectron2").setLevel("ERROR")
     register_collage()
     cfg = load_cfg(args.config_file, args.opts)
@@ -79,13 +103,18 @@ def main(args: argparse.Namespace) -> list[Path]:
     files = image_files(args, dataset)
     model = load_model(cfg)
     pictures = []
-    for number, item in enumerate(tqdm(load_inputs(cfg, files), total=len(files), unit="image")):
+    numbers = range(comm.get_rank(), len(files), comm.get_world_size())
+    items = load_inputs(cfg, [files[number] for number in numbers])
+    bar = tqdm(items, total=len(numbers), unit="image", disable=not comm.is_main_process())
+    for number, item in zip(numbers, bar, strict=True):
         rows = side_by_side(model, settings, item, MetadataCatalog.get(dataset), cfg.INPUT.FORMAT)
         # Files of the same name may come from several folders.
         path = Path(args.output) / f"{number:03d}_{Path(item['file_name']).stem}.png"
         save_panels(rows, path)
         pictures.append(path)
-    print(f"{len(pictures)} pictures in {args.output}")
+    comm.synchronize()
+    if comm.is_main_process():
+        print(f"{len(files)} pictures in {args.output}")
     return pictures
 
 
@@ -93,7 +122,7 @@ def run(arguments: list[str] | None = None) -> None:
     """Parse the arguments and run; an expected error ends with one sentence."""
     args = parse_arguments(arguments)
     try:
-        main(args)
+        launch(main, args.num_gpus, dist_url="auto", args=(args,))
     except (ValueError, OSError, KeyError) as error:
         sys.exit(f"draw.py: {error}")
 

@@ -31,6 +31,7 @@ from tabulate import tabulate
 from torch import Tensor, nn
 
 from expedit_d2.analysis.timing import interleaved
+from expedit_d2.data import register_collage
 from expedit_d2.export import ImageModel, check_onnx, export_onnx, export_program, onnx_session
 from projects import load_cfg, load_model
 
@@ -110,6 +111,7 @@ def main(args: argparse.Namespace) -> None:
     setup_logger(name="detectron2").setLevel("ERROR")
     if args.format == "pt2" and (args.check or args.benchmark):
         raise ValueError("--check and --benchmark are for --format onnx")
+    register_collage()
     cfg = load_cfg(args.config_file, args.opts)
     if args.benchmark and cfg.MODEL.EXPEDIT.ALPHA is None:
         raise ValueError("MODEL.EXPEDIT.ALPHA is not set: there is nothing to compare with")
