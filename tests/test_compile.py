@@ -141,8 +141,7 @@ class _NoWaiting(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("batch", [1, 3])
-# Rotary positions on the plain grid of pooling are made from a list of numbers.
-@pytest.mark.parametrize("kind,method", [pair for pair in PAIRS if pair != ("timm_eva", "pool")])
+@pytest.mark.parametrize("kind,method", PAIRS)
 def test_nothing_waits_for_the_device(kind, method, batch):
     model = MODELS[kind]().eval()
     settings = settings_for(kind, method) | {"fused_attention": True}

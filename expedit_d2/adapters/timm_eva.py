@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..operators import grid_positions, shape_of
+from ..operators import grid_positions, on_device, shape_of
 from ..tokens import Tokens
 from .host import Host, is_class
 from .timm_vit import PrefixLayout, host_of
@@ -73,8 +73,8 @@ def _positions(tokens: Tokens) -> Tensor:
         return tokens.positions
     grid = shape_of(tokens.features)[1:3]
     centres = grid_positions(*grid, tokens.features.device) + 0.5
-    pitch = [span / cells for span, cells in zip(tokens.span, grid, strict=True)]
-    return centres * centres.new_tensor(pitch) - 0.5
+    pitch = tuple(span / cells for span, cells in zip(tokens.span, grid, strict=True))
+    return centres * on_device(pitch, centres) - 0.5
 
 
 # Angles (B, nH, N, D / 2) of tokens at positions (B, N, 2) in a map of ``size``, one function for
