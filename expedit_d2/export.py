@@ -106,14 +106,19 @@ def export_onnx(
 
 
 def _translations() -> dict[Callable, Callable]:
-    """What torch's exporter has no rule for: rounding a size, as RATIO does."""
+    """What torch's exporter has no rule for: rounding a size (RATIO), stable sorts (merge)."""
     from onnxscript import INT64
     from onnxscript import opset18 as op
 
     def to_nearest(x: Any, digits: None = None) -> Any:
         return op.Cast(op.Round(x), to=INT64.dtype)  # halves to even, as in Python
 
-    return {round: to_nearest}
+    def sort(x: Any, stable: bool = True, dim: int = -1, descending: bool = False) -> Any:
+        # Of equal values TopK puts the one with the lower index first.
+        count = op.Gather(op.Shape(x), op.Constant(value_ints=[dim]))
+        return op.TopK(x, count, axis=dim, largest=int(descending), sorted=1)
+
+    return {round: to_nearest, torch.ops.aten.sort.stable: sort}
 
 
 def onnx_session(path: str | os.PathLike, threads: int | None = None) -> Callable[[Tensor], tuple]:
