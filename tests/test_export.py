@@ -71,6 +71,15 @@ def test_any_size(backbone, setting, tmp_path):
             assert_same(run, backbone, images(*size))
 
 
+def test_merging_at_one_size(backbone, tmp_path):
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    expedite(backbone, alpha=(0, 1), keep=0.5, method="merge")
+    export_onnx(backbone, images(64, 72), tmp_path / "vit.onnx", dynamic=False)
+    run = onnx_session(tmp_path / "vit.onnx", threads=1)
+    assert_same(run, backbone, images(64, 72) + 1)
+
+
 def test_fixed_size_of_a_batch(backbone):
     expedite(backbone, alpha=1, grid=(4, 4), iterations=2)
     program = export_program(backbone, images(64, 72, batch=2), dynamic=False).module()
