@@ -113,8 +113,8 @@ def main(args: argparse.Namespace) -> None:
         raise ValueError("--check and --benchmark are for --format onnx")
     register_collage()
     cfg = load_cfg(args.config_file, args.opts)
-    if args.benchmark and cfg.MODEL.EXPEDIT.ALPHA is None:
-        raise ValueError("MODEL.EXPEDIT.ALPHA is not set: there is nothing to compare with")
+    if args.benchmark and cfg.MODEL.EXPEDIT.ALPHA is None and cfg.MODEL.EXPEDIT.BUDGET is None:
+        raise ValueError("MODEL.EXPEDIT has neither ALPHA nor BUDGET: nothing to compare with")
     model, images = load(cfg, cfg.MODEL.EXPEDIT.ENABLED), random_images(args.size)
     path = Path(args.output)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..operators import Clusters, shape_of
+from ..operators import Clusters, adaptive_pool, shape_of
 from ..settings import Settings
 from .grid import GridMethod, Record
 
@@ -27,11 +27,11 @@ class Pool(GridMethod):
         height, width = shape_of(features)[1:3]
         if weights is None:
             weights = features.new_ones(shape_of(features)[:3], dtype=torch.float32)
-        cells = _pooled(weights[..., None].float(), grid)
+        cells = adaptive_pool(weights[..., None].float(), grid)
         shares = cells.clamp_min(torch.finfo(torch.float32).tiny)
 
         def mean(x: Tensor) -> Tensor:
-            return _pooled(x.float() * weights[..., None], grid) / shares
+            return adaptive_pool(x.float() * weights[..., None], grid) / shares
 
         return Clusters(
             mean(features).to(features.dtype),
@@ -45,8 +45,3 @@ class Pool(GridMethod):
         channels_first = features.permute(0, 3, 1, 2).float()
         out = F.interpolate(channels_first, size, mode="bilinear", align_corners=False)
         return out.permute(0, 2, 3, 1).to(features.dtype)
-
-
-def _pooled(x: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Mean of each cell, (B, H, W, D) to (B, h, w, D)."""
-    return F.adaptive_avg_pool2d(x.permute(0, 3, 1, 2), grid).permute(0, 2, 3, 1)
