@@ -56,7 +56,9 @@ class _Reduction(nn.Module):
         self.window = (attention_window,) * 2 if settings.scope == "window" else None
 
     def forward(self, tokens: Tokens, keys: Keys | None = None) -> tuple[Tokens, Record]:
-        features, weights, positions = tokens.features, tokens.sizes, tokens.positions
+        # Detectron2's ViT leaves channels first in memory, and then every row read is a stride.
+        features = tokens.features.contiguous()
+        weights, positions = tokens.sizes, tokens.positions
         size, s = shape_of(features)[1:3], self.settings
         padded = False
         if self.window is not None:
