@@ -8,15 +8,14 @@ Every token joins the centre that is nearest, and is rebuilt from it alone.
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..operators import grid_positions, shape_of
+from ..operators import shape_of
 from ..settings import Settings
-from ..tokens import Keys, Tokens
-from .merge import Record, Unmerge
+from .off_grid import OffGridMethod
 
 __all__ = ["Density", "density_peaks"]
 
@@ -50,46 +49,33 @@ def density_peaks(keys: Tensor, count: int, neighbors: int = _NEIGHBORS) -> Tens
     return index.scatter(1, centres, clusters)
 
 
-class _Clustering(nn.Module):
-    def __init__(self, settings: Settings, index: int) -> None:
-        super().__init__()
-        self.settings = settings
-        self.index = index
+@dataclass(frozen=True)
+class _Assignment:
+    """Clusters by the index of each token (B, n); see `Clustering`."""
 
-    def forward(self, tokens: Tokens, keys: Keys) -> tuple[Tokens, Record]:
-        shape = shape_of(tokens.features)[1:-1]
-        features = tokens.features.flatten(1, -2)
-        batch, total, _ = shape_of(features)
-        count = self.settings.count(self.index, tokens.size[0] * tokens.size[1], "equal")
-        index = density_peaks(keys(features), min(count, total))
-        sizes, positions = tokens.sizes, tokens.positions
-        if sizes is None:
-            sizes = features.new_ones(batch, total, dtype=torch.float32)
-        if positions is None:
-            positions = grid_positions(*shape, features.device)
-        sizes = sizes.flatten(1)
-        positions = positions.flatten(-len(shape) - 1, -2).expand(batch, -1, -1)
-        fewer = sizes.new_zeros(batch, min(count, total)).scatter_add(1, index, sizes)
-        shares = sizes / fewer.gather(1, index)
+    of: Tensor
+    count: int
 
-        def mean(x: Tensor) -> Tensor:
-            weighted = x.float() * shares[..., None]
-            sums = weighted.new_zeros(batch, shape_of(fewer)[1], shape_of(x)[2])
-            return sums.scatter_add(1, index[..., None].expand_as(weighted), weighted)
+    def sizes(self, sizes: Tensor) -> Tensor:
+        return sizes.new_zeros(shape_of(sizes)[0], self.count).scatter_add(1, self.of, sizes)
 
-        reduced = replace(
-            tokens,
-            features=mean(features).to(features.dtype),
-            sizes=fewer,
-            positions=mean(positions),
-        )
-        return reduced, Record(index, shape)
+    def mean(self, x: Tensor, sizes: Tensor) -> Tensor:
+        shares = sizes / self.sizes(sizes).gather(1, self.of)
+        weighted = x.float() * shares[..., None]
+        sums = weighted.new_zeros(shape_of(x)[0], self.count, shape_of(x)[2])
+        return sums.scatter_add(1, self.of[..., None].expand_as(weighted), weighted).to(x.dtype)
+
+    def index(self) -> Tensor:
+        return self.of
 
 
-class Density(nn.Module):
+class Density(OffGridMethod):
     """Density peaks before each alpha."""
 
-    def __init__(self, settings: Settings, attention_window: int | None, index: int = 0) -> None:
-        super().__init__()
-        self.reduce = _Clustering(settings, index)
-        self.rebuild = Unmerge()
+    spread = "equal"
+
+    @staticmethod
+    def choose(
+        settings: Settings, keys: Tensor, sizes: Tensor, count: int, shape: tuple[int, ...]
+    ) -> _Assignment:
+        return _Assignment(density_peaks(keys, count), count)
