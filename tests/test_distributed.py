@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import EMBEDDED, ROOT, TINY, load_tool
-from detectron2.engine import launch
 from detectron2.evaluation import DatasetEvaluators, inference_on_dataset
 from detectron2.utils import comm
 from PIL import Image
 
 from expedit_d2.data import register_collage
+from expedit_d2.engine import launch
 from expedit_d2.evaluation import Agreement
 from projects import load_cfg, trainer_of
 

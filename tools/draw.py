@@ -27,13 +27,13 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data import transforms as T
 from detectron2.data.detection_utils import read_image
-from detectron2.engine import launch
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 from PIL import Image
 from tqdm import tqdm
 
 from expedit_d2.data import register_by_path, register_collage
+from expedit_d2.engine import launch
 from expedit_d2.settings import Settings
 from expedit_d2.visualize import save_panels, side_by_side
 from projects import load_cfg, load_model

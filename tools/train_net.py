@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from detectron2.config import CfgNode
-from detectron2.engine import default_argument_parser, default_setup, launch
+from detectron2.engine import default_argument_parser, default_setup
 from detectron2.evaluation import print_csv_format
 from detectron2.utils import comm
 
@@ -34,6 +34,7 @@ from expedit_d2.comparison import Subject, compare, to_terminal
 from expedit_d2.data import register_by_path, register_collage
 from expedit_d2.engine import (
     evaluate_lazy,
+    launch,
     load_lazy_config,
     train_lazy,
 )

@@ -2,6 +2,7 @@
 
 from .checkpoint import load_weights, slim_checkpoint
 from .config import add_solver_config, choose_device
+from .launch import launch
 from .lazy import evaluate_lazy, load_lazy_config, load_lazy_model, train_lazy
 from .pypi_weights import PyPIWeights
 from .trainer import Trainer
@@ -12,6 +13,7 @@ __all__ = [
     "add_solver_config",
     "choose_device",
     "evaluate_lazy",
+    "launch",
     "load_lazy_config",
     "load_lazy_model",
     "load_weights",
