@@ -1,7 +1,7 @@
 """``BUDGET``: from a share of the blocks' GFLOPs to alpha and counts, by rules that were measured.
 
-- Attention that is global in every block: METHOD "merge" before each of them, with a falling
-  schedule, for the share of tokens that meets the budget.
+- Attention that is global in every block: METHOD "merge" before each of the first three quarters,
+  with a falling schedule, for the share of tokens that meets the budget.
 - Windows, or a method that leaves a grid: few clusters late keep more than many clusters early,
   until they become too few. So alpha is the latest one at which the budget is met with clusters
   not fewer than a share of the tokens that the family bears (`Host.latest`, `Host.least`).
@@ -26,7 +26,9 @@ __all__ = ["Costs", "within_budget"]
 
 # Part of the blocks that merge: in the last ones a merge costs about what it saves.
 _MERGED = 0.75
-_NEAR = 144  # a tile of 8 x 8 cells and its rim, in expedit_d2.operators
+# Clusters that a token is reckoned to meet: 8 x 8 cells and their rim. Tiles of 4 x 4, as
+# expedit_d2.operators has them, meet fewer, so what is chosen costs a little less than its budget.
+_NEAR = 144
 
 
 @dataclass(frozen=True)
@@ -143,12 +145,9 @@ def _merging(settings: Settings, host: Host) -> Settings:
 
 
 def _clustering(settings: Settings, host: Host, off_grid: bool) -> Settings:
-    stages = host.stages or (host,)
-    costs = [Costs.of(stage) for stage in stages]
-    longest = max(range(len(stages)), key=lambda index: len(costs[index].windows))
-    stage, own = stages[longest], costs[longest]
-    first = sum(len(c.windows) for c in costs[:longest])
-    whole = sum(c.total for c in costs)
+    stage, first = host.longest_stage
+    own = Costs.of(stage)
+    whole = sum(Costs.of(other).total for other in host.stages or (host,))
     limit = settings.budget * whole - (whole - own.total)
 
     method = settings.method or "expedit"

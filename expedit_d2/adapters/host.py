@@ -54,6 +54,13 @@ class Host:
     def blocks(self) -> nn.Module:
         return getattr(self.owner, self.attribute)
 
+    @property
+    def longest_stage(self) -> tuple[Host, int]:
+        """The stage with the most blocks, and the number of blocks before its first."""
+        stages = self.stages or (self,)
+        index = max(range(len(stages)), key=lambda i: len(stages[i].blocks))
+        return stages[index], sum(len(stage.blocks) for stage in stages[:index])
+
     def stage_of(self, alphas: Collection[int]) -> tuple[Host, int]:
         """The host whose blocks the alphas count, and the number of blocks before its first.
 

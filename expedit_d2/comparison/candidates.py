@@ -43,12 +43,9 @@ def candidates(host: Host) -> dict[str, Settings]:
     Args:
         host: of the model, as `find_host` gives it.
     """
-    stages = host.stages or (host,)
-    longest = max(range(len(stages)), key=lambda index: len(stages[index].blocks))
-    first = sum(len(stage.blocks) for stage in stages[:longest])
-    depth = len(stages[longest].blocks)
-    windows = stages[longest].window is not None
-    scopes = [scope for scope in host.scopes if scope != "window" or windows]
+    stage, first = host.longest_stage
+    depth = len(stage.blocks)
+    scopes = [scope for scope in host.scopes if scope != "window" or stage.window is not None]
     tried = [Settings(budget=budget) for budget in _BUDGETS]
     tried += _on_the_grid(scopes, first, depth)
     if host.off_grid:
