@@ -56,21 +56,22 @@ class Merging:
 
 def _add_rows(x: Tensor, index: Tensor, rows: Tensor) -> Tensor:
     """x (B, n, D) with rows (B, k, D) added at index (B, k)."""
-    batch, total, channels = shape_of(x)
-    if batch > 1:
-        index = index + torch.arange(batch, device=x.device)[:, None] * total
-    flat = x.reshape(batch * total, channels)
-    return flat.index_add(0, index.flatten(), rows.flatten(0, 1)).view_as(x)
+    return x.flatten(0, 1).index_add(0, _flat(index, x), rows.flatten(0, 1)).view_as(x)
 
 
 def take_rows(x: Tensor, index: Tensor) -> Tensor:
     """x (B, n, D) at index (B, k): (B, k, D)."""
-    batch, total, channels = shape_of(x)
     # Whole rows: several times as fast as a gather of single numbers.
+    rows = x.flatten(0, 1).index_select(0, _flat(index, x))
+    return rows.unflatten(0, shape_of(index))
+
+
+def _flat(index: Tensor, x: Tensor) -> Tensor:
+    """An index (B, k) into the rows of each image as one (B * k,) into the rows of all."""
+    batch, total, _ = shape_of(x)
     if batch > 1:
         index = index + torch.arange(batch, device=x.device)[:, None] * total
-    rows = x.reshape(batch * total, channels).index_select(0, index.flatten())
-    return rows.view(batch, -1, channels)
+    return index.flatten()
 
 
 def _halves(count: int, shape: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
