@@ -13,6 +13,9 @@ from detectron2.data import detection_utils as utils
 from detectron2.data import transforms as T
 from torch.utils.data import DataLoader
 
+from expedit_d2.data.classes import check_ids
+from expedit_d2.data.images import load_labels
+from expedit_d2.data.mapper import CheckedMapper
 from projects.Mask2Former.data.color import ColorAugSSD
 
 __all__ = ["SemanticMapper", "build_train_loader"]
@@ -51,20 +54,30 @@ class SemanticMapper:
     PNGs as they are.
     """
 
-    def __init__(self, augmentations: Sequence[T.Augmentation], image_format: str) -> None:
+    def __init__(
+        self,
+        augmentations: Sequence[T.Augmentation],
+        image_format: str,
+        classes: int | None = None,
+        ignore_label: int = 255,
+    ) -> None:
         """
         Args:
             augmentations: applied one after the other.
             image_format: "RGB" or "BGR".
+            classes: of the model; labels that are not below are refused. None: none is.
+            ignore_label: of pixels without a class.
         """
         self.augmentations = T.AugmentationList(augmentations)
         self.image_format = image_format
+        self.classes = classes
+        self.ignore_label = ignore_label
 
     def __call__(self, record: Mapping[str, Any]) -> dict[str, Any]:
         """A training sample: ``image`` uint8 (3, H, W) and ``sem_seg`` long (H, W).
 
         Raises:
-            ValueError: if the record has no ``sem_seg_file_name``.
+            ValueError: if the record has no ``sem_seg_file_name``, or labels that are no class.
         """
         if "sem_seg_file_name" not in record:
             raise ValueError(
@@ -72,7 +85,10 @@ class SemanticMapper:
                 f"that of {record['file_name']!r} has {sorted(record)}"
             )
         image = utils.read_image(record["file_name"], format=self.image_format)
-        labels = utils.read_image(record["sem_seg_file_name"])
+        labels = load_labels(record["sem_seg_file_name"])
+        if self.classes is not None:
+            file = record["sem_seg_file_name"]
+            check_ids(file, labels, self.classes, self.ignore_label, "the model")
         if labels.dtype != np.uint8:  # which Detectron2 resizes as floats only
             labels = labels.astype(np.float64)
         augmented = T.AugInput(image, sem_seg=labels)
@@ -100,6 +116,13 @@ def build_train_loader(cfg: CfgNode) -> DataLoader:
             )
     return build_detection_train_loader(
         cfg,
-        mapper=SemanticMapper(_augmentations(cfg), cfg.INPUT.FORMAT),
+        mapper=CheckedMapper(
+            SemanticMapper(
+                _augmentations(cfg),
+                cfg.INPUT.FORMAT,
+                cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES,
+                cfg.MODEL.SEM_SEG_HEAD.IGNORE_VALUE,
+            )
+        ),
         aspect_ratio_grouping=False,  # crops have one size, and records may not tell theirs
     )
