@@ -25,6 +25,7 @@ __all__ = [
     "MAX_PIXELS",
     "DataError",
     "Header",
+    "check_image",
     "decode",
     "load_image",
     "load_labels",
@@ -109,6 +110,14 @@ def _mode(image: Image.Image) -> str:
     return "I;16" if image.mode == "I" and image.format == "PNG" else image.mode
 
 
+def _refuse_32_bits(path: str | os.PathLike, mode: str) -> None:
+    if mode in ("I", "F"):
+        raise DataError(
+            f"{path} has 32-bit pixels (mode {mode}), whose range is not known: save the image "
+            "with 8 or 16 bits"
+        )
+
+
 def load_image(path: str | os.PathLike, max_pixels: int | None = None) -> Image.Image:
     """An image with 8 bits a channel, turned as its EXIF data say.
 
@@ -125,11 +134,7 @@ def load_image(path: str | os.PathLike, max_pixels: int | None = None) -> Image.
     """
     with _opened(path) as image:
         mode = _mode(image)
-        if mode in ("I", "F"):
-            raise DataError(
-                f"{path} has 32-bit pixels (mode {mode}), whose range is not known: save the image "
-                "with 8 or 16 bits"
-            )
+        _refuse_32_bits(path, mode)
         pixels = image.width * image.height
         image.load()
         image = ImageOps.exif_transpose(image)
@@ -157,6 +162,16 @@ def load_labels(path: str | os.PathLike) -> np.ndarray:
     if labels.ndim != 2:
         raise DataError(f"{path} has colours ({mode}), where pixels must be labels")
     return labels.astype(np.uint8) if labels.dtype == bool else labels
+
+
+def check_image(path: str | os.PathLike) -> None:
+    """Find out whether an image can be read by `load_image`, more cheaply than by reading it.
+
+    Raises:
+        DataError: if it cannot be read.
+        FileNotFoundError: if it is not there.
+    """
+    _refuse_32_bits(path, decode(path).mode)
 
 
 def decode(path: str | os.PathLike) -> Header:

@@ -22,6 +22,7 @@ from ..api import expedite_from_node
 from ..settings import Settings
 from .checkpoint import load_weights
 from .config import choose_device
+from .lazy_data import build_lazy_evaluator, build_lazy_loader, register_lazy_data
 
 __all__ = ["evaluate_lazy", "load_lazy_config", "load_lazy_model", "train_lazy"]
 
@@ -62,10 +63,8 @@ def load_lazy_model(cfg: DictConfig) -> nn.Module:
 
 
 def _run_evaluation(cfg: DictConfig, model: nn.Module) -> dict[str, Any]:
-    if "evaluator" not in cfg.dataloader:
-        raise ValueError("dataloader.evaluator is missing in the config; there is nothing to run")
-    loader = instantiate(cfg.dataloader.test)
-    return inference_on_dataset(model, loader, instantiate(cfg.dataloader.evaluator))
+    loader = build_lazy_loader(cfg, "test")
+    return inference_on_dataset(model, loader, build_lazy_evaluator(cfg))
 
 
 def evaluate_lazy(cfg: DictConfig) -> dict[str, Any]:
@@ -75,12 +74,13 @@ def evaluate_lazy(cfg: DictConfig) -> dict[str, Any]:
 
 def train_lazy(cfg: DictConfig, resume: bool) -> dict[str, Any]:
     """Train, with the hooks that Detectron2's own ``lazyconfig_train_net`` has."""
+    register_lazy_data(cfg, "test")  # what is evaluated only at the end
     model = _build_model(cfg)
     cfg.optimizer.params.model = model
     optimizer = instantiate(cfg.optimizer)
     model = create_ddp_model(model, **cfg.train.ddp)
     amp = cfg.train.amp.enabled and cfg.train.device != "cpu"
-    loader = instantiate(cfg.dataloader.train)
+    loader = build_lazy_loader(cfg, "train")
     trainer = (AMPTrainer if amp else SimpleTrainer)(model, loader, optimizer)
     checkpointer = DetectionCheckpointer(model, cfg.train.output_dir, trainer=trainer)
     main = comm.is_main_process()

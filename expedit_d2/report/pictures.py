@@ -76,6 +76,5 @@ def read_pictures(paths: Sequence[str | Path]) -> list[Picture]:
             raise FileNotFoundError(f"there is no file or folder {str(path)!r}")
     pictures = []
     for file in files:
-        with Image.open(file) as image:
-            pictures.append(Picture(file.stem, {"": np.asarray(image.convert("RGB"))}))
+        pictures.append(Picture(file.stem, {"": np.asarray(load_image(file).convert("RGB"))}))
     return pictures
