@@ -52,7 +52,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--images",
         nargs="+",
-        help="files, and folders of images, which are reduced if they have more than 8 megapixels; "
+        help="files, and folders of images, which are reduced if they have more than 2 megapixels; "
         "default: of DATASETS.TEST",
     )
     parser.add_argument("--count", type=int, default=4, help="images of the data set")

@@ -34,9 +34,9 @@ __all__ = [
     "standard_path",
 ]
 
-#: Images without labels are reduced to this many pixels: outputs have their size, and those of
-#: 100 masks or classes would not fit into memory.
-MAX_PIXELS = 8 * 2**20
+#: Images without labels are reduced to this many pixels, more than models with a test size see.
+#: Outputs have the size of the image, and 100 masks of a larger one would fill the memory.
+MAX_PIXELS = 2 * 2**20
 
 _STANDARD = "standard-image://"
 _ORIENTATION = 274  # EXIF tag

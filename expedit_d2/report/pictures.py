@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 from detectron2.data import MetadataCatalog
-from PIL import Image
 
 from ..comparison import Row, Subject
+from ..data.images import load_image
 from ..visualize import side_by_side
 
 __all__ = ["Picture", "draw_pictures", "read_pictures"]
