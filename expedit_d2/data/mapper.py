@@ -19,7 +19,7 @@ _LABELS = ("sem_seg_file_name", "pan_seg_file_name", "depth_file_name")
 
 
 def size_problem(record: Mapping[str, Any]) -> str | None:
-    """Where the sizes of an image and its labels differ, by their headers.
+    """Where the sizes of an image and its labels differ, or are too large, by their headers.
 
     Args:
         record: of a data set, in Detectron2's format.
@@ -31,6 +31,8 @@ def size_problem(record: Mapping[str, Any]) -> str | None:
     file = record["file_name"]
     sizes = {key: read_header(record[key]).size for key in ("file_name", *_LABELS) if key in record}
     image = sizes.pop("file_name")
+    if _is_large(image):
+        return _large(file, image)
     told = (record["height"], record["width"]) if {"height", "width"} <= record.keys() else None
     if set(sizes.values()) | {told or image} == {image}:
         return None
@@ -43,6 +45,18 @@ def size_problem(record: Mapping[str, Any]) -> str | None:
                 f"{record[key]} has {_text(size)} pixels, but the image {file} has {_text(image)}"
             )
     return None
+
+
+def _is_large(size: tuple[int, int]) -> bool:
+    return Image.MAX_IMAGE_PIXELS is not None and size[0] * size[1] > Image.MAX_IMAGE_PIXELS
+
+
+def _large(file: str, size: tuple[int, int]) -> str:
+    return (
+        f"{file} has {_text(size)} pixels, but outputs have the size of an image with labels, "
+        f"which must not have more than {Image.MAX_IMAGE_PIXELS:,} (PIL.Image.MAX_IMAGE_PIXELS): "
+        "cut or reduce it and its labels"
+    )
 
 
 def _text(size: Sequence[int]) -> str:
@@ -102,7 +116,9 @@ class CheckedMapper:
         if file is None:
             return self.mapper(record)
         if any(key in record for key in ("annotations", *_LABELS)):
-            _refuse_large(file)
+            size = read_header(file).size
+            if _is_large(size):
+                raise DataError(_large(file, size))
             path = standard_path(file)
         else:
             path = standard_path(file, MAX_PIXELS)
@@ -112,13 +128,3 @@ class CheckedMapper:
         if isinstance(sample, dict) and sample.get("file_name") == path:
             sample["file_name"] = file
         return sample
-
-
-def _refuse_large(file: str) -> None:
-    limit, (height, width) = Image.MAX_IMAGE_PIXELS, read_header(file).size
-    if limit is not None and height * width > limit:
-        raise DataError(
-            f"{file} has {height} x {width} pixels, but outputs have the size of an image with "
-            f"labels, which must not have more than {limit:,} (PIL.Image.MAX_IMAGE_PIXELS): cut or "
-            "reduce it and its labels"
-        )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Mapping, Sequence
 
@@ -9,6 +10,8 @@ from detectron2.evaluation import COCOEvaluator, DatasetEvaluator
 from pycocotools.coco import COCO
 
 __all__ = ["build_evaluator", "check_scored", "main_metrics", "predictions_folder"]
+
+logger = logging.getLogger(__name__)
 
 
 def predictions_folder(output_dir: str, dataset_name: str) -> str:
@@ -27,7 +30,13 @@ def check_scored(dataset_name: str, truth: COCO, tasks: Sequence[str]) -> None:
     Raises:
         ValueError: for the first annotation that lacks something.
     """
-    needed = ["area", "iscrowd", "bbox"]
+    needed = ("area", "iscrowd", "bbox")
+    if 0 in truth.anns:
+        logger.warning(
+            "%r has an annotation with the id 0, which pycocotools takes for no match, so that AP "
+            "is too low: number annotations from 1",
+            dataset_name,
+        )
     for annotation in truth.anns.values():
         missing = [key for key in needed if key not in annotation]
         if missing:
