@@ -53,7 +53,7 @@ def _is_large(size: tuple[int, int]) -> bool:
 
 def _large(file: str, size: tuple[int, int]) -> str:
     return (
-        f"{file} has {_text(size)} pixels, but outputs have the size of an image with labels, "
+        f"{file} has {_text(size)} pixels; outputs have the size of an image with labels, "
         f"which must not have more than {Image.MAX_IMAGE_PIXELS:,} (PIL.Image.MAX_IMAGE_PIXELS): "
         "cut or reduce it and its labels"
     )
