@@ -9,14 +9,15 @@ from typing import Any
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import DatasetCatalog
-from detectron2.engine import DefaultTrainer
+from detectron2.data import DatasetCatalog, DatasetMapper, build_detection_test_loader
+from detectron2.engine import DefaultTrainer, HookBase
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.solver.build import get_default_optimizer_params, maybe_add_gradient_clipping
 from torch import nn
 
 from ..api import expedite_from_node
 from ..evaluation import build_evaluator
+from .checkpoint import Checkpointer
 
 __all__ = ["Trainer"]
 
@@ -56,6 +57,12 @@ class Trainer(DefaultTrainer):
             self._autocast = lambda: torch.autocast("cpu", dtype=torch.bfloat16)
         super().__init__(cfg)
 
+    def build_hooks(self) -> list[HookBase | None]:
+        # The first that Detectron2 does with its own checkpointer is to give it to the hooks.
+        theirs = self.checkpointer
+        self.checkpointer = Checkpointer(theirs.model, theirs.save_dir, **theirs.checkpointables)
+        return super().build_hooks()
+
     def run_step(self) -> None:
         with self._autocast():
             super().run_step()
@@ -76,7 +83,13 @@ class Trainer(DefaultTrainer):
     @classmethod
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> Any:
         with _missing_data("DATASETS.TEST", [dataset_name]):
-            return super().build_test_loader(cfg, dataset_name)
+            mapper = cls.build_test_mapper(cfg)
+            return build_detection_test_loader(cfg, dataset_name, mapper=mapper)
+
+    @classmethod
+    def build_test_mapper(cls, cfg: CfgNode) -> DatasetMapper:
+        """What makes the model's input of a record of a test data set."""
+        return DatasetMapper(cfg, is_train=False)
 
     @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:

@@ -6,13 +6,14 @@ import os
 
 import torch
 from detectron2.config import CfgNode
+from detectron2.data import DatasetMapper
 from detectron2.evaluation import DatasetEvaluator
 from torch.utils.data import DataLoader
 
 from expedit_d2.engine import Trainer
 from projects.Mask2Former.evaluation import SemanticEvaluator
 
-from .data import build_train_loader
+from .data import build_test_mapper, build_train_loader
 from .solver import build_lr_scheduler
 
 __all__ = ["SegmenterTrainer"]
@@ -24,6 +25,10 @@ class SegmenterTrainer(Trainer):
     @classmethod
     def build_train_loader(cls, cfg: CfgNode) -> DataLoader:
         return build_train_loader(cfg)
+
+    @classmethod
+    def build_test_mapper(cls, cfg: CfgNode) -> DatasetMapper:
+        return build_test_mapper(cfg)
 
     @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
