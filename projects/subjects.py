@@ -17,7 +17,7 @@ from expedit_d2.comparison import Subject, describe, register_images
 from expedit_d2.comparison.spelling import changes_tokens
 from expedit_d2.comparison.winner import to_overrides, to_yaml
 from expedit_d2.data import register_by_path
-from expedit_d2.engine import load_lazy_config, load_lazy_model
+from expedit_d2.engine import load_lazy_config, load_lazy_model, merge_yaml
 from expedit_d2.engine.lazy_data import build_lazy_evaluator, build_lazy_loader
 from expedit_d2.settings import Settings
 
@@ -176,7 +176,7 @@ def write_winner(
         file.write_text("\n".join(overrides) + "\n", encoding="utf-8")
         return file, f"{evaluate} {shlex.join([str(config_file), *overrides])}"
     base = get_cfg()
-    base.merge_from_file(str(config_file))
+    merge_yaml(base, str(config_file))
     merged = base.clone()
     merged.merge_from_list(list(opts))
     given = [

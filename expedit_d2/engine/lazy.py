@@ -9,7 +9,6 @@ from __future__ import annotations
 from dataclasses import fields
 from typing import Any
 
-from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import LazyConfig, instantiate
 from detectron2.engine import AMPTrainer, SimpleTrainer, default_writers, hooks
 from detectron2.engine.defaults import create_ddp_model
@@ -20,7 +19,7 @@ from torch import nn
 
 from ..api import expedite_from_node
 from ..settings import Settings
-from .checkpoint import load_weights
+from .checkpoint import Checkpointer, load_weights
 from .config import choose_device
 from .lazy_data import build_lazy_evaluator, build_lazy_loader, register_lazy_data
 
@@ -33,7 +32,12 @@ def load_lazy_config(path: str, overrides: list[str]) -> DictConfig:
     Args:
         path: the ``.py`` file.
         overrides: ``key.path=value``, as Detectron2 takes them.
+
+    Raises:
+        ValueError: if it is no ``.py`` file. Detectron2 would read YAML with tags that run code.
     """
+    if not path.endswith(".py"):
+        raise ValueError(f"a LazyConfig is a .py file, got {path!r}")
     cfg = LazyConfig.load(path)
     defaults: dict[str, Any] = {"enabled": False}
     defaults.update({f.name: f.default for f in fields(Settings)})
@@ -55,7 +59,7 @@ def load_lazy_model(cfg: DictConfig) -> nn.Module:
 
     Raises:
         ValueError: if the weights do not fit or the settings are out of range.
-        FileNotFoundError: if there is no such file.
+        OSError: if there is no such file, or it cannot be downloaded.
     """
     model = _build_model(cfg)
     load_weights(model, cfg.train.init_checkpoint, key="train.init_checkpoint")
@@ -82,7 +86,9 @@ def train_lazy(cfg: DictConfig, resume: bool) -> dict[str, Any]:
     amp = cfg.train.amp.enabled and cfg.train.device != "cpu"
     loader = build_lazy_loader(cfg, "train")
     trainer = (AMPTrainer if amp else SimpleTrainer)(model, loader, optimizer)
-    checkpointer = DetectionCheckpointer(model, cfg.train.output_dir, trainer=trainer)
+    checkpointer = Checkpointer(
+        model, cfg.train.output_dir, key="train.init_checkpoint", trainer=trainer
+    )
     main = comm.is_main_process()
     trainer.register_hooks(
         [

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -15,7 +15,7 @@ from detectron2.data import (
     build_detection_test_loader,
     build_detection_train_loader,
 )
-from detectron2.engine import DefaultTrainer
+from detectron2.engine import DefaultTrainer, HookBase
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.solver.build import get_default_optimizer_params, maybe_add_gradient_clipping
 from torch import nn
@@ -25,6 +25,7 @@ from ..data.classes import check_classes, check_labels
 from ..data.mapper import CheckedMapper
 from ..evaluation import build_evaluator
 from ..evaluation.build import predictions_folder
+from .checkpoint import Checkpointer
 
 __all__ = ["Trainer", "missing_data"]
 
@@ -76,6 +77,12 @@ class Trainer(DefaultTrainer):
             self._autocast = lambda: torch.autocast("cpu", dtype=torch.bfloat16)
         super().__init__(cfg)
 
+    def build_hooks(self) -> list[HookBase | None]:
+        # The first that Detectron2 does with its own checkpointer is to give it to the hooks.
+        theirs = self.checkpointer
+        self.checkpointer = Checkpointer(theirs.model, theirs.save_dir, **theirs.checkpointables)
+        return super().build_hooks()
+
     def run_step(self) -> None:
         with self._autocast():
             super().run_step()
@@ -115,8 +122,13 @@ class Trainer(DefaultTrainer):
     @classmethod
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> Any:
         with missing_data("DATASETS.TEST", [dataset_name]):
-            mapper = CheckedMapper(DatasetMapper(cfg, is_train=False))
+            mapper = cls.build_test_mapper(cfg)
             return build_detection_test_loader(cfg, dataset_name, mapper=mapper)
+
+    @classmethod
+    def build_test_mapper(cls, cfg: CfgNode) -> Callable[[dict], dict]:
+        """What makes the model's input of a record of a test data set."""
+        return CheckedMapper(DatasetMapper(cfg, is_train=False))
 
     @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from detectron2.config import CfgNode
+from detectron2.data import DatasetMapper
 from detectron2.evaluation import DatasetEvaluator
 from torch.utils.data import DataLoader
 
@@ -13,7 +14,7 @@ from expedit_d2.engine.trainer import missing_data
 from expedit_d2.evaluation.build import predictions_folder
 from projects.Mask2Former.evaluation import SemanticEvaluator
 
-from .data import build_train_loader
+from .data import build_test_mapper, build_train_loader
 from .solver import build_lr_scheduler
 
 __all__ = ["SegmenterTrainer"]
@@ -32,6 +33,10 @@ class SegmenterTrainer(Trainer):
     def build_train_loader(cls, cfg: CfgNode) -> DataLoader:
         with missing_data("DATASETS.TRAIN", cfg.DATASETS.TRAIN):
             return build_train_loader(cfg)
+
+    @classmethod
+    def build_test_mapper(cls, cfg: CfgNode) -> DatasetMapper:
+        return build_test_mapper(cfg)
 
     @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import MetadataCatalog, build_detection_train_loader
+from detectron2.data import DatasetMapper, MetadataCatalog, build_detection_train_loader
 from detectron2.data import detection_utils as utils
 from detectron2.data import transforms as T
 from torch.utils.data import DataLoader
@@ -18,9 +18,46 @@ from expedit_d2.data.images import load_labels
 from expedit_d2.data.mapper import CheckedMapper
 from projects.Mask2Former.data.color import ColorAugSSD
 
-__all__ = ["SemanticMapper", "build_train_loader"]
+__all__ = [
+    "ResizeToFit",
+    "SemanticMapper",
+    "build_test_mapper",
+    "build_train_loader",
+    "fitted_size",
+]
 
 _PAD_VALUE = 128
+
+
+def fitted_size(size: tuple[int, int], shorter: int, longer: int) -> tuple[int, int]:
+    """(H, W) of an image scaled as far as its sides stay within ``shorter`` and ``longer``.
+
+    The official rule has one scale, and so one rounding; Detectron2's `ResizeShortestEdge` scales
+    a second time where the longer side is the limit, and may then be a pixel off.
+    """
+    scale = min(longer / max(size), shorter / min(size))
+    height, width = (int(side * scale + 0.5) for side in size)
+    return height, width
+
+
+class ResizeToFit(T.Augmentation):
+    """Resize an image to its `fitted_size`; ``shorter`` 0 leaves it as it is."""
+
+    def __init__(self, shorter: int, longer: int) -> None:
+        super().__init__()
+        self.shorter, self.longer = shorter, longer
+
+    def get_transform(self, image: np.ndarray) -> T.Transform:
+        size = image.shape[:2]
+        if not self.shorter:
+            return T.NoOpTransform()
+        return T.ResizeTransform(*size, *fitted_size(size, self.shorter, self.longer))
+
+
+def build_test_mapper(cfg: CfgNode) -> DatasetMapper:
+    """Detectron2's mapper with the official resizing."""
+    resize = ResizeToFit(cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST)
+    return DatasetMapper(cfg, is_train=False, augmentations=[resize])
 
 
 def _augmentations(cfg: CfgNode) -> list[T.Augmentation]:
