@@ -11,21 +11,19 @@ Example::
 
 from __future__ import annotations
 
-import argparse
-import sys
-
+from expedit_d2.engine import one_sentence
+from projects.arguments import ToolParser
 from projects.Segmenter.convert import convert_checkpoint
 
 
 def run(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    """Parse the arguments and run; an expected error ends with one sentence."""
+    parser = ToolParser("convert_segmenter.py", __doc__)
     parser.add_argument("source", help="official checkpoint.pth, with variant.yml beside it")
     parser.add_argument("target", help="file to write; must not exist yet")
     args = parser.parse_args(arguments)
-    try:
+    with one_sentence("convert_segmenter.py"):
         report = convert_checkpoint(args.source, args.target)
-    except (OSError, ValueError) as error:
-        sys.exit(f"convert_segmenter.py: {error}")
     print(f"{report}\n{args.target} and its config are written")
 
 

@@ -8,21 +8,21 @@ Example::
 
 from __future__ import annotations
 
-import argparse
-import sys
+from pathlib import Path
 
-from expedit_d2.engine import slim_checkpoint
+from expedit_d2.engine import check_folder, one_sentence, slim_checkpoint
+from projects.arguments import ToolParser
 
 
 def run(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    """Parse the arguments and run; an expected error ends with one sentence."""
+    parser = ToolParser("slim_checkpoint.py", __doc__)
     parser.add_argument("source", help="checkpoint of a training run")
     parser.add_argument("target", help="file to write; must not exist yet")
     args = parser.parse_args(arguments)
-    try:
+    with one_sentence("slim_checkpoint.py"):
+        check_folder(Path(args.target).parent, "target")
         size = slim_checkpoint(args.source, args.target)
-    except OSError as error:
-        sys.exit(f"slim_checkpoint.py: {error}")
     print(f"{args.target}: {size / 1e6:.1f} MB")
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from glob import glob, has_magic
@@ -104,12 +104,24 @@ def find_images(where: str) -> list[str]:
     return sorted(files)
 
 
-def register_images(where: str) -> str:
-    """Register images without labels as a data set; returns its name, which tells them apart."""
-    files = find_images(where)
+def register_images(where: str | Sequence[str]) -> str:
+    """Register images without labels as a data set.
+
+    Args:
+        where: files, folders or patterns; one, or several in this order.
+
+    Returns:
+        The name, which tells them apart.
+
+    Raises:
+        FileNotFoundError: for one without images.
+    """
+    places = [where] if isinstance(where, str) else list(where)
+    files = [path for place in places for path in find_images(place)]
     records = [{"file_name": path, "image_id": path} for path in files]
     stamps = [(path, Path(path).stat().st_size) for path in files]
-    name = f"{where} ({fingerprint(stamps)[:8]})"
+    more = f" and {len(places) - 1} more" if len(places) > 1 else ""
+    name = f"{places[0]}{more} ({fingerprint(stamps)[:8]})"
     if name not in DatasetCatalog.list():
         DatasetCatalog.register(name, lambda: [dict(record) for record in records])
     return name

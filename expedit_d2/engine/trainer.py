@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,26 +14,39 @@ from detectron2.data import DatasetCatalog
 from detectron2.engine import DefaultTrainer
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.solver.build import get_default_optimizer_params, maybe_add_gradient_clipping
+from detectron2.utils import comm
 from torch import nn
 
 from ..api import expedite_from_node
 from ..evaluation import build_evaluator
+from .errors import unknown_data_set
 
-__all__ = ["Trainer"]
+__all__ = ["Trainer", "check_data_sets"]
 
 OPTIMIZERS = ("SGD", "ADAMW")
 
 
+def check_data_sets(key: str, names: Sequence[str]) -> None:
+    """Whether there is a data set, and each of them is registered or a path.
+
+    Args:
+        key: that gave the names, for the message.
+        names: of data sets.
+
+    Raises:
+        ValueError: if not.
+    """
+    if not names:
+        raise ValueError(f"{key} is empty; give data sets, such as \"('collage_val',)\"")
+    for name in names:
+        if name not in DatasetCatalog.list() and not Path(name).exists():
+            raise ValueError(f"{key}: {unknown_data_set(name)}")
+
+
 @contextmanager
-def _missing_data(key: str, names: Iterable[str]) -> Iterator[None]:
+def _missing_data(key: str, names: Sequence[str]) -> Iterator[None]:
     """Say which config key named a data set that is not there, and what to do about it."""
-    names = list(names)
-    unknown = [name for name in names if name not in DatasetCatalog.list()]
-    if unknown:
-        raise ValueError(
-            f"{key}: there is no data set {unknown[0]!r}; give a name that Detectron2 knows, such "
-            "as coco_2017_val or collage_val, or the path of a COCO-format .json file"
-        )
+    check_data_sets(key, names)
     try:
         yield
     except FileNotFoundError as error:
@@ -47,6 +61,19 @@ class Trainer(DefaultTrainer):
     """`DefaultTrainer` with AdamW and with bf16 autocast where there is no GPU."""
 
     def __init__(self, cfg: CfgNode) -> None:
+        """
+        Raises:
+            ValueError: for a config without data to train on, or of a schedule that is none.
+        """
+        check_data_sets("DATASETS.TRAIN", cfg.DATASETS.TRAIN)
+        batch, processes = cfg.SOLVER.IMS_PER_BATCH, comm.get_world_size()
+        if batch < 1 or batch % processes:
+            raise ValueError(
+                f"SOLVER.IMS_PER_BATCH must be a multiple of {processes}, the number of processes, "
+                f"and not 0, got {batch}"
+            )
+        if cfg.SOLVER.MAX_ITER < 1:
+            raise ValueError(f"SOLVER.MAX_ITER must be 1 or more, got {cfg.SOLVER.MAX_ITER}")
         self._autocast = nullcontext
         if cfg.SOLVER.AMP.ENABLED and cfg.MODEL.DEVICE == "cpu":
             # Detectron2's AMPTrainer insists on CUDA.
