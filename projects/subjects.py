@@ -121,7 +121,10 @@ def _lazy_subject(
 ) -> Subject:
     cfg.expedit.enabled = False
     if OmegaConf.select(cfg, "dataloader.test.dataset") is None:
-        raise ValueError(f"{name}.py: dataloader.test with a dataset is missing in the config")
+        raise ValueError(
+            f"{name}.py has no dataloader.test.dataset; add dataloader = "
+            'model_zoo.get_config("common/data/coco.py").dataloader, for instance'
+        )
     data = cfg.dataloader
     names = data.test.dataset.get("names", "test")
     test_sets = [names] if isinstance(names, str) else list(names)

@@ -84,7 +84,8 @@ def setup(args: argparse.Namespace) -> CfgNode:
     cfg.freeze()
     check_folder(cfg.OUTPUT_DIR, "OUTPUT_DIR")
     register_by_path([*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST])
-    if args.eval_only or args.compare:
+    # Training ends with an evaluation, if there is something to evaluate on.
+    if args.eval_only or args.compare or cfg.DATASETS.TEST:
         check_data_sets("DATASETS.TEST", cfg.DATASETS.TEST)
     return cfg
 

@@ -13,9 +13,8 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import NoReturn
 
 import torch
@@ -37,8 +36,6 @@ from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 
 __all__ = ["ExplainedError", "close_to", "end", "explain", "one_sentence", "unknown_data_set"]
 
-_ROOT = Path(__file__).resolve().parents[2]
-_OURS = tuple(str(_ROOT / name) + os.sep for name in ("expedit_d2", "projects", "tools"))
 #: Libraries whose assertions check what a user gave.
 _CHECKING = re.compile(r"[/\\](detectron2|fvcore|yacs|iopath|timm|pycocotools|panopticapi)[/\\]")
 
@@ -99,10 +96,10 @@ def end(tool: str, sentence: str, status: int = 2) -> NoReturn:
     raise left from None
 
 
-def close_to(word: str, known: Collection[str], cutoff: float = 0.7) -> str:
-    """; did you mean …? for the words that are spelled most alike; nothing if none is."""
-    found = difflib.get_close_matches(word, known, n=2, cutoff=cutoff)
-    return f"; did you mean {' or '.join(found)}?" if found else ""
+def close_to(word: str, known: Iterable[str], cutoff: float = 0.6) -> str:
+    """`` (did you mean …?)`` for the word that is spelled most alike; nothing if none is."""
+    found = difflib.get_close_matches(word, known, n=1, cutoff=cutoff)
+    return f" (did you mean {found[0]}?)" if found else ""
 
 
 def explain(error: BaseException) -> str | None:
@@ -182,7 +179,7 @@ def _of_key(error: KeyError) -> str | None:
     if found and found[2] in _REGISTRIES:
         key, registry = _REGISTRIES[found[2]]
         return (
-            f"{key}: there is no {found[1]!r}{close_to(found[1], [name for name, _ in registry])}; "
+            f"{key}: there is no {found[1]!r}{close_to(found[1], dict(registry))}; "
             "give a registered name, or register your own with --import MODULE"
         )
     found = re.match(r"Dataset '(.*)' is not registered!", text)
@@ -227,15 +224,16 @@ def _of_value(error: ValueError) -> str | None:
     message, file, line = _origin(error)
     if not line.startswith("raise "):
         return None
-    ours = file.startswith(_OURS) or type(error).__module__.startswith(("expedit_d2", "projects"))
+    ours = type(error).__module__.startswith(("expedit_d2.", "projects."))
     return message if ours else message + _hint(file)
 
 
 def _hint(file: str) -> str:
     """For a library's own words: who says them."""
-    parts = Path(file).parts
-    package = parts[parts.index("site-packages") + 1] if "site-packages" in parts else file
-    return f" (says {package}; EXPEDIT_TRACEBACK=1 shows where)"
+    _, installed, path = file.rpartition(f"site-packages{os.sep}")
+    if not installed:
+        return ""
+    return f" (says {path.partition(os.sep)[0]}; EXPEDIT_TRACEBACK=1 shows where)"
 
 
 def _of_assertion(error: AssertionError) -> str | None:

@@ -30,6 +30,12 @@ def import_modules(names: Iterable[str]) -> None:
             raise ValueError(
                 f"--import {name}: {error.filename}, line {error.lineno}: {error.msg}"
             ) from None
+        except ModuleNotFoundError as error:
+            missing = "" if error.name == name else f", which {name} imports"
+            raise ModuleNotFoundError(
+                f"--import {name}: there is no module {error.name!r}{missing}; give the name of a "
+                "module that Python finds, or the path of a .py file"
+            ) from None
 
 
 def _import_module(name: str) -> None:
@@ -37,14 +43,7 @@ def _import_module(name: str) -> None:
         raise ValueError(f"--import must be a module or a .py file, got {name!r}")
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())  # a tool's path starts at its own folder
-    try:
-        importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        missing = "" if error.name == name else f", which {name} imports"
-        raise ModuleNotFoundError(
-            f"--import {name}: there is no module {error.name!r}{missing}; give the name of a "
-            "module that Python finds, or the path of a .py file"
-        ) from None
+    importlib.import_module(name)
 
 
 def _import_file(path: str) -> None:

@@ -129,7 +129,7 @@ def _arguments(node: Any) -> list[str]:
     known = [str(key) for key in node]
     target = node.get("_target_")
     try:
-        known += inspect.signature(target).parameters
+        known += [name for name in inspect.signature(target).parameters if name not in known]
     except (TypeError, ValueError):  # it is given by its name, or is none
         pass
     return known

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -19,11 +20,19 @@ from torch import nn
 
 from ..api import expedite_from_node
 from ..evaluation import build_evaluator
-from .errors import unknown_data_set
+from .errors import explain, unknown_data_set
 
 __all__ = ["Trainer", "check_data_sets"]
 
 OPTIMIZERS = ("SGD", "ADAMW")
+
+
+def _is_defect(record: logging.LogRecord) -> bool:
+    return not (record.exc_info and explain(record.exc_info[1]))
+
+
+# Detectron2's loop logs the traceback of every error; what the user can mend is one sentence.
+logging.getLogger("detectron2.engine.train_loop").addFilter(_is_defect)
 
 
 def check_data_sets(key: str, names: Sequence[str]) -> None:
@@ -69,8 +78,8 @@ class Trainer(DefaultTrainer):
         batch, processes = cfg.SOLVER.IMS_PER_BATCH, comm.get_world_size()
         if batch < 1 or batch % processes:
             raise ValueError(
-                f"SOLVER.IMS_PER_BATCH must be a multiple of {processes}, the number of processes, "
-                f"and not 0, got {batch}"
+                "SOLVER.IMS_PER_BATCH must be positive and a multiple of the number of processes "
+                f"({processes}), got {batch}"
             )
         if cfg.SOLVER.MAX_ITER < 1:
             raise ValueError(f"SOLVER.MAX_ITER must be 1 or more, got {cfg.SOLVER.MAX_ITER}")
