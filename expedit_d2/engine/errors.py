@@ -58,6 +58,11 @@ _MEMORY = (
 )
 
 
+_NO_GPU = re.compile(
+    "NVIDIA driver|No CUDA GPUs|invalid device ordinal|no kernel image|not compiled with CUDA"
+)
+
+
 class ExplainedError(Exception):
     """Carries the sentence of an error from one process to another."""
 
@@ -156,11 +161,11 @@ def _of_memory(error: BaseException) -> str:
     return _MEMORY.format(where="GPU" if "cuda" in str(error).lower() else "CPU")
 
 
-def _of_torch(error: RuntimeError) -> str | None:
+def _of_torch(error: Exception) -> str | None:
     text = str(error)
     if "out of memory" in text or "can't allocate memory" in text:
         return _of_memory(error)
-    if "CUDA" in text and ("driver" in text or "device" in text):
+    if _NO_GPU.search(text):
         return f"the GPU cannot be used ({text.splitlines()[0]}); give MODEL.DEVICE cpu"
     if "address already in use" in text or "EADDRINUSE" in text:
         return "--dist-url: its port is in use by another program; give another one, or auto"
@@ -238,6 +243,8 @@ def _hint(file: str) -> str:
 
 def _of_assertion(error: AssertionError) -> str | None:
     message, file, line = _origin(error)
+    if _NO_GPU.search(message):
+        return _of_torch(error)
     if not message or not line.startswith("assert ") or not _CHECKING.search(file):
         return None
     return message + _hint(file)
