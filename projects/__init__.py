@@ -14,6 +14,7 @@ from expedit_d2.config import add_expedit_config, add_timm_config, add_vit_confi
 from expedit_d2.engine import (
     Trainer,
     add_solver_config,
+    check_ranges,
     choose_device,
     load_weights,
     merge_file,
@@ -80,12 +81,13 @@ def load_cfg(path: str | Path, opts: Sequence[str] = ()) -> CfgNode:
 
     Raises:
         FileNotFoundError: if there is no such file, or none that it is based on.
-        ValueError: for what is no config, unknown keys, values of another type, or a device that
-            this machine has not.
+        ValueError: for what is no config, unknown keys, values of another type or out of their
+            range, or a device that this machine has not.
     """
     cfg = get_cfg()
     merge_file(cfg, path)
     merge_overrides(cfg, opts)
+    check_ranges(cfg)
     cfg.MODEL.DEVICE = choose_device(cfg.MODEL.DEVICE)
     # A relative path means the repository, wherever this is started from.
     if not Path(cfg.MODEL.WEIGHTS).exists() and (ROOT / cfg.MODEL.WEIGHTS).is_file():

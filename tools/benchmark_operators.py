@@ -84,6 +84,12 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(arguments)
     if args.channels % 64:
         parser.error("--channels must be a multiple of 64, the width of a head")
+    for (height, width), (rows, cols) in args.sizes:
+        if args.neighbors > rows * cols:
+            parser.error(
+                f"--neighbors must be at most {rows * cols}, the clusters of "
+                f"{height}x{width}:{rows}x{cols}, got {args.neighbors}"
+            )
     return args
 
 

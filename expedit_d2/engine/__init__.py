@@ -9,6 +9,7 @@ from .lazy import evaluate_lazy, load_lazy_model, train_lazy
 from .lazy_config import load_lazy_config
 from .outputs import check_file, check_folder
 from .pypi_weights import PyPIWeights
+from .ranges import check_ranges
 from .trainer import Trainer, check_data_sets
 from .yaml_config import merge_file, merge_overrides
 
@@ -19,6 +20,7 @@ __all__ = [
     "check_data_sets",
     "check_file",
     "check_folder",
+    "check_ranges",
     "choose_device",
     "evaluate_lazy",
     "import_modules",

@@ -167,6 +167,8 @@ def _of_torch(error: Exception) -> str | None:
         return _of_memory(error)
     if _NO_GPU.search(text):
         return f"the GPU cannot be used ({text.splitlines()[0]}); give MODEL.DEVICE cpu"
+    if "Kernel size can't be greater than actual input size" in text:
+        return f"an image is too small for the model ({text.splitlines()[0]}); give larger ones"
     if "address already in use" in text or "EADDRINUSE" in text:
         return "--dist-url: its port is in use by another program; give another one, or auto"
     return None
@@ -190,6 +192,11 @@ def _of_key(error: KeyError) -> str | None:
     found = re.match(r"Dataset '(.*)' is not registered!", text)
     if found:
         return unknown_data_set(found[1])
+    if "input_shape[" in _origin(error)[2]:
+        return (
+            f"IN_FEATURES of MODEL.RPN, MODEL.ROI_HEADS or a head has {text!r}, which the backbone "
+            "does not put out; give some of its OUT_FEATURES"
+        )
     return None
 
 
@@ -247,6 +254,9 @@ def _of_assertion(error: AssertionError) -> str | None:
         return _of_torch(error)
     if not message or not line.startswith("assert ") or not _CHECKING.search(file):
         return None
+    if len(message.split()) < 3:  # words alone
+        condition = line.removeprefix("assert ").rpartition(",")[0]
+        message = f"{message!r} is refused where {condition or 'something else'} is needed"
     return message + _hint(file)
 
 

@@ -16,9 +16,12 @@ def check_folder(path: str | Path, key: str) -> None:
         key: the option or config key that gave it, for the message.
 
     Raises:
+        ValueError: if the path is empty.
         NotADirectoryError: if the folder, or one above it, is a file.
         PermissionError: if it must not be written to.
     """
+    if not str(path):
+        raise ValueError(f"{key} is empty; give a folder")
     folder = Path(path).expanduser().absolute()
     there = next(parent for parent in (folder, *folder.parents) if os.path.lexists(parent))
     if not there.is_dir():

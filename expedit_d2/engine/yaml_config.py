@@ -105,7 +105,7 @@ def _unknown(cfg: CfgNode, key: str) -> str:
     last = key.upper().rpartition(".")[2]
     same = [other for other in known if other.rpartition(".")[2] == last]
     like = close_to(key.upper(), known) or close_to(key, same, cutoff=0.0)
-    return f"there is no config key {key}{like}"
+    return f"there is no config key {key!r}{like}"
 
 
 def _mismatch(key: str, before: Any, given: str) -> str:
