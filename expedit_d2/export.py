@@ -13,6 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .adapters import detectron2_vit
+from .api import is_expedited
+from .methods.off_grid import OffGridMethod
 from .operators import shape_of
 
 __all__ = ["ImageModel", "check_onnx", "export_onnx", "export_program", "onnx_session"]
@@ -61,7 +64,7 @@ def export_program(
 
     Raises:
         ValueError: for an example of another shape, a model in training mode, or a torch that is
-            too old.
+            too old; or if only one size can be exported of this model, and it must be dynamic.
     """
     if example.dim() != 4:
         raise ValueError(f"example must be images (B, 3, H, W), got {shape_of(example)}")
@@ -71,12 +74,33 @@ def export_program(
         raise ValueError(f"export needs torch >= 2.7, got {torch.__version__}")
     shapes = None
     if dynamic:
+        _check_free_size(model, onnx=False)
         size = torch.export.Dim.DYNAMIC  # not AUTO, which may fix it without a word
         shapes = ({2: size, 3: size},)
     # With gradients torch chooses attention kernels that leave other strides behind than the
     # ones it uses for ONNX. Not strict: the hook keeps its state in Python.
     with torch.no_grad():
         return torch.export.export(model, (example,), dynamic_shapes=shapes, strict=False)
+
+
+def _check_free_size(model: nn.Module, onnx: bool) -> None:
+    """Whether a model can be traced for any height and width, before that is tried for minutes.
+
+    Raises:
+        ValueError: if not; docs/export.md says why.
+    """
+    remedy = "export one file for each size: --fixed, or dynamic=False in Python"
+    reduced = is_expedited(model)
+    if any(isinstance(module, OffGridMethod) for module in model.modules()):
+        raise ValueError(
+            "METHOD merge, tome and density cannot be exported for images of any size, as the "
+            f"number of tokens left in each block follows from it; {remedy}"
+        )
+    for vit in filter(detectron2_vit.matches, model.modules()):
+        if (onnx or reduced) and any(getattr(m, "use_rel_pos", False) for m in vit.modules()):
+            raise ValueError(
+                "ViTDet's relative positions cannot be exported for images of any size; " + remedy
+            )
 
 
 def export_onnx(
@@ -96,6 +120,8 @@ def export_onnx(
         ModuleNotFoundError: without onnx or onnxscript.
     """
     _need("onnx", "onnxscript")
+    if dynamic:
+        _check_free_size(model, onnx=True)
     program = export_program(model, example, dynamic)
     with torch.no_grad():
         onnx = torch.onnx.export(

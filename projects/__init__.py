@@ -11,7 +11,15 @@ from torch import nn
 
 from expedit_d2 import backbones as _  # noqa: F401  only registration
 from expedit_d2.config import add_expedit_config, add_timm_config, add_vit_config
-from expedit_d2.engine import Trainer, add_solver_config, choose_device, load_weights, merge_yaml
+from expedit_d2.engine import (
+    Trainer,
+    add_solver_config,
+    check_ranges,
+    choose_device,
+    load_weights,
+    merge_file,
+    merge_overrides,
+)
 
 from .DPT import DPTTrainer, add_dpt_config
 from .Mask2Former import MaskFormerTrainer, add_maskformer2_config
@@ -72,14 +80,14 @@ def load_cfg(path: str | Path, opts: Sequence[str] = ()) -> CfgNode:
         opts: keys and values in turn.
 
     Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: if a tag in it would make a Python object.
+        FileNotFoundError: if there is no such file, or none that it is based on.
+        ValueError: for what is no config, tags that would make a Python object, unknown keys,
+            values of another type or out of their range, or a device that this machine has not.
     """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"there is no config file {str(path)!r}")
     cfg = get_cfg()
-    merge_yaml(cfg, str(path))
-    cfg.merge_from_list(list(opts))
+    merge_file(cfg, path)
+    merge_overrides(cfg, opts)
+    check_ranges(cfg)
     cfg.MODEL.DEVICE = choose_device(cfg.MODEL.DEVICE)
     # A relative path means the repository, wherever this is started from.
     if not Path(cfg.MODEL.WEIGHTS).exists() and (ROOT / cfg.MODEL.WEIGHTS).is_file():

@@ -1,9 +1,11 @@
-"""What the command lines of tools that measure have in common."""
+"""What the command lines of the tools have in common."""
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 from detectron2.utils.logger import setup_logger
@@ -11,34 +13,107 @@ from detectron2.utils.logger import setup_logger
 from expedit_d2.comparison import Options, Subject
 from expedit_d2.comparison.session import DTYPES
 from expedit_d2.data import register_collage
+from expedit_d2.engine import check_folder
+from expedit_d2.engine.errors import end
+from expedit_d2.files import add_trust_option
 
 from .subjects import load_subject
 
-__all__ = ["add_measuring_options", "measuring_options", "prepare"]
+__all__ = [
+    "ToolParser",
+    "add_config_options",
+    "add_measuring_options",
+    "at_least",
+    "measuring_options",
+    "prepare",
+]
 
-EMBEDDED = Path(__file__).resolve().parent.parent / "configs" / "embedded" / "segmenter.yaml"
+EMBEDDED = str(Path(__file__).resolve().parent.parent / "configs" / "embedded" / "segmenter.yaml")
+
+
+class ToolParser(argparse.ArgumentParser):
+    """A parser that shows a tool's docstring as it is, and says in one line what is wrong."""
+
+    def __init__(self, tool: str, description: str) -> None:
+        """
+        Args:
+            tool: file name of the tool.
+            description: its docstring.
+        """
+        super().__init__(
+            prog=tool,
+            description=description,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+
+    def error(self, message: str) -> NoReturn:
+        end(self.prog, f"{message}; --help lists the options")
+
+
+def at_least(least: int) -> Callable[[str], int]:
+    """The type of an option that takes whole numbers from ``least`` on."""
+
+    def number(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = least - 1
+        if value < least:
+            raise argparse.ArgumentTypeError(
+                f"must be a whole number, {least} or more, got {text!r}"
+            )
+        return value
+
+    return number
+
+
+def add_config_options(
+    parser: argparse.ArgumentParser, help: str = "YAML or LazyConfig", default: str | None = None
+) -> None:
+    """The config, what overrides it, modules to import before it is read, and trust in its files.
+
+    Args:
+        parser: of a tool that reads a config.
+        help: on ``--config-file``.
+        default: of ``--config-file``, which is required without one.
+    """
+    option = parser.add_argument
+    option("--config-file", metavar="FILE", required=default is None, default=default, help=help)
+    option(
+        "--import",
+        dest="imports",
+        action="append",
+        default=[],
+        metavar="MODULE",
+        help="a module, or a .py file, that registers models or data sets of yours, imported "
+        "before the config is read; may be given several times",
+    )
+    option(
+        "opts",
+        nargs="*",
+        metavar="OVERRIDE",
+        help="config overrides: KEY VALUE, or key=value for a LazyConfig",
+    )
+    add_trust_option(parser)
 
 
 def add_measuring_options(parser: argparse.ArgumentParser, output: str) -> None:
     """The model, its data, how to measure, and ``output``, the folder of the results."""
     option = parser.add_argument
-    option("--config-file", default=str(EMBEDDED), help="YAML or LazyConfig (embedded Segmenter)")
+    add_config_options(parser, "YAML or LazyConfig (embedded Segmenter)", EMBEDDED)
     option("--images", metavar="FOLDER_OR_PATTERN", help="images without labels")
-    option("--first", type=int, metavar="N", help="only the first images, without metrics")
-    option("--timed", type=int, default=20, help="images to time; 0: no speed (%(default)s)")
-    option("--batch", type=int, default=4, help="images in a batch; 1: none (%(default)s)")
+    option("--first", type=at_least(1), metavar="N", help="only the first images, without metrics")
+    option(
+        "--timed", type=at_least(0), default=20, help="images to time; 0: no speed (%(default)s)"
+    )
+    option("--batch", type=at_least(1), default=4, help="images in a batch; 1: none (%(default)s)")
     option("--dtype", choices=DTYPES, default="float32", help="by autocast (%(default)s)")
-    option("--threads", type=int, help="CPU threads of torch (its own choice)")
+    option("--threads", type=at_least(1), help="CPU threads of torch (its own choice)")
     option("--output", default=output, help="folder of the results (%(default)s)")
-    option("opts", nargs="*", help="config overrides: KEY VALUE, or key=value for a LazyConfig")
 
 
 def measuring_options(args: argparse.Namespace) -> Options:
-    """How to measure.
-
-    Raises:
-        ValueError: for values out of range.
-    """
+    """How to measure."""
     return Options(args.dtype, args.timed, args.batch)
 
 
@@ -46,12 +121,11 @@ def prepare(args: argparse.Namespace) -> Subject:
     """The model and its data, with as many threads and as few log lines as are wanted.
 
     Raises:
-        ValueError, FileNotFoundError: as `load_subject`.
+        ValueError, OSError: as `load_subject`, or for an output folder that cannot be written to.
     """
     setup_logger(name="detectron2").setLevel("ERROR")  # the progress bars say enough
+    check_folder(args.output, "--output")
     if args.threads is not None:
-        if args.threads < 1:
-            raise ValueError(f"--threads must be 1 or more, got {args.threads}")
         torch.set_num_threads(args.threads)
     register_collage()
     return load_subject(args.config_file, args.opts, args.images, args.first)

@@ -10,14 +10,15 @@ from operator import getitem
 from pathlib import Path
 
 from detectron2.config import CfgNode, LazyCall
-from detectron2.data import get_detection_dataset_dicts
+from detectron2.data import MetadataCatalog, get_detection_dataset_dicts
 from omegaconf import DictConfig, OmegaConf
+from torch import nn
 
 from expedit_d2.comparison import Subject, describe, register_images
 from expedit_d2.comparison.spelling import changes_tokens
 from expedit_d2.comparison.winner import to_overrides, to_yaml
 from expedit_d2.data import register_by_path
-from expedit_d2.engine import load_lazy_config, load_lazy_model, merge_yaml
+from expedit_d2.engine import check_data_sets, load_lazy_config, load_lazy_model, merge_file
 from expedit_d2.engine.lazy_data import build_lazy_evaluator, build_lazy_loader
 from expedit_d2.settings import Settings
 
@@ -25,6 +26,7 @@ from . import get_cfg, load_cfg, load_model, trainer_of
 
 __all__ = [
     "is_lazy",
+    "load_any_model",
     "load_subject",
     "setting_of",
     "settings_beside",
@@ -41,7 +43,7 @@ def is_lazy(config_file: str | Path) -> bool:
 def load_subject(
     config_file: str | Path,
     opts: Sequence[str] = (),
-    images: str | None = None,
+    images: str | Sequence[str] | None = None,
     limit: int | None = None,
 ) -> Subject:
     """The plain model of a config, whatever its ``MODEL.EXPEDIT`` says, and its data.
@@ -49,7 +51,8 @@ def load_subject(
     Args:
         config_file: YAML or LazyConfig.
         opts: overrides, as each of the two takes them.
-        images: a folder or a pattern of images without labels, instead of the test data set.
+        images: files, folders or patterns of images without labels, instead of the test data set,
+            which still gives the names of the classes.
         limit: only the first images.
 
     Raises:
@@ -61,8 +64,6 @@ def load_subject(
     name = Path(config_file).stem
     if not is_lazy(config_file):
         return subject_of(load_cfg(config_file, opts), name, images=images, limit=limit)
-    if not Path(config_file).is_file():
-        raise FileNotFoundError(f"there is no config file {str(config_file)!r}")
     return _lazy_subject(load_lazy_config(str(config_file), list(opts)), name, images, limit)
 
 
@@ -70,7 +71,7 @@ def subject_of(
     cfg: CfgNode,
     name: str,
     dataset: str | None = None,
-    images: str | None = None,
+    images: str | Sequence[str] | None = None,
     limit: int | None = None,
 ) -> Subject:
     """The same for a YAML config that is loaded; ``dataset`` is the first one for None."""
@@ -81,10 +82,12 @@ def subject_of(
     cfg.MODEL.EXPEDIT = get_cfg().MODEL.EXPEDIT
     cfg.MODEL.EXPEDIT.FUSED_ATTENTION = fused
     if images is not None:
-        dataset = register_images(images, limit)
-    elif dataset is None:
-        dataset = cfg.DATASETS.TEST[0]
-    register_by_path([dataset])
+        dataset = _register_images(images, limit, cfg.DATASETS.TEST)
+    else:
+        names = cfg.DATASETS.TEST[:1] if dataset is None else [dataset]
+        register_by_path(names)
+        check_data_sets("DATASETS.TEST", names)
+        dataset = names[0]
     trainer = trainer_of(cfg)
     told = cfg.clone()
     told.OUTPUT_DIR = told.MODEL.WEIGHTS = ""  # of the weights, it is the content that counts
@@ -100,15 +103,40 @@ def subject_of(
     )
 
 
-def _lazy_subject(cfg: DictConfig, name: str, images: str | None, limit: int | None) -> Subject:
+#: What drawing wants to know of a data set.
+_LOOKS = ("thing_classes", "thing_colors", "stuff_classes", "stuff_colors")
+
+
+def _register_images(
+    images: str | Sequence[str], limit: int | None, test_sets: Sequence[str]
+) -> str:
+    """Register images with the names and colours of the first test set's classes."""
+    name = register_images(images, limit)
+    if test_sets:
+        register_by_path(test_sets[:1])
+        looks = MetadataCatalog.get(test_sets[0])
+        MetadataCatalog.get(name).set(**{k: looks.get(k) for k in _LOOKS if looks.get(k)})
+    return name
+
+
+def _lazy_subject(
+    cfg: DictConfig, name: str, images: str | Sequence[str] | None, limit: int | None
+) -> Subject:
     cfg.expedit.enabled = False
+    if OmegaConf.select(cfg, "dataloader.test.dataset") is None:
+        raise ValueError(
+            f"{name}.py has no dataloader.test.dataset; add dataloader = "
+            'model_zoo.get_config("common/data/coco.py").dataloader, for instance'
+        )
     data = cfg.dataloader
+    names = data.test.dataset.get("names", "test")
+    test_sets = [names] if isinstance(names, str) else list(names)
     if images is not None:
         data.test.dataset = LazyCall(get_detection_dataset_dicts)(
-            names=register_images(images, limit), filter_empty=False
+            names=_register_images(images, limit, test_sets), filter_empty=False
         )
-    names = data.test.dataset.get("names", "test")
-    dataset = names if isinstance(names, str) else ", ".join(names)
+        test_sets = [data.test.dataset.names]
+    dataset = ", ".join(test_sets)
     if images is None and "evaluator" not in data:
         raise ValueError("dataloader.evaluator is missing in the config; give images instead")
     told = OmegaConf.to_container(cfg)
@@ -132,13 +160,43 @@ def _qualified(value: object) -> str:
     return str(value)
 
 
+def load_any_model(
+    config_file: str | Path,
+    opts: Sequence[str],
+    device: str,
+    expedited: bool | None = None,
+) -> nn.Module:
+    """The model of a config, YAML or LazyConfig, in evaluation mode.
+
+    Args:
+        config_file: YAML or LazyConfig.
+        opts: overrides, as each of the two takes them.
+        device: whatever the config says.
+        expedited: with Expedit or without; None: as the config says.
+
+    Raises:
+        ValueError, OSError: for a wrong config or weights.
+    """
+    if is_lazy(config_file):
+        cfg = load_lazy_config(str(config_file), list(opts))
+        cfg.train.device = device
+        if expedited is not None:
+            cfg.expedit.enabled = expedited
+        return load_lazy_model(cfg)
+    cfg = load_cfg(config_file, opts)
+    cfg.MODEL.DEVICE = device
+    if expedited is not None:
+        cfg.MODEL.EXPEDIT.ENABLED = expedited
+    return load_model(cfg)
+
+
 def setting_of(config_file: str | Path, opts: Sequence[str] = ()) -> Settings | None:
     """What a config's ``MODEL.EXPEDIT`` asks for, enabled or not; None if that is nothing."""
     if is_lazy(config_file):
         node = OmegaConf.to_container(load_lazy_config(str(config_file), list(opts)).expedit)
     else:
         # No model is built here, so no device is looked for.
-        node = load_cfg(config_file, [*opts, "MODEL.DEVICE", "cpu"]).MODEL.EXPEDIT
+        node = load_cfg(config_file, ["MODEL.DEVICE", "cpu", *opts]).MODEL.EXPEDIT
     settings = Settings.from_node({**{k.lower(): v for k, v in node.items()}, "enabled": True})
     return settings if changes_tokens(settings) else None
 
@@ -176,7 +234,7 @@ def write_winner(
         file.write_text("\n".join(overrides) + "\n", encoding="utf-8")
         return file, f"{evaluate} {shlex.join([str(config_file), *overrides])}"
     base = get_cfg()
-    merge_yaml(base, str(config_file))
+    merge_file(base, config_file)
     merged = base.clone()
     merged.merge_from_list(list(opts))
     given = [

@@ -488,7 +488,7 @@ def test_first_frame_and_orientation(tmp_path):
     ids=["empty", "text", "torn", "32 bits"],
 )
 def test_an_unreadable_image_is_named_or_skipped(
-    tmp_path, tiny_data, tiny_opts, fails, capsys, spoil
+    tmp_path, tiny_data, tiny_opts, fails, capsys, caplog, spoil
 ):
     """With labels it ends the evaluation, without it is left out and counted."""
     file = Path(DatasetCatalog.get(tiny_data[1])[1]["file_name"])
@@ -504,9 +504,8 @@ def test_an_unreadable_image_is_named_or_skipped(
     expedit = ["MODEL.EXPEDIT.ALPHA", "1", "MODEL.EXPEDIT.RATIO", "0.5"]
     output = tmp_path / "pictures"
     draw.run(["--images", str(file.parent), "--output", str(output), *arguments, *expedit])
-    printed = capsys.readouterr()
-    assert f"3 pictures in {output}, 1 images skipped" in printed.out
-    assert f"skipped: {file} " in printed.err
+    assert f"3 pictures in {output}, 1 left out" in capsys.readouterr().out
+    assert f"left out: {file} " in caplog.text
     assert len(list(output.iterdir())) == 3
     name = register_images(str(file.parent))
     assert len(DatasetCatalog.get(name)) == 3 and name.endswith(", 1 unreadable left out)")
@@ -521,7 +520,7 @@ def test_no_readable_image_at_all(tmp_path, tiny_opts, fails):
     expedit = ["MODEL.EXPEDIT.ALPHA", "1", "MODEL.EXPEDIT.RATIO", "0.5"]
     arguments = ["--config-file", EMBEDDED, *tiny_opts, *expedit]
     message = fails(draw, "--images", tmp_path / "bad", *arguments)
-    assert "none of the 1 images can be read" in message and "a.jpg" in message
+    assert "no image at " in message and "can be read: " in message and "a.jpg" in message
     with pytest.raises(ValueError, match="no image at .* can be read: .*a.jpg"):
         register_images(str(tmp_path / "bad"))
 

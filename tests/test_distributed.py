@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import EMBEDDED, ROOT, TINY, load_tool
+from conftest import EMBEDDED, ROOT, TINY
 from detectron2.evaluation import DatasetEvaluators, inference_on_dataset
 from detectron2.utils import comm
 from PIL import Image
@@ -105,11 +105,3 @@ def test_pictures_of_a_folder_are_drawn_by_two_processes(tmp_path):
     assert "3 pictures" in done.stdout
     names = sorted(path.name for path in pictures.iterdir())
     assert names == ["000_a.png", "001_b.png", "002_c.png"]
-
-
-def test_missing_images_are_named(tmp_path):
-    draw = load_tool("draw")
-    for path, message in ((tmp_path, "no images in"), (tmp_path / "x.png", "no file")):
-        args = draw.parse_arguments(["--config-file", EMBEDDED, "--images", str(path)])
-        with pytest.raises(FileNotFoundError, match=message):
-            draw.image_files(args, "unused")

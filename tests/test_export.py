@@ -91,6 +91,13 @@ def test_fixed_size_of_a_batch(backbone):
         program(images(80, 72, batch=2))
 
 
+def test_a_program_can_be_saved_and_loaded(backbone, tmp_path):
+    expedite(backbone, alpha=0, grid=(4, 4), iterations=2)
+    torch.export.save(export_program(backbone, images(64, 72), dynamic=False), tmp_path / "vit.pt2")
+    program = torch.export.load(tmp_path / "vit.pt2").module()
+    assert_same(program, backbone, images(64, 72) + 1)
+
+
 def test_pooling_in_a_program_is_adaptive_pooling():
     class Pool(nn.Module):
         def forward(self, x):
@@ -101,6 +108,12 @@ def test_pooling_in_a_program_is_adaptive_pooling():
     operators = {str(node.target) for node in program.graph.nodes}
     assert not any("adaptive" in name for name in operators)
     torch.testing.assert_close(program.module()(x), Pool()(x))
+
+
+def test_what_needs_one_size_says_so_at_once(backbone):
+    expedite(backbone, alpha=0, keep=0.5, method="merge")
+    with pytest.raises(ValueError, match="METHOD merge.*any size.*dynamic=False"):
+        export_program(backbone, images(64, 72))
 
 
 def test_bad_arguments(backbone):

@@ -133,9 +133,9 @@ def test_weights_that_are_missing_or_do_not_fit(tiny_opts, tmp_path):
 def test_command_line_ends_with_one_sentence_and_no_traceback():
     command = [sys.executable, str(ROOT / "tools" / "train_net.py"), "--config-file", "no.yaml"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert done.stderr.strip().splitlines()[-1] == (
-        "train_net.py: --config-file: there is no file 'no.yaml'"
+        "train_net.py: there is no config file 'no.yaml'"
     )
     assert "Traceback" not in done.stderr
 

@@ -322,7 +322,7 @@ def test_tool_draws_images_of_any_size(tiny_opts, tmp_path, capsys):
     assert "2 pictures" in capsys.readouterr().out
     draw.run([*common, "--count", "1", "--", *tiny_opts, *setting])
     assert len(list(output.iterdir())) == 3
-    with pytest.raises(SystemExit, match="--images: there is no file 'none.jpg'"):
+    with pytest.raises(SystemExit, match="there are no images at 'none.jpg'"):
         draw.run([*common, "--images", "none.jpg", "--", *tiny_opts, *setting])
-    with pytest.raises(SystemExit, match="MODEL.EXPEDIT.ALPHA is not set"):
+    with pytest.raises(SystemExit, match="neither MODEL.EXPEDIT.ALPHA nor BUDGET"):
         draw.run([*common, "--", *tiny_opts])

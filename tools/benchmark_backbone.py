@@ -18,8 +18,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from functools import partial
@@ -37,25 +37,26 @@ from expedit_d2.analysis.memory import peak_memory
 from expedit_d2.analysis.timing import interleaved, processor, synchronize
 from expedit_d2.api import Expedited
 from expedit_d2.comparison import share_weights
+from expedit_d2.engine import check_file, import_modules, one_sentence
+from expedit_d2.files import code_in_files
 from expedit_d2.settings import Settings
 from projects import load_cfg
+from projects.arguments import ToolParser, add_config_options, at_least
 
 DTYPES = ["float32", "bfloat16", "float16"]
 
 
 def parse_size(text: str) -> tuple[int, int]:
     """'640x640' to (height, width)."""
-    try:
-        height, width = map(int, text.split("x"))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not like 640x640") from None
+    if not re.fullmatch(r"[1-9]\d*x[1-9]\d*", text):
+        raise argparse.ArgumentTypeError(f"must be HEIGHTxWIDTH in pixels, got {text!r}")
+    height, width = map(int, text.split("x"))
     return height, width
 
 
-def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
+    parser = ToolParser("benchmark_backbone.py", __doc__)
     option = parser.add_argument
-    option("--config-file", required=True, metavar="FILE", help="one with MODEL.EXPEDIT.ALPHA")
     option(
         "--sizes",
         nargs="+",
@@ -64,11 +65,11 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         metavar="HxW",
         help="of the images, in pixels (640x640)",
     )
-    option("--batch", type=int, default=1, help="images (%(default)s)")
-    option("--blocks", type=int, metavar="N", help="keep the first N blocks only (all)")
-    option("--repeats", type=int, default=7, help="timed rounds (%(default)s)")
-    option("--warmup", type=int, default=1, help="rounds before these (%(default)s)")
-    option("--threads", type=int, help="CPU threads of torch (its own choice)")
+    option("--batch", type=at_least(1), default=1, help="images (%(default)s)")
+    option("--blocks", type=at_least(1), metavar="N", help="keep the first N blocks only (all)")
+    option("--repeats", type=at_least(1), default=7, help="timed rounds (%(default)s)")
+    option("--warmup", type=at_least(0), default=1, help="rounds before these (%(default)s)")
+    option("--threads", type=at_least(1), help="CPU threads of torch (its own choice)")
     option("--dtype", choices=DTYPES, default="float32", help="by autocast (%(default)s)")
     option("--device", choices=["cpu", "cuda"], default="cpu", help="(%(default)s)")
     option("--channels-last", action="store_true", help="images in that memory format")
@@ -76,8 +77,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     option("--memory", action="store_true", help="peak memory too, which takes one more round")
     option("--cpu-time", action="store_true", help="the process's own time; needs --threads 1")
     option("--json", type=Path, metavar="FILE", help="also write the numbers here")
-    option("opts", nargs="*", metavar="KEY VALUE", help="config overrides")
-    args = parser.parse_args(argv)
+    add_config_options(parser, "YAML with MODEL.EXPEDIT.ALPHA")
+    args = parser.parse_args(arguments)
     if args.cpu_time and (args.device != "cpu" or args.threads != 1):
         parser.error("--cpu-time counts what all threads of a CPU do: it needs --threads 1")
     return args
@@ -85,10 +86,11 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 def build(args: argparse.Namespace) -> tuple[nn.Module, Settings]:
     """The plain transformer of a config, and the config's settings."""
+    import_modules(args.imports)
     cfg = load_cfg(args.config_file, [*args.opts, "MODEL.DEVICE", args.device])
     settings = Settings.from_node({**cfg.MODEL.EXPEDIT, "ENABLED": True})
     if not settings.alphas:
-        raise SystemExit(f"{args.config_file}: MODEL.EXPEDIT.ALPHA is not set")
+        raise ValueError(f"{args.config_file}: MODEL.EXPEDIT.ALPHA is not set; nothing to time")
     cfg.defrost()
     cfg.MODEL.EXPEDIT.ENABLED = cfg.MODEL.EXPEDIT.FUSED_ATTENTION = False
     host = find_host(build_model(cfg).eval())
@@ -198,10 +200,11 @@ def report(result: dict) -> str:
     )
 
 
-def main(argv: list[str] | None = None) -> int:
-    args = parse_args(argv)
+def main(args: argparse.Namespace) -> None:
     if args.device == "cuda" and not torch.cuda.is_available():
-        raise SystemExit("--device cuda: torch finds no GPU")
+        raise ValueError("--device cuda: torch finds no GPU; give --device cpu")
+    if args.json is not None:
+        check_file(args.json, "--json")
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     environment = {
@@ -228,9 +231,16 @@ def main(argv: list[str] | None = None) -> int:
     if args.json:
         content = {"environment": environment, "settings": vars(settings), "results": results}
         # Timings are the only thing that json does not know.
+        args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps(content, indent=2, default=vars) + "\n", encoding="utf-8")
-    return 0
+
+
+def run(arguments: list[str] | None = None) -> None:
+    """Parse the arguments and run; an expected error ends with one sentence."""
+    args = parse_arguments(arguments)
+    with code_in_files(args.run_code_in_files), one_sentence("benchmark_backbone.py"):
+        main(args)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run()

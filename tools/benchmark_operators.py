@@ -27,7 +27,9 @@ from torch import Tensor, nn
 from expedit_d2.analysis.dense import dense_clustering, dense_reconstruction
 from expedit_d2.analysis.memory import peak_memory
 from expedit_d2.analysis.timing import Timing, interleaved, processor
+from expedit_d2.engine import check_file, one_sentence
 from expedit_d2.operators import cluster_tokens, reconstruct_tokens
+from projects.arguments import ToolParser, at_least
 
 SIZES = ["40x40:28x28", "48x48:32x32", "64x64:45x45"]
 VIT_DEPTH = 24
@@ -46,8 +48,8 @@ def parse_size(text: str) -> tuple[Size, Size]:
     return (height, width), (rows, cols)
 
 
-def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
+    parser = ToolParser("benchmark_operators.py", __doc__)
     option = parser.add_argument
     option(
         "--sizes",
@@ -57,14 +59,16 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         metavar="MAP:GRID",
         help=f"token maps and cluster grids ({' '.join(SIZES)})",
     )
-    option("--batch", type=int, default=1, help="images (%(default)s)")
-    option("--channels", type=int, default=1024, help="a multiple of 64 (%(default)s)")
-    option("--iterations", type=int, default=5, help="of the clustering (%(default)s)")
-    option("--window", type=int, default=5, help="of the clustering, in cells (%(default)s)")
-    option("--neighbors", type=int, default=20, help="of the reconstruction (%(default)s)")
-    option("--repeats", type=int, default=7, help="timed rounds (%(default)s)")
-    option("--warmup", type=int, default=1, help="rounds before these (%(default)s)")
-    option("--threads", type=int, help="CPU threads of torch (its own choice)")
+    option("--batch", type=at_least(1), default=1, help="images (%(default)s)")
+    option("--channels", type=at_least(1), default=1024, help="a multiple of 64 (%(default)s)")
+    option("--iterations", type=at_least(1), default=5, help="of the clustering (%(default)s)")
+    option(
+        "--window", type=at_least(1), default=5, help="of the clustering, in cells (%(default)s)"
+    )
+    option("--neighbors", type=at_least(1), default=20, help="of the reconstruction (%(default)s)")
+    option("--repeats", type=at_least(1), default=7, help="timed rounds (%(default)s)")
+    option("--warmup", type=at_least(0), default=1, help="rounds before these (%(default)s)")
+    option("--threads", type=at_least(1), help="CPU threads of torch (its own choice)")
     option("--dtype", choices=DTYPES, default="float32", help="(%(default)s)")
     option("--device", choices=["cpu", "cuda"], default="cpu", help="(%(default)s)")
     option(
@@ -77,9 +81,15 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     )
     option("--no-vit", action="store_true", help="leave the ViT-L out")
     option("--json", type=Path, metavar="FILE", help="also write the numbers here")
-    args = parser.parse_args(argv)
+    args = parser.parse_args(arguments)
     if args.channels % 64:
         parser.error("--channels must be a multiple of 64, the width of a head")
+    for (height, width), (rows, cols) in args.sizes:
+        if args.neighbors > rows * cols:
+            parser.error(
+                f"--neighbors must be at most {rows * cols}, the clusters of "
+                f"{height}x{width}:{rows}x{cols}, got {args.neighbors}"
+            )
     return args
 
 
@@ -106,7 +116,7 @@ def check_agreement(name: str, ours: Call, dense: Call) -> None:
     errors = (ours() - expected).norm(dim=-1) / expected.norm(dim=-1)
     error = errors.flatten().quantile(0.99)
     if not error < 1e-3:
-        raise SystemExit(f"{name}: differs from dense by {error:.1e}; nothing timed")
+        raise ValueError(f"{name}: differs from dense by {error:.1e}; nothing timed")
 
 
 def make_calls(
@@ -209,10 +219,11 @@ def table_rows(result: dict, window: int) -> list[list[str]]:
     return [[name if index == 0 else "", *row] for index, row in enumerate(rows)]
 
 
-def main(argv: list[str] | None = None) -> int:
-    args = parse_args(argv)
+def main(args: argparse.Namespace) -> None:
     if args.device == "cuda" and not torch.cuda.is_available():
-        raise SystemExit("--device cuda: torch finds no GPU")
+        raise ValueError("--device cuda: torch finds no GPU; give --device cpu")
+    if args.json is not None:
+        check_file(args.json, "--json")
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     environment = {
@@ -247,9 +258,16 @@ def main(argv: list[str] | None = None) -> int:
     if args.json:
         report = {"environment": environment, "settings": settings, "results": results}
         # Timings are the only thing that json does not know.
+        args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps(report, indent=2, default=vars) + "\n", encoding="utf-8")
-    return 0
+
+
+def run(arguments: list[str] | None = None) -> None:
+    """Parse the arguments and run; an expected error ends with one sentence."""
+    args = parse_arguments(arguments)
+    with one_sentence("benchmark_operators.py"):
+        main(args)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run()

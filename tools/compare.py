@@ -21,7 +21,6 @@ Results are kept in the output folder as they come: the same command goes on aft
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
 from expedit_d2.comparison import (
@@ -32,16 +31,22 @@ from expedit_d2.comparison import (
     save_tables,
     to_terminal,
 )
+from expedit_d2.engine import import_modules, one_sentence
+from expedit_d2.files import code_in_files
 from expedit_d2.report import draw_pictures, headline_row, write_report
 from expedit_d2.settings import Settings
-from projects.arguments import add_measuring_options, measuring_options, prepare
+from projects.arguments import (
+    ToolParser,
+    add_measuring_options,
+    at_least,
+    measuring_options,
+    prepare,
+)
 from projects.subjects import setting_of, settings_beside
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ToolParser("compare.py", __doc__)
     option = parser.add_argument
     option(
         "--setting",
@@ -51,7 +56,9 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         help="fields of MODEL.EXPEDIT; lists as 0,1,2 or 0-6; may be given several times",
     )
     option("--expedit", nargs="+", default=[], metavar="CONFIG", help="use their MODEL.EXPEDIT")
-    option("--pictures", type=int, default=3, help="images to draw in the report (%(default)s)")
+    option(
+        "--pictures", type=at_least(0), default=3, help="images to draw in the report (%(default)s)"
+    )
     add_measuring_options(parser, "output/compare")
     return parser.parse_args(arguments)
 
@@ -85,6 +92,7 @@ def all_settings(args: argparse.Namespace) -> dict[str, Settings]:
 
 
 def main(args: argparse.Namespace) -> Comparison:
+    import_modules(args.imports)
     options, settings = measuring_options(args), all_settings(args)
     subject = prepare(args)
     output = Path(args.output)
@@ -106,16 +114,12 @@ def main(args: argparse.Namespace) -> Comparison:
 def run(arguments: list[str] | None = None) -> None:
     """Parse the arguments and run; an expected error ends with one sentence."""
     args = parse_arguments(arguments)
-    try:
-        unfinished = main(args).unfinished
-    except (ValueError, OSError, KeyError) as error:
-        sys.exit(f"compare.py: {error.args[0] if isinstance(error, KeyError) else error}")
-    except KeyboardInterrupt:
-        print("compare.py: interrupted before the plain model was finished", file=sys.stderr)
-        sys.exit(130)
-    if unfinished:
-        print("compare.py: interrupted; the same command goes on from here", file=sys.stderr)
-        sys.exit(130)
+    with (
+        code_in_files(args.run_code_in_files),
+        one_sentence("compare.py", "what was measured is kept; the same command goes on from here"),
+    ):
+        if main(args).unfinished:
+            raise KeyboardInterrupt
 
 
 if __name__ == "__main__":

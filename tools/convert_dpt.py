@@ -9,16 +9,15 @@ Example::
 
 from __future__ import annotations
 
-import argparse
-import sys
-
 import torch
 from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 from torch import nn
 
-from expedit_d2.files import add_trust_option, code_in_files
+from expedit_d2.engine import import_modules, one_sentence
+from expedit_d2.files import code_in_files
 from projects import load_cfg
+from projects.arguments import ToolParser, add_config_options
 from projects.DPT.convert import convert_checkpoint
 
 
@@ -36,23 +35,16 @@ def build_on_meta(cfg: CfgNode) -> nn.Module:
 
 
 def run(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0],
-        epilog=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--config-file", required=True, help="the model's config")
+    """Parse the arguments and run; an expected error ends with one sentence."""
+    parser = ToolParser("convert_dpt.py", __doc__)
     parser.add_argument("source", help="official checkpoint, or its URL")
     parser.add_argument("target", help="file to write; must not exist yet")
-    parser.add_argument("opts", nargs="*", help="keys and values that override the config")
-    add_trust_option(parser)
+    add_config_options(parser, "the model's YAML")
     args = parser.parse_args(arguments)
-    try:
-        with code_in_files(args.run_code_in_files):
-            cfg = load_cfg(args.config_file, args.opts)
-            conversion = convert_checkpoint(args.source, args.target, build_on_meta(cfg))
-    except (ValueError, OSError, KeyError) as error:
-        sys.exit(f"convert_dpt.py: {error.args[0] if isinstance(error, KeyError) else error}")
+    with code_in_files(args.run_code_in_files), one_sentence("convert_dpt.py"):
+        import_modules(args.imports)
+        cfg = load_cfg(args.config_file, args.opts)
+        conversion = convert_checkpoint(args.source, args.target, build_on_meta(cfg))
     print(f"{conversion.summary()}\nwritten: {args.target}")
 
 

@@ -11,26 +11,23 @@ Example::
 
 from __future__ import annotations
 
-import argparse
-import sys
-
+from expedit_d2.engine import one_sentence
 from expedit_d2.files import add_trust_option, code_in_files
+from projects.arguments import ToolParser
 from projects.Segmenter.convert import convert_checkpoint
 
 
 def run(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    """Parse the arguments and run; an expected error ends with one sentence."""
+    parser = ToolParser("convert_segmenter.py", __doc__)
     parser.add_argument(
         "source", help="official checkpoint.pth or its URL, with variant.yml beside it"
     )
     parser.add_argument("target", help="file to write; must not exist yet")
     add_trust_option(parser)
     args = parser.parse_args(arguments)
-    try:
-        with code_in_files(args.run_code_in_files):
-            report = convert_checkpoint(args.source, args.target)
-    except (OSError, ValueError) as error:
-        sys.exit(f"convert_segmenter.py: {error}")
+    with code_in_files(args.run_code_in_files), one_sentence("convert_segmenter.py"):
+        report = convert_checkpoint(args.source, args.target)
     print(f"{report}\n{args.target} and its config are written")
 
 

@@ -7,7 +7,6 @@ Needs no download: the images are rendered, the weights are in the repository.
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,8 +17,11 @@ from detectron2.utils.logger import setup_logger
 
 from expedit_d2.comparison import Options, Subject, compare, to_markdown, to_terminal
 from expedit_d2.data import register_collage
+from expedit_d2.engine import check_folder, import_modules, one_sentence
+from expedit_d2.files import code_in_files
 from expedit_d2.settings import Settings
 from expedit_d2.visualize import save_panels, side_by_side
+from projects.arguments import ToolParser, add_config_options, at_least
 from projects.subjects import load_subject, setting_of
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs" / "embedded"
@@ -50,22 +52,57 @@ def embedded_cases(names: Sequence[str] | None) -> list[Case]:
     return [cases[name] for name in names or cases]
 
 
+def own_case(config_file: str, expedit: Sequence[str]) -> Case:
+    """
+    Raises:
+        ValueError: without a config that has Expedit, or for two of one name.
+    """
+    if not expedit:
+        raise ValueError("--config-file needs --expedit, configs whose MODEL.EXPEDIT is compared")
+    stems = [Path(path).stem for path in expedit]
+    for stem in stems:
+        if stems.count(stem) > 1:
+            raise ValueError(f"--expedit: two configs are named {stem!r}; rename one of them")
+    return Case(Path(config_file), [Path(path) for path in expedit])
+
+
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--models", nargs="+", help="embedded models; default: all of them")
-    parser.add_argument("--config-file", help="a plain model of your own instead")
-    parser.add_argument(
+    parser = ToolParser("demo.py", __doc__)
+    option = parser.add_argument
+    option("--models", nargs="+", metavar="NAME", help="embedded models; default: all of them")
+    option(
         "--expedit",
         nargs="+",
-        metavar="YAML",
+        metavar="CONFIG",
         default=[],
         help="with --config-file: configs whose MODEL.EXPEDIT is compared with it",
     )
-    parser.add_argument("--pictures", type=int, default=4, help="images to draw")
-    parser.add_argument("--timed", type=int, default=20, help="images to time")
-    parser.add_argument("--output", default="output/demo", help="folder of the results")
-    parser.add_argument("opts", nargs="*", help="config overrides, as KEY VALUE pairs")
-    return parser.parse_args(arguments)
+    option("--pictures", type=at_least(0), default=4, help="images to draw (%(default)s)")
+    option("--timed", type=at_least(0), default=20, help="images to time (%(default)s)")
+    option("--output", default="output/demo", help="folder of the results (%(default)s)")
+    add_config_options(parser, "a plain model of your own instead, YAML or LazyConfig", "")
+    args = parser.parse_args(arguments)
+    if args.expedit and not args.config_file:
+        parser.error("--expedit goes with --config-file, the plain model")
+    return args
+
+
+def settings_of(case: Case, opts: Sequence[str]) -> dict[str, Settings]:
+    """By what their file names add to the plain model's.
+
+    Raises:
+        ValueError, FileNotFoundError: for a config that is none, or has no setting.
+    """
+    settings = {}
+    for path in case.expedit:
+        setting = setting_of(path, opts)
+        if setting is None:
+            raise ValueError(
+                f"{path}: neither MODEL.EXPEDIT.ALPHA nor BUDGET is set, so there is nothing to "
+                "compare with the plain model"
+            )
+        settings[path.stem.removeprefix(f"{case.plain.stem}_")] = setting
+    return settings
 
 
 def draw(subject: Subject, setting: Settings, count: int) -> list[dict[str, np.ndarray]]:
@@ -79,27 +116,29 @@ def draw(subject: Subject, setting: Settings, count: int) -> list[dict[str, np.n
 
 def run_case(case: Case, args: argparse.Namespace) -> str:
     """Evaluate and draw one model; returns its table in Markdown."""
-    name = case.plain.stem
-    settings = {
-        path.stem.removeprefix(f"{name}_"): setting_of(path, args.opts) for path in case.expedit
-    }
+    name, settings = case.plain.stem, settings_of(case, args.opts)
     subject = load_subject(case.plain, args.opts)
     comparison = compare(subject, settings, Options(timed_images=args.timed, batch=1))
     print(f"\n{to_terminal(comparison)}\n")
     if comparison.unfinished:
         raise KeyboardInterrupt
-    panels = draw(subject, next(iter(settings.values())), args.pictures)
-    save_panels(panels, Path(args.output) / f"{name}.png")
+    if args.pictures:
+        panels = draw(subject, next(iter(settings.values())), args.pictures)
+        save_panels(panels, Path(args.output) / f"{name}.png")
     return f"{name}\n\n{to_markdown(comparison)}"
 
 
 def main(args: argparse.Namespace) -> None:
     setup_logger(name="detectron2").setLevel("ERROR")  # the progress bars say enough
+    import_modules(args.imports)
+    check_folder(args.output, "--output")
     register_collage()
     if args.config_file:
-        cases = [Case(Path(args.config_file), [Path(path) for path in args.expedit])]
+        cases = [own_case(args.config_file, args.expedit)]
     else:
         cases = embedded_cases(args.models)
+    for case in cases:
+        settings_of(case, args.opts)  # what is wrong should be said now
     output = Path(args.output)
     output.mkdir(parents=True, exist_ok=True)
     tables = []
@@ -113,10 +152,11 @@ def main(args: argparse.Namespace) -> None:
 def run(arguments: list[str] | None = None) -> None:
     """Parse the arguments and run; an expected error ends with one sentence."""
     args = parse_arguments(arguments)
-    try:
+    with (
+        code_in_files(args.run_code_in_files),
+        one_sentence("demo.py", f"the models that are finished are in {args.output}"),
+    ):
         main(args)
-    except (ValueError, OSError, KeyError) as error:
-        sys.exit(f"demo.py: {error}")
 
 
 if __name__ == "__main__":

@@ -10,6 +10,10 @@ Examples::
     # all images of a folder, on four GPUs (or four processes, where there is no GPU)
     python tools/draw.py --images photos --num-gpus 4 --config-file my_model.yaml
 
+    # a LazyConfig, as ViTDet's official ones are
+    python tools/draw.py --images photos --config-file my_vitdet.py \
+        train.init_checkpoint=my_model.pth expedit.alpha=4 expedit.ratio=0.7
+
     # the first four images of the config's test data set
     python tools/draw.py --config-file configs/embedded/mask2former_a6_3x3.yaml
 """
@@ -18,128 +22,107 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterable, Iterator
-from itertools import islice
 from pathlib import Path
 
-import torch
-from detectron2.config import CfgNode
-from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.data import transforms as T
+from detectron2.data import MetadataCatalog
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
-from PIL import Image
 from tqdm import tqdm
 
-from expedit_d2.data import register_by_path, register_collage
-from expedit_d2.data.images import MAX_PIXELS, DataError, read_image
-from expedit_d2.engine import launch
+from expedit_d2.comparison import Subject
+from expedit_d2.comparison.session import expedited_copy
+from expedit_d2.data import register_collage
+from expedit_d2.engine import check_folder, import_modules, launch, one_sentence
+from expedit_d2.files import code_in_files
 from expedit_d2.settings import Settings
 from expedit_d2.visualize import save_panels, side_by_side
-from projects import load_cfg, load_model
-
-#: Of the images that are taken from a folder, in lower case.
-EXTENSIONS = frozenset(
-    extension for extension, kind in Image.registered_extensions().items() if kind in Image.OPEN
-)
+from projects.arguments import ToolParser, add_config_options, at_least
+from projects.subjects import load_subject, setting_of
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--config-file", required=True, help="YAML with MODEL.EXPEDIT")
-    parser.add_argument(
+    parser = ToolParser("draw.py", __doc__)
+    option = parser.add_argument
+    option(
         "--images",
         nargs="+",
         help="files, and folders of images, which are reduced if they have more than 2 megapixels; "
-        "default: of DATASETS.TEST",
+        "default: of the test data",
     )
-    parser.add_argument("--count", type=int, default=4, help="images of the data set")
-    parser.add_argument("--output", default="output/pictures", help="folder of the pictures")
-    parser.add_argument(
-        "--num-gpus", type=int, default=1, help="processes that share the images, one on each GPU"
+    option("--count", type=at_least(1), default=4, help="images of the data set (%(default)s)")
+    option("--output", default="output/pictures", help="folder of the pictures (%(default)s)")
+    option(
+        "--num-gpus",
+        type=at_least(1),
+        default=1,
+        help="processes that share the images, one on each GPU (%(default)s)",
     )
-    parser.add_argument("opts", nargs="*", help="config overrides, as KEY VALUE pairs")
+    add_config_options(parser, "YAML or LazyConfig with MODEL.EXPEDIT")
     return parser.parse_args(arguments)
 
 
-def image_files(args: argparse.Namespace, dataset: str) -> list[str]:
-    if not args.images:
-        return [record["file_name"] for record in islice(DatasetCatalog.get(dataset), args.count)]
-    files = []
-    for path in map(Path, args.images):
-        if path.is_dir():
-            found = sorted(str(p) for p in path.iterdir() if p.suffix.lower() in EXTENSIONS)
-            if not found:
-                raise FileNotFoundError(f"--images: there are no images in {str(path)!r}")
-            files += found
-        elif path.is_file():
-            files.append(str(path))
-        else:
-            raise FileNotFoundError(f"--images: there is no file {str(path)!r}")
-    return files
+def load(args: argparse.Namespace) -> tuple[Subject, Settings]:
+    """The plain model on the images, and the settings to draw beside it.
 
-
-def load_inputs(
-    cfg: CfgNode, files: Iterable[tuple[int, str]], unreadable: list[str]
-) -> Iterator[tuple[int, dict]]:
-    """Model inputs, resized as for evaluation, of numbered files; notes those it cannot read."""
-    resize = T.ResizeShortestEdge(
-        [cfg.INPUT.MIN_SIZE_TEST] * 2, cfg.INPUT.MAX_SIZE_TEST
-    )  # a range of one size
-    for number, path in files:
-        try:
-            image = read_image(path, cfg.INPUT.FORMAT, MAX_PIXELS)
-        except DataError as error:
-            unreadable.append(str(error))
-            continue
-        height, width = image.shape[:2]
-        image = resize.get_transform(image).apply_image(image)
-        pixels = torch.as_tensor(image.transpose(2, 0, 1).copy())
-        yield number, {"image": pixels, "height": height, "width": width, "file_name": path}
+    Raises:
+        ValueError, OSError: if something is wrong with the config, weights or images, or the
+            settings do not fit the model.
+    """
+    settings = setting_of(args.config_file, args.opts)
+    if settings is None:
+        raise ValueError(
+            f"{args.config_file}: neither MODEL.EXPEDIT.ALPHA nor BUDGET is set, so there is "
+            "nothing to draw beside the plain model; add MODEL.EXPEDIT.BUDGET 0.5, for instance"
+        )
+    subject = load_subject(args.config_file, args.opts, args.images)
+    expedited_copy(subject.model, settings)
+    return subject, settings
 
 
 def main(args: argparse.Namespace) -> list[Path]:
     """Draw this process's share of the images; returns the pictures' paths."""
     setup_logger(name="detectron2").setLevel("ERROR")
+    import_modules(args.imports)
+    check_folder(args.output, "--output")
     register_collage()
-    cfg = load_cfg(args.config_file, args.opts)
-    settings = Settings.from_node({**cfg.MODEL.EXPEDIT, "ENABLED": True})
-    cfg.MODEL.EXPEDIT.ENABLED = False
-    register_by_path(cfg.DATASETS.TEST)
-    dataset = cfg.DATASETS.TEST[0]
-    files = image_files(args, dataset)
-    model = load_model(cfg)
+    subject, settings = load(args)
+    inputs, metadata = subject.loader.dataset, MetadataCatalog.get(subject.dataset)
+    count = len(inputs) if args.images else min(args.count, len(inputs))
     pictures: list[Path] = []
-    unreadable: list[str] = []
-    numbers = range(comm.get_rank(), len(files), comm.get_world_size())
-    items = load_inputs(cfg, [(number, files[number]) for number in numbers], unreadable)
-    bar = tqdm(items, total=len(numbers), unit="image", disable=not comm.is_main_process())
-    for number, item in bar:
-        rows = side_by_side(model, settings, item, MetadataCatalog.get(dataset), cfg.INPUT.FORMAT)
+    skipped: list[str] = []
+    numbers = range(comm.get_rank(), count, comm.get_world_size())
+    for number in tqdm(numbers, unit="image", disable=not comm.is_main_process()):
+        try:
+            item = inputs[number]
+            rows = side_by_side(subject.model, settings, item, metadata, subject.color)
+        except (ValueError, OSError) as error:  # of this image: the others go on
+            skipped.append(str(error))
+            continue
         # Files of the same name may come from several folders.
         path = Path(args.output) / f"{number:03d}_{Path(item['file_name']).stem}.png"
         save_panels(rows, path)
         pictures.append(path)
-    skipped = [sentence for part in comm.gather(unreadable) for sentence in part]
+    # Those that cannot be read at all are left out, and named, before.
+    unreadable = len(metadata.get("unreadable", ()))
+    skipped = [message for some in comm.all_gather(skipped) for message in some]
+    if len(skipped) == count:
+        raise ValueError(f"none of {count} images could be drawn; the first: {skipped[0]}")
     if comm.is_main_process():
-        for sentence in skipped:
-            print(f"skipped: {sentence}", file=sys.stderr)
-        if len(skipped) == len(files):
-            raise ValueError(f"none of the {len(files)} images can be read: {skipped[0]}")
-        left_out = f", {len(skipped)} images skipped" if skipped else ""
-        print(f"{len(files) - len(skipped)} pictures in {args.output}{left_out}")
+        for message in skipped:
+            print(f"left out: {message}", file=sys.stderr)
+        left_out = f", {len(skipped) + unreadable} left out" if skipped or unreadable else ""
+        print(f"{count - len(skipped)} pictures in {args.output}{left_out}")
     return pictures
 
 
 def run(arguments: list[str] | None = None) -> None:
     """Parse the arguments and run; an expected error ends with one sentence."""
     args = parse_arguments(arguments)
-    try:
+    with (
+        code_in_files(args.run_code_in_files),
+        one_sentence("draw.py", f"the pictures so far are in {args.output}"),
+    ):
         launch(main, args.num_gpus, dist_url="auto", args=(args,))
-    except (ValueError, OSError, KeyError) as error:
-        sys.exit(f"draw.py: {error}")
 
 
 if __name__ == "__main__":

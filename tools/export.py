@@ -10,6 +10,10 @@ Examples::
     python tools/export.py --config-file configs/embedded/segmenter_a4_16x16.yaml \
         --output segmenter.onnx --check
 
+    # a LazyConfig; ViTDet takes one size
+    python tools/export.py --config-file my_vitdet.py --size 1024x1024 --fixed \
+        --output backbone.onnx train.init_checkpoint=my_model.pth
+
     # PyTorch and ONNX Runtime, plain and with Expedit, timed in turns
     python tools/export.py --config-file configs/embedded/dpt_a4_16x16.yaml --size 256x256 \
         --output dpt.onnx --benchmark 20
@@ -19,23 +23,22 @@ from __future__ import annotations
 
 import argparse
 import re
-import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from detectron2.config import CfgNode
 from detectron2.utils.logger import setup_logger
 from tabulate import tabulate
 from torch import Tensor, nn
 
 from expedit_d2.analysis.timing import interleaved
 from expedit_d2.data import register_collage
+from expedit_d2.engine import check_file, import_modules, one_sentence
 from expedit_d2.export import ImageModel, check_onnx, export_onnx, export_program, onnx_session
-from projects import load_cfg, load_model
-
-WHOLE = ("Segmenter", "DPT")
+from expedit_d2.files import code_in_files
+from projects.arguments import ToolParser, add_config_options, at_least
+from projects.subjects import load_any_model, setting_of
 
 
 def parse_size(text: str) -> tuple[int, int]:
@@ -46,33 +49,36 @@ def parse_size(text: str) -> tuple[int, int]:
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    parser = ToolParser("export.py", __doc__)
+    option = parser.add_argument
+    option("--output", required=True, metavar="FILE", help="the file to write")
+    option("--format", choices=("onnx", "pt2"), help="default: by the file's name")
+    option("--size", type=parse_size, default=(256, 320), help="of the example, HxW (256x320)")
+    option("--fixed", action="store_true", help="take images of this size only")
+    option("--check", action="store_true", help="compare with PyTorch")
+    option(
+        "--benchmark",
+        type=at_least(0),
+        default=0,
+        metavar="N",
+        help="time N rounds, plain and expedited",
     )
-    parser.add_argument("--config-file", required=True, help="YAML")
-    parser.add_argument("--output", required=True, help="the file to write")
-    parser.add_argument("--format", choices=("onnx", "pt2"), help="default: by the file's name")
-    parser.add_argument(
-        "--size", type=parse_size, default=(256, 320), help="of the example, HxW (256x320)"
-    )
-    parser.add_argument("--fixed", action="store_true", help="take images of this size only")
-    parser.add_argument("--check", action="store_true", help="compare with PyTorch")
-    parser.add_argument(
-        "--benchmark", type=int, default=0, metavar="N", help="time N rounds, plain and expedited"
-    )
-    parser.add_argument("opts", nargs="*", help="config overrides, as KEY VALUE pairs")
+    add_config_options(parser)
     args = parser.parse_args(arguments)
     if args.format is None:
         args.format = "pt2" if args.output.endswith(".pt2") else "onnx"
     return args
 
 
-def load(cfg: CfgNode, expedited: bool) -> nn.Module:
-    """What is exported: a module that takes one tensor of images, on the CPU."""
-    cfg = cfg.clone()
-    cfg.MODEL.DEVICE, cfg.MODEL.EXPEDIT.ENABLED = "cpu", expedited
-    model = load_model(cfg)
-    return ImageModel(model).eval() if cfg.MODEL.META_ARCHITECTURE in WHOLE else model.backbone
+def load(args: argparse.Namespace, expedited: bool | None = None) -> nn.Module:
+    """What is exported: a module that takes one tensor of images, on the CPU.
+
+    Args:
+        args: of the command line.
+        expedited: with Expedit or without; None: as the config says.
+    """
+    model = load_any_model(args.config_file, args.opts, "cpu", expedited)
+    return ImageModel(model).eval() if hasattr(model, "predict") else model.backbone
 
 
 def random_images(size: tuple[int, int]) -> Tensor:
@@ -87,12 +93,12 @@ def check(model: nn.Module, path: str, size: tuple[int, int], fixed: bool) -> No
         print(f"{height} x {width}: largest difference from PyTorch {difference:.1e}")
 
 
-def benchmark(cfg: CfgNode, args: argparse.Namespace, path: Path) -> None:
+def benchmark(args: argparse.Namespace, path: Path) -> None:
     """Print the medians of PyTorch and ONNX Runtime, plain and with Expedit."""
     images = random_images(args.size)
     runs: dict[str, Any] = {}
     for name, expedited in (("plain", False), ("Expedit", True)):
-        model = load(cfg, expedited)
+        model = load(args, expedited)
         file = path.with_name(f"{path.stem}_{name.lower()}{path.suffix}")
         export_onnx(model, images, file, dynamic=not args.fixed)
         runs["PyTorch", name] = partial(model, images)
@@ -111,11 +117,12 @@ def main(args: argparse.Namespace) -> None:
     setup_logger(name="detectron2").setLevel("ERROR")
     if args.format == "pt2" and (args.check or args.benchmark):
         raise ValueError("--check and --benchmark are for --format onnx")
+    check_file(args.output, "--output")
+    import_modules(args.imports)
     register_collage()
-    cfg = load_cfg(args.config_file, args.opts)
-    if args.benchmark and cfg.MODEL.EXPEDIT.ALPHA is None and cfg.MODEL.EXPEDIT.BUDGET is None:
+    if args.benchmark and setting_of(args.config_file, args.opts) is None:
         raise ValueError("MODEL.EXPEDIT has neither ALPHA nor BUDGET: nothing to compare with")
-    model, images = load(cfg, cfg.MODEL.EXPEDIT.ENABLED), random_images(args.size)
+    model, images = load(args), random_images(args.size)
     path = Path(args.output)
     path.parent.mkdir(parents=True, exist_ok=True)
     if args.format == "pt2":
@@ -126,16 +133,14 @@ def main(args: argparse.Namespace) -> None:
     if args.check:
         check(model, str(path), args.size, args.fixed)
     if args.benchmark:
-        benchmark(cfg, args, path)
+        benchmark(args, path)
 
 
 def run(arguments: list[str] | None = None) -> None:
     """Parse the arguments and run; an expected error ends with one sentence."""
     args = parse_arguments(arguments)
-    try:
+    with code_in_files(args.run_code_in_files), one_sentence("export.py"):
         main(args)
-    except (ValueError, OSError, KeyError, ModuleNotFoundError) as error:
-        sys.exit(f"export.py: {error}")
 
 
 if __name__ == "__main__":

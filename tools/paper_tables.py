@@ -15,7 +15,6 @@ Examples::
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -25,7 +24,8 @@ import torch
 from detectron2.utils.logger import setup_logger
 from tqdm import tqdm
 
-from expedit_d2.engine import choose_device
+from expedit_d2.engine import check_file, choose_device, one_sentence
+from projects.arguments import ToolParser, at_least
 from projects.paper import Result, Table, count_row, select_tables, time_table, to_text, write_json
 
 DTYPES = ["float32", "float16", "bfloat16"]
@@ -34,36 +34,17 @@ Save = Callable[[list[Result]], None]
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ToolParser("paper_tables.py", __doc__)
     option = parser.add_argument
     option("--models", nargs="+", metavar="NAME", help="Segmenter, DPT, Mask2Former; default: all")
     option("--datasets", nargs="+", metavar="NAME", help="ADE20K, KITTI, …; default: all")
     option("--no-timing", action="store_true", help="GFLOPs alone")
-    option("--repeats", type=int, default=3, help="timed rounds, after one that is not (3)")
-    option("--threads", type=int, help="CPU threads (PyTorch's own choice)")
+    option("--repeats", type=at_least(1), default=3, help="timed rounds, after one that is not (3)")
+    option("--threads", type=at_least(1), help="CPU threads (PyTorch's own choice)")
     option("--device", choices=["cpu", "cuda"], help="where to time (cuda, if there is one)")
     option("--dtype", choices=DTYPES, default="float32", help="for timing, by autocast (float32)")
     option("--json", type=Path, metavar="FILE", help="also write the rows here")
     return parser.parse_args(arguments)
-
-
-def check(args: argparse.Namespace) -> None:
-    """What would fail late, so that it fails now.
-
-    Raises:
-        ValueError: for numbers that are not positive.
-        OSError: if the JSON file could not be written.
-    """
-    for name in ("repeats", "threads"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            raise ValueError(f"--{name} must be 1 or more, got {value}")
-    if args.json is not None and not args.json.parent.is_dir():
-        raise FileNotFoundError(f"--json: there is no folder {str(args.json.parent)!r}")
-    if args.json is not None and args.json.is_dir():
-        raise IsADirectoryError(f"--json: {str(args.json)!r} is a folder")
 
 
 def count_all(tables: list[Table], results: list[Result], save: Save) -> None:
@@ -103,11 +84,13 @@ def conditions(args: argparse.Namespace) -> str:
 
 
 def main(args: argparse.Namespace) -> None:
-    check(args)
+    if args.json is not None:
+        check_file(args.json, "--json")
+        args.json.parent.mkdir(parents=True, exist_ok=True)
     tables = select_tables(args.models, args.datasets)
     setup_logger(name="detectron2").setLevel("ERROR")  # the progress bars say enough
     found = "cuda" if torch.cuda.is_available() else "cpu"
-    args.device = choose_device(args.device or found)
+    args.device = choose_device(args.device or found, "--device")
     if args.threads:
         torch.set_num_threads(args.threads)
     save = partial(write_json, path=args.json) if args.json else lambda results: None
@@ -124,13 +107,8 @@ def main(args: argparse.Namespace) -> None:
 def run(arguments: list[str] | None = None) -> None:
     """Parse the arguments and run; an expected error ends with one sentence."""
     args = parse_arguments(arguments)
-    try:
+    with one_sentence("paper_tables.py", "the table is what was done"):
         main(args)
-    except (ValueError, OSError) as error:
-        sys.exit(f"paper_tables.py: {error}")
-    except KeyboardInterrupt:
-        print("paper_tables.py: interrupted; the table is what was done", file=sys.stderr)
-        sys.exit(130)
 
 
 if __name__ == "__main__":

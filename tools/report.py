@@ -11,17 +11,16 @@ Examples::
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
 from expedit_d2.comparison import Comparison
+from expedit_d2.engine import check_file, one_sentence
 from expedit_d2.report import read_pictures, write_report
+from projects.arguments import ToolParser
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ToolParser("report.py", __doc__)
     parser.add_argument("results", nargs="+", help="JSON files of comparisons")
     parser.add_argument("--pictures", nargs="+", default=[], help="image files, or folders of them")
     parser.add_argument("--output", default="report.html", help="the page")
@@ -42,11 +41,10 @@ def read_comparison(path: str) -> Comparison:
 def run(arguments: list[str] | None = None) -> None:
     """Parse the arguments and run; an expected error ends with one sentence."""
     args = parse_arguments(arguments)
-    try:
+    with one_sentence("report.py"):
+        check_file(args.output, "--output")
         comparisons = [read_comparison(path) for path in args.results]
         path = write_report(comparisons, read_pictures(args.pictures), args.output)
-    except (ValueError, OSError) as error:
-        sys.exit(f"report.py: {error}")
     print(f"report: {path}")
 
 

@@ -8,24 +8,23 @@ Example::
 
 from __future__ import annotations
 
-import argparse
-import sys
+from pathlib import Path
 
-from expedit_d2.engine import slim_checkpoint
+from expedit_d2.engine import check_folder, one_sentence, slim_checkpoint
 from expedit_d2.files import add_trust_option, code_in_files
+from projects.arguments import ToolParser
 
 
 def run(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    """Parse the arguments and run; an expected error ends with one sentence."""
+    parser = ToolParser("slim_checkpoint.py", __doc__)
     parser.add_argument("source", help="checkpoint of a training run, or its URL")
     parser.add_argument("target", help="file to write; must not exist yet")
     add_trust_option(parser)
     args = parser.parse_args(arguments)
-    try:
-        with code_in_files(args.run_code_in_files):
-            slimmed = slim_checkpoint(args.source, args.target)
-    except (OSError, ValueError) as error:
-        sys.exit(f"slim_checkpoint.py: {error}")
+    with code_in_files(args.run_code_in_files), one_sentence("slim_checkpoint.py"):
+        check_folder(Path(args.target).parent, "target")
+        slimmed = slim_checkpoint(args.source, args.target)
     print(f"{args.target}: {slimmed.size / 1e6:.1f} MB")
     if slimmed.kept:
         print(f"not in half precision, which has no numbers as large: {', '.join(slimmed.kept)}")

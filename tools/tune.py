@@ -27,21 +27,32 @@ from pathlib import Path
 
 from expedit_d2.adapters import find_host
 from expedit_d2.comparison import Store, Target, Tuning, candidates, save_tables, to_terminal, tune
-from projects.arguments import add_measuring_options, measuring_options, prepare
+from expedit_d2.engine import import_modules, one_sentence
+from expedit_d2.files import code_in_files
+from projects.arguments import (
+    ToolParser,
+    add_measuring_options,
+    at_least,
+    measuring_options,
+    prepare,
+)
 from projects.subjects import write_winner
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ToolParser("tune.py", __doc__)
     option = parser.add_argument
     option("--keep", type=float, metavar="PERCENT", help="of every metric, or of --metric")
     option("--metric", help="as in the tables: PQ, mIoU, 'box AP'")
     option("--agreement", type=float, metavar="PERCENT", help="with the plain model's output")
     option("--faster", type=float, metavar="TIMES", help="than the plain model, at batch 1")
-    option("--sweep", type=int, default=8, help="images of the sweep (%(default)s)")
-    option("--confirm", type=int, default=6, help="settings to run on everything (%(default)s)")
+    option("--sweep", type=at_least(1), default=8, help="images of the sweep (%(default)s)")
+    option(
+        "--confirm",
+        type=at_least(1),
+        default=6,
+        help="settings to run on everything (%(default)s)",
+    )
     add_measuring_options(parser, "output/tune")
     return parser.parse_args(arguments)
 
@@ -59,10 +70,8 @@ def report(tuning: Tuning) -> None:
 
 
 def main(args: argparse.Namespace) -> Tuning:
+    import_modules(args.imports)
     target = Target(args.keep, args.metric, args.agreement, args.faster)
-    for name in ("sweep", "confirm"):
-        if getattr(args, name) < 1:
-            raise ValueError(f"--{name} must be 1 or more, got {getattr(args, name)}")
     options = measuring_options(args)
     subject = prepare(args)
     output = Path(args.output)
@@ -85,15 +94,13 @@ def main(args: argparse.Namespace) -> Tuning:
 def run(arguments: list[str] | None = None) -> None:
     """Parse the arguments and run; an expected error ends with one sentence."""
     args = parse_arguments(arguments)
-    try:
+    with (
+        code_in_files(args.run_code_in_files),
+        one_sentence("tune.py", "what was measured is kept; the same command goes on from here"),
+    ):
         tuning = main(args)
-    except (ValueError, OSError, KeyError) as error:
-        sys.exit(f"tune.py: {error.args[0] if isinstance(error, KeyError) else error}")
-    except KeyboardInterrupt:
-        sys.exit(130)
-    if tuning.interrupted:
-        print("tune.py: interrupted; the same command goes on from here", file=sys.stderr)
-        sys.exit(130)
+        if tuning.interrupted:
+            raise KeyboardInterrupt
     if tuning.winner is None:
         sys.exit(1)
 

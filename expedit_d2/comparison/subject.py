@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from glob import glob, has_magic
@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from detectron2.data import DatasetCatalog
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.evaluation import DatasetEvaluator
+from detectron2.utils import comm
 from PIL import Image
 from torch import nn
 
@@ -108,36 +109,45 @@ def find_images(where: str) -> list[str]:
     return sorted(files)
 
 
-def register_images(where: str, limit: int | None = None) -> str:
-    """Register images without labels as a data set; returns its name, which tells them apart.
+def register_images(where: str | Sequence[str], limit: int | None = None) -> str:
+    """Register images without labels as a data set.
 
-    Images that cannot be read are left out and logged, and the name says how many there are.
+    Images that cannot be read are left out and logged. The metadata have them as ``unreadable``,
+    and the name says how many there are.
 
     Args:
-        where: a folder or a pattern.
+        where: files, folders or patterns; one, or several in this order.
         limit: only the first images that can be read; None: all of them.
 
+    Returns:
+        The name, which tells them apart.
+
     Raises:
-        FileNotFoundError: if there is no image.
-        ValueError: if none can be read.
+        FileNotFoundError: for one without images.
+        ValueError: if no image can be read.
     """
+    places = [where] if isinstance(where, str) else list(where)
     files: list[str] = []
     unreadable: list[str] = []
-    for path in find_images(where):
+    for path in [path for place in places for path in find_images(place)]:
         if len(files) == limit:
             break
         try:
             check_image(path)
             files.append(path)
         except DataError as error:
-            logger.warning("left out: %s", error)
             unreadable.append(str(error))
+            if comm.is_main_process():
+                logger.warning("left out: %s", error)
     if not files:
-        raise ValueError(f"no image at {where!r} can be read: {unreadable[0]}")
+        spelled = ", ".join(map(repr, places))
+        raise ValueError(f"no image at {spelled} can be read: {unreadable[0]}")
     records = [{"file_name": path, "image_id": path} for path in files]
     stamps = [(path, Path(path).stat().st_size) for path in files]
+    more = f" and {len(places) - 1} more" if len(places) > 1 else ""
     left_out = f", {len(unreadable)} unreadable left out" if unreadable else ""
-    name = f"{where} ({fingerprint(stamps)[:8]}{left_out})"
+    name = f"{places[0]}{more} ({fingerprint(stamps)[:8]}{left_out})"
     if name not in DatasetCatalog.list():
         DatasetCatalog.register(name, lambda: [dict(record) for record in records])
+        MetadataCatalog.get(name).set(unreadable=tuple(unreadable))
     return name

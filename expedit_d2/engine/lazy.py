@@ -1,15 +1,10 @@
-"""Training and evaluation of a LazyConfig (``.py``), as ViTDet's official configs are written.
-
-Such a config gets a node ``expedit`` with the keys of ``MODEL.EXPEDIT`` in lower case, so that
-``expedit.enabled=True expedit.alpha=4 expedit.ratio=0.7`` can be given on the command line.
-"""
+"""Training and evaluation of a LazyConfig (``.py``), as ViTDet's official configs are written."""
 
 from __future__ import annotations
 
-from dataclasses import fields
 from typing import Any
 
-from detectron2.config import LazyConfig, instantiate
+from detectron2.config import instantiate
 from detectron2.engine import AMPTrainer, SimpleTrainer, default_writers, hooks
 from detectron2.engine.defaults import create_ddp_model
 from detectron2.evaluation import inference_on_dataset
@@ -18,34 +13,10 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from ..api import expedite_from_node
-from ..settings import Settings
 from .checkpoint import Checkpointer, load_weights
-from .config import choose_device
 from .lazy_data import build_lazy_evaluator, build_lazy_loader, register_lazy_data
 
-__all__ = ["evaluate_lazy", "load_lazy_config", "load_lazy_model", "train_lazy"]
-
-
-def load_lazy_config(path: str, overrides: list[str]) -> DictConfig:
-    """A LazyConfig with the ``expedit`` node and the overrides of the command line.
-
-    Args:
-        path: the ``.py`` file.
-        overrides: ``key.path=value``, as Detectron2 takes them.
-
-    Raises:
-        ValueError: if it is no ``.py`` file. Detectron2 would read YAML with tags that run code.
-    """
-    if not path.endswith(".py"):
-        raise ValueError(f"a LazyConfig is a .py file, got {path!r}")
-    cfg = LazyConfig.load(path)
-    defaults: dict[str, Any] = {"enabled": False}
-    defaults.update({f.name: f.default for f in fields(Settings)})
-    node = OmegaConf.create(defaults, flags={"allow_objects": True})
-    cfg.expedit = OmegaConf.merge(node, cfg.get("expedit") or {})
-    cfg = LazyConfig.apply_overrides(cfg, overrides)
-    cfg.train.device = choose_device(cfg.train.device)
-    return cfg
+__all__ = ["evaluate_lazy", "load_lazy_model", "train_lazy"]
 
 
 def _build_model(cfg: DictConfig) -> nn.Module:

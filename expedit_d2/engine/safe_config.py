@@ -10,7 +10,7 @@ from detectron2.config import CfgNode
 from ..files import fetch, runs_code
 from ..files.trust import REMEDY
 
-__all__ = ["load_yaml", "merge_yaml"]
+__all__ = ["load_yaml"]
 
 
 class _Reader(CfgNode):
@@ -39,14 +39,3 @@ def load_yaml(path: str) -> dict[str, Any]:
             f"the config {mark.name!r}, line {mark.line + 1}: the tag {tag} is not read, since "
             f"such tags can run any code; write the value itself, or {REMEDY}"
         ) from None
-
-
-def merge_yaml(cfg: CfgNode, path: str) -> None:
-    """Merge a YAML config into another one, as `CfgNode.merge_from_file` does.
-
-    Raises:
-        OSError, ValueError: as `load_yaml`.
-        KeyError: for a key that the config does not have.
-    """
-    load_yaml(path)  # says what is wrong with the file, before Detectron2 reads it
-    cfg.merge_from_file(path, allow_unsafe=runs_code())

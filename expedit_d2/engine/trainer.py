@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -18,6 +19,7 @@ from detectron2.data import (
 from detectron2.engine import DefaultTrainer, HookBase
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.solver.build import get_default_optimizer_params, maybe_add_gradient_clipping
+from detectron2.utils import comm
 from torch import nn
 
 from ..api import expedite_from_node
@@ -26,8 +28,9 @@ from ..data.mapper import CheckedMapper
 from ..evaluation import build_evaluator
 from ..evaluation.build import predictions_folder
 from .checkpoint import Checkpointer
+from .errors import explain, unknown_data_set
 
-__all__ = ["Trainer", "missing_data"]
+__all__ = ["Trainer", "check_data_sets", "missing_data"]
 
 OPTIMIZERS = ("SGD", "ADAMW")
 
@@ -39,18 +42,35 @@ DETECTORS = {
 }
 
 
-@contextmanager
-def missing_data(key: str, names: Iterable[str]) -> Iterator[None]:
-    """Say which config key named a data set that is not there, and what to do about it."""
-    names = list(names)
+def _is_defect(record: logging.LogRecord) -> bool:
+    return not (record.exc_info and explain(record.exc_info[1]))
+
+
+# Detectron2's loop logs the traceback of every error; what the user can mend is one sentence.
+logging.getLogger("detectron2.engine.train_loop").addFilter(_is_defect)
+
+
+def check_data_sets(key: str, names: Sequence[str]) -> None:
+    """Whether there is a data set, and each of them is registered, as paths are by then.
+
+    Args:
+        key: that gave the names, for the message.
+        names: of data sets.
+
+    Raises:
+        ValueError: if not.
+    """
     if not names:
-        raise ValueError(f"{key} names no data set")
-    unknown = [name for name in names if name not in DatasetCatalog.list()]
-    if unknown:
-        raise ValueError(
-            f"{key}: there is no data set {unknown[0]!r}; give a name that Detectron2 knows, such "
-            "as coco_2017_val or collage_val, or the path of a COCO-format .json file"
-        )
+        raise ValueError(f"{key} is empty; give data sets, such as \"('collage_val',)\"")
+    for name in names:
+        if name not in DatasetCatalog.list():
+            raise ValueError(f"{key}: {unknown_data_set(name)}")
+
+
+@contextmanager
+def missing_data(key: str, names: Sequence[str]) -> Iterator[None]:
+    """Say which config key named a data set that is not there, and what to do about it."""
+    check_data_sets(key, names)
     try:
         yield
     except FileNotFoundError as error:
@@ -65,9 +85,25 @@ class Trainer(DefaultTrainer):
     """`DefaultTrainer` with AdamW and with bf16 autocast where there is no GPU."""
 
     def __init__(self, cfg: CfgNode) -> None:
-        for key in ("TRAIN", "TEST"):  # also what is evaluated only at the end
+        """
+        Raises:
+            ValueError: for a config without data to train on, of data sets that do not fit the
+                model, or of a schedule that is none.
+        """
+        check_data_sets("DATASETS.TRAIN", cfg.DATASETS.TRAIN)
+        if cfg.DATASETS.TEST:  # what is evaluated only at the end
+            check_data_sets("DATASETS.TEST", cfg.DATASETS.TEST)
+        for key in ("TRAIN", "TEST"):
             for name in cfg.DATASETS[key]:
                 self.check_dataset(cfg, name, f"DATASETS.{key}")
+        batch, processes = cfg.SOLVER.IMS_PER_BATCH, comm.get_world_size()
+        if batch < 1 or batch % processes:
+            raise ValueError(
+                "SOLVER.IMS_PER_BATCH must be positive and a multiple of the number of processes "
+                f"({processes}), got {batch}"
+            )
+        if cfg.SOLVER.MAX_ITER < 1:
+            raise ValueError(f"SOLVER.MAX_ITER must be 1 or more, got {cfg.SOLVER.MAX_ITER}")
         self._autocast = nullcontext
         if cfg.SOLVER.AMP.ENABLED and cfg.MODEL.DEVICE == "cpu":
             # Detectron2's AMPTrainer insists on CUDA.

@@ -1,0 +1,292 @@
+"""Where a tool ends: what went wrong becomes one sentence, and an exit status.
+
+Errors that a user can mend are sentences already where this package raises them, as ValueError,
+OSError and the like. What libraries raise is turned into sentences here. Everything else is a
+defect and keeps its traceback: TypeError, AttributeError, KeyError, an IndexError, a ValueError
+that no `raise` statement asked for. ``EXPEDIT_TRACEBACK=1`` keeps the traceback of all.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+import sys
+import traceback
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import NoReturn
+
+import torch
+import yaml
+from detectron2.data import DatasetCatalog
+from detectron2.modeling import (
+    ANCHOR_GENERATOR_REGISTRY,
+    BACKBONE_REGISTRY,
+    META_ARCH_REGISTRY,
+    PROPOSAL_GENERATOR_REGISTRY,
+    ROI_BOX_HEAD_REGISTRY,
+    ROI_HEADS_REGISTRY,
+    ROI_MASK_HEAD_REGISTRY,
+    RPN_HEAD_REGISTRY,
+    SEM_SEG_HEADS_REGISTRY,
+)
+from omegaconf.errors import OmegaConfBaseException
+from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
+
+__all__ = ["ExplainedError", "close_to", "end", "explain", "one_sentence", "unknown_data_set"]
+
+#: Libraries whose assertions check what a user gave.
+_CHECKING = re.compile(r"[/\\](detectron2|fvcore|yacs|iopath|timm|pycocotools|panopticapi)[/\\]")
+
+#: Name of a registry -> the key that names one of its entries, and the registry.
+_REGISTRIES = {
+    "META_ARCH": ("MODEL.META_ARCHITECTURE", META_ARCH_REGISTRY),
+    "BACKBONE": ("MODEL.BACKBONE.NAME", BACKBONE_REGISTRY),
+    "PROPOSAL_GENERATOR": ("MODEL.PROPOSAL_GENERATOR.NAME", PROPOSAL_GENERATOR_REGISTRY),
+    "RPN_HEAD": ("MODEL.RPN.HEAD_NAME", RPN_HEAD_REGISTRY),
+    "ANCHOR_GENERATOR": ("MODEL.ANCHOR_GENERATOR.NAME", ANCHOR_GENERATOR_REGISTRY),
+    "ROI_HEADS": ("MODEL.ROI_HEADS.NAME", ROI_HEADS_REGISTRY),
+    "ROI_BOX_HEAD": ("MODEL.ROI_BOX_HEAD.NAME", ROI_BOX_HEAD_REGISTRY),
+    "ROI_MASK_HEAD": ("MODEL.ROI_MASK_HEAD.NAME", ROI_MASK_HEAD_REGISTRY),
+    "SEM_SEG_HEADS": ("MODEL.SEM_SEG_HEAD.NAME", SEM_SEG_HEADS_REGISTRY),
+}
+
+_MEMORY = (
+    "out of memory on the {where}: take smaller images (INPUT.MIN_SIZE_TEST and MAX_SIZE_TEST), "
+    "smaller batches (--batch, SOLVER.IMS_PER_BATCH), a smaller --dtype or another MODEL.DEVICE"
+)
+
+
+_NO_GPU = re.compile(
+    "NVIDIA driver|No CUDA GPUs|invalid device ordinal|no kernel image|not compiled with CUDA"
+)
+
+
+class ExplainedError(Exception):
+    """Carries the sentence of an error from one process to another."""
+
+
+@contextmanager
+def one_sentence(
+    tool: str, kept: str | Callable[[], str] = "nothing was written"
+) -> Iterator[None]:
+    """End the process with one sentence on stderr for errors that a user can mend.
+
+    Args:
+        tool: its name, which the sentence starts with.
+        kept: what an interruption leaves behind, or a function that tells it.
+
+    Raises:
+        SystemExit: with the sentence as its text; its code is 2, or 130 after Ctrl-C.
+    """
+    try:
+        yield
+    except KeyboardInterrupt:
+        end(tool, f"interrupted; {kept() if callable(kept) else kept}", 130)
+    except Exception as error:
+        sentence = explain(error)
+        if sentence is None or os.environ.get("EXPEDIT_TRACEBACK"):
+            raise
+        end(tool, sentence, 2)
+
+
+def end(tool: str, sentence: str, status: int = 2) -> NoReturn:
+    """Say on stderr why a tool ends, and leave with a status; the exception's text says it too."""
+    text = f"{tool}: {sentence}"
+    sys.stdout.flush()
+    print(text, file=sys.stderr)
+    left = SystemExit(text)
+    left.code = status  # so that Python does not print the text once more
+    raise left from None
+
+
+def close_to(word: str, known: Iterable[str], cutoff: float = 0.6) -> str:
+    """`` (did you mean …?)`` for the word that is spelled most alike; nothing if none is."""
+    found = difflib.get_close_matches(word, known, n=1, cutoff=cutoff)
+    return f" (did you mean {found[0]}?)" if found else ""
+
+
+def explain(error: BaseException) -> str | None:
+    """An error as one sentence for the user; None for a defect of the code."""
+    for kinds, words in _WORDS:
+        if isinstance(error, kinds):
+            sentence = words(error)
+            if sentence:
+                return " ".join(sentence.split())
+    return None
+
+
+# ------------------------------------------------------------------------- where it was raised
+
+
+def _origin(error: BaseException) -> tuple[str, str, str]:
+    """Message, file and line of code of where an error was raised, in a loader's worker too."""
+    text = str(error)
+    if "\nOriginal Traceback" in text:
+        return _origin_in_text(text)
+    frames = traceback.extract_tb(error.__traceback__)
+    return (text, frames[-1].filename, frames[-1].line or "") if frames else (text, "", "")
+
+
+def _origin_in_text(text: str) -> tuple[str, str, str]:
+    """The same from a formatted traceback."""
+    *_, last = text.rpartition('  File "')
+    lines = last.strip().splitlines()
+    start = next((i for i, line in enumerate(lines) if i and not line.startswith(" ")), len(lines))
+    message = "\n".join(lines[start:]).partition(": ")[2]
+    return message, lines[0].partition('"')[0], lines[1].strip() if start > 1 else ""
+
+
+# ---------------------------------------------------------------------------- kinds of errors
+
+
+def _of_process(error: ProcessRaisedException) -> str | None:
+    """What `launch` made of an error in one of several processes."""
+    name = f"{ExplainedError.__module__}.{ExplainedError.__qualname__}: "
+    _, found, sentence = str(error).rpartition(f"\n{name}")
+    return sentence if found else None
+
+
+def _of_exit(error: ProcessExitedException) -> str | None:
+    if error.exit_code < 0:  # by a signal
+        return (
+            f"a process was killed ({error}), as happens when memory runs out; start fewer with "
+            "--num-gpus, or take smaller images or batches"
+        )
+    return None
+
+
+def _of_memory(error: BaseException) -> str:
+    return _MEMORY.format(where="GPU" if "cuda" in str(error).lower() else "CPU")
+
+
+def _of_torch(error: Exception) -> str | None:
+    text = str(error)
+    if "out of memory" in text or "can't allocate memory" in text:
+        return _of_memory(error)
+    if _NO_GPU.search(text):
+        return f"the GPU cannot be used ({text.splitlines()[0]}); give MODEL.DEVICE cpu"
+    if "Kernel size can't be greater than actual input size" in text:
+        return f"an image is too small for the model ({text.splitlines()[0]}); give larger ones"
+    if "address already in use" in text or "EADDRINUSE" in text:
+        return "--dist-url: its port is in use by another program; give another one, or auto"
+    return None
+
+
+def _of_yaml(error: yaml.YAMLError) -> str:
+    mark = getattr(error, "problem_mark", None)
+    where = f"{mark.name}, line {mark.line + 1}: " if mark else ""
+    return f"{where}this is not YAML ({getattr(error, 'problem', None) or error}); mend the file"
+
+
+def _of_key(error: KeyError) -> str | None:
+    text = str(error.args[0]) if error.args else ""
+    found = re.match(r"No object named '(.*)' found in '(.*)' registry!", text)
+    if found and found[2] in _REGISTRIES:
+        key, registry = _REGISTRIES[found[2]]
+        return (
+            f"{key}: there is no {found[1]!r}{close_to(found[1], dict(registry))}; "
+            "give a registered name, or register your own with --import MODULE"
+        )
+    found = re.match(r"Dataset '(.*)' is not registered!", text)
+    if found:
+        return unknown_data_set(found[1])
+    if "input_shape[" in _origin(error)[2]:
+        return (
+            f"IN_FEATURES of MODEL.RPN, MODEL.ROI_HEADS or a head has {text!r}, which the backbone "
+            "does not put out; give some of its OUT_FEATURES"
+        )
+    return None
+
+
+def unknown_data_set(name: str) -> str:
+    """A sentence for a name that is no data set."""
+    return (
+        f"there is no data set {name!r}{close_to(name, DatasetCatalog.list())}; give a name that "
+        "Detectron2 knows, such as coco_2017_val or collage_val, the path of a COCO-format .json "
+        "file, or register your own with --import MODULE"
+    )
+
+
+def _of_system(error: OSError) -> str:
+    if error.errno is None or error.strerror is None or error.filename is None:
+        return _origin(error)[0] or type(error).__name__
+    remedy = {
+        FileNotFoundError: "give a path that is there",
+        PermissionError: "change its permissions or give another path",
+        IsADirectoryError: "give a file",
+        NotADirectoryError: "give a folder",
+        FileExistsError: "remove it or give another path",
+    }.get(type(error), "mend that or give another path")
+    return f"{str(error.filename)!r}: {error.strerror.lower()}; {remedy}"
+
+
+def _of_import(error: ImportError) -> str | None:
+    message, _, line = _origin(error)
+    if line.startswith("raise "):
+        return message
+    package = (error.name or "").partition(".")[0]
+    if not isinstance(error, ModuleNotFoundError) or package in ("", "expedit_d2", "projects"):
+        return None
+    return f"the package {package!r} is not installed; install it with pip"
+
+
+def _of_value(error: ValueError) -> str | None:
+    message, file, line = _origin(error)
+    if not line.startswith("raise "):
+        return None
+    ours = type(error).__module__.startswith(("expedit_d2.", "projects."))
+    return message if ours else message + _hint(file)
+
+
+def _hint(file: str) -> str:
+    """For a library's own words: who says them."""
+    _, installed, path = file.rpartition(f"site-packages{os.sep}")
+    if not installed:
+        return ""
+    return f" (says {path.partition(os.sep)[0]}; EXPEDIT_TRACEBACK=1 shows where)"
+
+
+def _of_assertion(error: AssertionError) -> str | None:
+    message, file, line = _origin(error)
+    if _NO_GPU.search(message):
+        return _of_torch(error)
+    if not message or not line.startswith("assert ") or not _CHECKING.search(file):
+        return None
+    if len(message.split()) < 3:  # words alone
+        condition = line.removeprefix("assert ").rpartition(",")[0]
+        message = f"{message!r} is refused where {condition or 'something else'} is needed"
+    return message + _hint(file)
+
+
+def _of_lazy_config(error: OmegaConfBaseException) -> str:
+    key = getattr(error, "full_key", None)
+    text = str(error.msg or error).splitlines()[0]
+    return f"{key or 'an override'} of the LazyConfig: {text}; mend the config or the override"
+
+
+def _of_arguments(error: TypeError) -> str | None:
+    """A `_target_` of a LazyConfig that is called with what it does not take."""
+    frames = traceback.extract_tb(error.__traceback__)
+    if frames and frames[-1].filename.endswith(os.path.join("config", "instantiate.py")):
+        return f"the LazyConfig calls something with other arguments than it takes: {error}"
+    return None
+
+
+#: Kinds of errors and what puts them into words, the first that fits; None is a defect.
+_WORDS: list[tuple[type | tuple[type, ...], Callable[..., str | None]]] = [
+    (ExplainedError, str),
+    (ProcessRaisedException, _of_process),
+    (ProcessExitedException, _of_exit),
+    ((torch.cuda.OutOfMemoryError, MemoryError), _of_memory),
+    (yaml.YAMLError, _of_yaml),
+    (OmegaConfBaseException, _of_lazy_config),
+    (KeyError, _of_key),
+    (OSError, _of_system),
+    (ImportError, _of_import),
+    (ValueError, _of_value),
+    (AssertionError, _of_assertion),
+    (RuntimeError, _of_torch),
+    (TypeError, _of_arguments),
+]

@@ -1,0 +1,204 @@
+"""YAML files and command-line overrides into a config, with a sentence for whatever is wrong.
+
+Files are looked at as trees of nodes, which know their lines, before anything is made of them.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from detectron2.config import CfgNode
+
+from ..files import runs_code
+from .errors import close_to
+from .safe_config import load_yaml
+
+__all__ = ["merge_file", "merge_overrides"]
+
+_BASE = "_BASE_"
+_NAMES = ("tag:yaml.org,2002:str", "tag:yaml.org,2002:merge")
+_KINDS = {
+    bool: "True or False",
+    int: "a whole number",
+    float: "a number with a point or an exponent",
+    str: "text",
+    tuple: "a list",
+    list: "a list",
+}
+
+
+def merge_file(cfg: CfgNode, path: str | Path) -> None:
+    """Merge a YAML file, and those that its ``_BASE_`` names, into a config.
+
+    Raises:
+        FileNotFoundError: if the file or a base is not there.
+        ValueError: if one of them is no mapping of keys, names itself as its base, gives a key
+            twice, a key that does not exist, a value of another type, or a tag that would make a
+            Python object.
+        yaml.YAMLError: for something else than YAML.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"there is no config file {str(path)!r}")
+    sources = list(_sources(str(path), ()))
+    load_yaml(str(path))  # refuses tags that run code, before Detectron2 reads the file
+    try:
+        cfg.merge_from_file(str(path), allow_unsafe=runs_code())
+    except (KeyError, ValueError, AssertionError) as error:
+        problem = str(error.args[0]) if error.args else str(error)
+        unknown = re.search(r"Non-existent config key: (\S+)$", problem)
+        mismatch = re.search(r"Type mismatch .* for config key: (\S+)$", problem, re.DOTALL)
+        if unknown:
+            key = unknown[1]
+            raise ValueError(f"{_find(sources, key)[0]}: {_unknown(cfg, key)}") from None
+        if mismatch:
+            key = mismatch[1]
+            where, given = _find(sources, key)
+            raise ValueError(f"{where}: {_mismatch(key, _get(cfg, key), given)}") from None
+        raise ValueError(f"{path}: {problem}") from None
+
+
+def merge_overrides(cfg: CfgNode, opts: Sequence[str]) -> None:
+    """Merge ``KEY VALUE KEY VALUE …`` of a command line into a config.
+
+    Raises:
+        ValueError: for a key without a value, one that does not exist, or a value of another type.
+    """
+    for key in opts[0::2]:
+        if key.startswith("-"):
+            raise ValueError(f"{key!r} stands after the config overrides; give options before them")
+        if "=" in key:
+            raise ValueError(f"overrides of a YAML config are KEY VALUE pairs, got {key!r}")
+    if len(opts) % 2:
+        raise ValueError(f"overrides are KEY VALUE pairs, but {opts[-1]!r} has no value")
+    for key, value in zip(opts[0::2], opts[1::2], strict=True):
+        if key not in _keys(cfg):
+            raise ValueError(_unknown(cfg, key))
+        before = _get(cfg, key)
+        if isinstance(before, CfgNode):
+            raise ValueError(_mismatch(key, before, repr(value)))
+        try:
+            cfg.merge_from_list([key, value])
+        except (ValueError, TypeError):
+            raise ValueError(_mismatch(key, before, repr(value))) from None
+
+
+# ------------------------------------------------------------------------------ keys of a config
+
+
+def _keys(cfg: CfgNode, prefix: str = "") -> Iterator[str]:
+    """All keys with points between the names, sections too."""
+    for name, value in cfg.items():
+        yield prefix + name
+        if isinstance(value, CfgNode):
+            yield from _keys(value, f"{prefix}{name}.")
+
+
+def _get(cfg: CfgNode, key: str) -> Any:
+    for name in key.split("."):
+        cfg = cfg[name]
+    return cfg
+
+
+def _unknown(cfg: CfgNode, key: str) -> str:
+    known = list(_keys(cfg))
+    last = key.upper().rpartition(".")[2]
+    same = [other for other in known if other.rpartition(".")[2] == last]
+    like = close_to(key.upper(), known) or close_to(key, same, cutoff=0.0)
+    return f"there is no config key {key!r}{like}"
+
+
+def _mismatch(key: str, before: Any, given: str) -> str:
+    if isinstance(before, CfgNode):
+        below = ", ".join(f"{key}.{name}" for name in list(before)[:2])
+        return f"{key} is a section of keys ({below}, …), got {given}"
+    kind = _KINDS.get(type(before), f"a {type(before).__name__}")
+    return f"{key} must be {kind}, such as {before!r}, got {given}"
+
+
+# ------------------------------------------------------------------------------- trees of a file
+
+
+def _sources(path: str, chain: tuple[str, ...]) -> Iterator[tuple[str, yaml.MappingNode]]:
+    """The file and its bases, each with its tree, the file that overrides the others first.
+
+    Args:
+        path: of a file that is there.
+        chain: the files that lead to it.
+    """
+    real = os.path.realpath(path)
+    if real in chain:
+        raise ValueError(f"{path}: its {_BASE} leads back to itself; name another file there")
+    try:
+        with open(path, encoding="utf-8") as file:
+            tree = yaml.compose(file, Loader=yaml.SafeLoader)
+    except UnicodeDecodeError:
+        raise ValueError(f"{path} is not a text file; give a YAML config") from None
+    if tree is None:
+        raise ValueError(f"{path} is empty; a config has keys, such as MODEL: {{WEIGHTS: my.pth}}")
+    if not isinstance(tree, yaml.MappingNode):
+        raise ValueError(
+            f"{path} holds {_spelled(tree)}; a config has keys, such as MODEL: {{WEIGHTS: my.pth}}"
+        )
+    _check_keys(path, tree, ())
+    yield path, tree
+    for base in _bases(path, tree):
+        yield from _sources(base, (*chain, real))
+
+
+def _bases(path: str, tree: yaml.MappingNode) -> Iterator[str]:
+    for key, value in tree.value:
+        if key.value != _BASE:
+            continue
+        for node in value.value if isinstance(value, yaml.SequenceNode) else [value]:
+            if not isinstance(node, yaml.ScalarNode) or not node.value:
+                raise ValueError(f"{_place(path, node)}: {_BASE} must be a file or a list of files")
+            if "://" in node.value:
+                continue  # fetched by Detectron2
+            base = os.path.join(os.path.dirname(path), os.path.expanduser(node.value))
+            if not os.path.isfile(base):
+                raise FileNotFoundError(
+                    f"{_place(path, node)}: its {_BASE} {node.value!r} is not there; it is looked "
+                    "for from the folder of this file"
+                )
+            yield base
+
+
+def _check_keys(path: str, tree: yaml.MappingNode, above: tuple[int, ...]) -> None:
+    if id(tree) in above:
+        raise ValueError(f"{_place(path, tree)}: this holds itself; write it out")
+    seen: set[str] = set()
+    for key, value in tree.value:
+        if not isinstance(key, yaml.ScalarNode) or key.tag not in _NAMES:
+            raise ValueError(f"{_place(path, key)}: a key must be a name, got {_spelled(key)}")
+        if key.value in seen:
+            raise ValueError(f"{_place(path, key)}: {key.value} is given twice; leave one of them")
+        seen.add(key.value)
+        if isinstance(value, yaml.MappingNode):
+            _check_keys(path, value, (*above, id(tree)))
+
+
+def _find(sources: Sequence[tuple[str, yaml.MappingNode]], key: str) -> tuple[str, str]:
+    """Where a key is given, and the value as it is spelled there."""
+    for path, tree in sources:
+        node: yaml.Node | None = tree
+        for name in key.split("."):
+            pairs = node.value if isinstance(node, yaml.MappingNode) else ()
+            node = next((value for given, value in pairs if given.value == name), None)
+        if node is not None:
+            return _place(path, node), _spelled(node)
+    return sources[0][0], "another type"
+
+
+def _place(path: str, node: yaml.Node) -> str:
+    return f"{path}, line {node.start_mark.line + 1}"
+
+
+def _spelled(node: yaml.Node) -> str:
+    if isinstance(node, yaml.ScalarNode):
+        return repr(node.value[:80]) if node.value else "nothing"
+    return "a list" if isinstance(node, yaml.SequenceNode) else "keys"
