@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial, reduce
 from operator import getitem
 from pathlib import Path
 
 from detectron2.config import CfgNode, LazyCall, instantiate
 from detectron2.data import get_detection_dataset_dicts
+from detectron2.utils.registry import locate
 from omegaconf import DictConfig, OmegaConf
 
 from expedit_d2.comparison import Subject, describe, register_images
+from expedit_d2.comparison.origin import sources
 from expedit_d2.comparison.spelling import changes_tokens
 from expedit_d2.comparison.winner import to_overrides, to_yaml
 from expedit_d2.data import register_by_path
@@ -30,6 +32,9 @@ __all__ = [
     "subject_of",
     "write_winner",
 ]
+
+#: What makes the models and data of the projects here.
+_CODE = (Path(__file__).resolve().parent,)
 
 
 def is_lazy(config_file: str | Path) -> bool:
@@ -59,10 +64,12 @@ def load_subject(
         raise ValueError(f"at least one image is needed, got {limit}")
     name = Path(config_file).stem
     if not is_lazy(config_file):
-        return subject_of(load_cfg(config_file, opts), name, images=images, limit=limit)
+        cfg = load_cfg(config_file, opts)
+        return subject_of(cfg, name, images=images, limit=limit, config_file=str(config_file))
     if not Path(config_file).is_file():
         raise FileNotFoundError(f"there is no config file {str(config_file)!r}")
-    return _lazy_subject(load_lazy_config(str(config_file), list(opts)), name, images, limit)
+    cfg = load_lazy_config(str(config_file), list(opts))
+    return _lazy_subject(cfg, Path(config_file), images, limit)
 
 
 def subject_of(
@@ -71,6 +78,7 @@ def subject_of(
     dataset: str | None = None,
     images: str | None = None,
     limit: int | None = None,
+    config_file: str = "",
 ) -> Subject:
     """The same for a YAML config that is loaded; ``dataset`` is the first one for None."""
     cfg = cfg.clone()
@@ -96,10 +104,14 @@ def subject_of(
         config=told.dump(),
         color=cfg.INPUT.FORMAT,
         limit=limit,
+        code=_CODE,
+        config_file=config_file,
     )
 
 
-def _lazy_subject(cfg: DictConfig, name: str, images: str | None, limit: int | None) -> Subject:
+def _lazy_subject(
+    cfg: DictConfig, config_file: Path, images: str | None, limit: int | None
+) -> Subject:
     cfg.expedit.enabled = False
     data = cfg.dataloader
     if images is not None:
@@ -114,7 +126,7 @@ def _lazy_subject(cfg: DictConfig, name: str, images: str | None, limit: int | N
     told = OmegaConf.to_container(cfg)
     told["train"] = told["expedit"] = None
     return Subject(
-        name=name,
+        name=config_file.stem,
         model=load_lazy_model(cfg),
         dataset=dataset,
         loader=instantiate(data.test),
@@ -122,7 +134,21 @@ def _lazy_subject(cfg: DictConfig, name: str, images: str | None, limit: int | N
         config=json.dumps(told, sort_keys=True, default=_qualified),
         color=cfg.model.get("input_format", "BGR"),
         limit=limit,
+        records=lambda: instantiate(data.test.dataset),
+        code=(*_CODE, config_file.resolve(), *sources(_called(told))),
+        config_file=str(config_file),
     )
+
+
+def _called(value: object) -> Iterator[Callable]:
+    """The functions and classes that a LazyConfig calls, wherever it names them."""
+    if isinstance(value, dict):
+        if "_target_" in value:
+            target = value["_target_"]
+            yield locate(target) if isinstance(target, str) else target
+        value = list(value.values())
+    for inner in value if isinstance(value, list) else ():
+        yield from _called(inner)
 
 
 def _qualified(value: object) -> str:
@@ -154,7 +180,11 @@ def settings_beside(config_file: str | Path) -> dict[str, Settings]:
 
 
 def write_winner(
-    settings: Settings, config_file: str | Path, opts: Sequence[str], stem: str | Path
+    settings: Settings,
+    config_file: str | Path,
+    opts: Sequence[str],
+    stem: str | Path,
+    comment: str | None = None,
 ) -> tuple[Path, str]:
     """Write settings as a config on top of another one; for a LazyConfig, as overrides.
 
@@ -163,6 +193,7 @@ def write_winner(
         config_file: YAML or LazyConfig.
         opts: overrides that were in force, which the file takes in.
         stem: of the file; its name ends in ``_tuned``.
+        comment: the first line of a YAML file; None: the settings in one line.
 
     Returns:
         The file, and the command that evaluates with it.
@@ -185,8 +216,7 @@ def write_winner(
         if not key.startswith("MODEL.EXPEDIT.") or key.endswith(".FUSED_ATTENTION")
     ]
     file = stem.with_name(f"{stem.name}_tuned.yaml")
-    text = to_yaml(
-        settings, config_file, base.MODEL.EXPEDIT, file.parent, given, describe(settings)
-    )
+    comment = describe(settings) if comment is None else comment
+    text = to_yaml(settings, config_file, base.MODEL.EXPEDIT, file.parent, given, comment)
     file.write_text(text, encoding="utf-8")
     return file, f"{evaluate} {shlex.quote(str(file))}"

@@ -30,8 +30,10 @@ from expedit_d2.comparison import (
     compare,
     parse_setting,
     save_tables,
+    table_stem,
     to_terminal,
 )
+from expedit_d2.engine.interrupt import interruptible
 from expedit_d2.report import draw_pictures, headline_row, write_report
 from expedit_d2.settings import Settings
 from projects.arguments import add_measuring_options, measuring_options, prepare
@@ -85,21 +87,33 @@ def all_settings(args: argparse.Namespace) -> dict[str, Settings]:
 
 
 def main(args: argparse.Namespace) -> Comparison:
+    """Compare, and write tables and the report.
+
+    Raises:
+        ValueError, FileNotFoundError: for what is wrong, before anything is measured.
+        KeyboardInterrupt: before the plain model is finished, or while pictures are drawn; what
+            was measured is written by then.
+    """
     options, settings = measuring_options(args), all_settings(args)
-    subject = prepare(args)
+    if args.pictures < 0:
+        raise ValueError(f"--pictures must be 0 or more, got {args.pictures}")
     output = Path(args.output)
     store = Store(output)
-    stem = output / subject.name
+    subject = prepare(args)
+    stem = table_stem(output, subject.name, args.config_file)
     comparison = compare(
         subject, settings, options, store, save=lambda so_far: save_tables(so_far, stem)
     )
-    files = save_tables(comparison, stem)
-    row = None if comparison.unfinished else headline_row(comparison)
-    pictures = [] if row is None else draw_pictures(subject, row, args.pictures)
-    files.append(write_report([comparison], pictures, f"{stem}.html"))
+    files = [*save_tables(comparison, stem), write_report([comparison], [], f"{stem}.html")]
     print(f"\n{to_terminal(comparison)}\n\nAll of it: {', '.join(map(str, files))}")
     if store.reused:
         print(f"{store.reused} results were measured before; remove {output} to measure them again")
+    # Pictures tell something also where no setting can be recommended.
+    drawn = [row for row in (headline_row(comparison), *comparison.rows[1:]) if row is not None]
+    if drawn and args.pictures and not comparison.unfinished:
+        with interruptible():
+            pictures = draw_pictures(subject, drawn[0], args.pictures)
+        write_report([comparison], pictures, f"{stem}.html")
     return comparison
 
 
@@ -107,15 +121,21 @@ def run(arguments: list[str] | None = None) -> None:
     """Parse the arguments and run; an expected error ends with one sentence."""
     args = parse_arguments(arguments)
     try:
-        unfinished = main(args).unfinished
+        comparison = main(args)
     except (ValueError, OSError, KeyError) as error:
         sys.exit(f"compare.py: {error.args[0] if isinstance(error, KeyError) else error}")
     except KeyboardInterrupt:
-        print("compare.py: interrupted before the plain model was finished", file=sys.stderr)
-        sys.exit(130)
-    if unfinished:
         print("compare.py: interrupted; the same command goes on from here", file=sys.stderr)
         sys.exit(130)
+    if comparison.unfinished:
+        print("compare.py: interrupted; the same command goes on from here", file=sys.stderr)
+        sys.exit(130)
+    if comparison.failed:
+        failed = "; ".join(f"{name}: {why}" for name, why in comparison.failed.items())
+        print(
+            f"compare.py: these settings failed, the others are finished: {failed}", file=sys.stderr
+        )
+        sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from .session import Options, Session, compare, expedited_copy, share_weights
 from .spelling import describe, parse_setting
 from .store import Store
 from .subject import Subject, register_images
-from .tables import save_tables, to_csv, to_markdown, to_terminal
+from .tables import save_tables, table_stem, to_csv, to_markdown, to_terminal
 from .tuning import Target, Tuning, tune
 
 __all__ = [
@@ -33,6 +33,7 @@ __all__ = [
     "register_images",
     "save_tables",
     "share_weights",
+    "table_stem",
     "to_csv",
     "to_markdown",
     "to_terminal",
