@@ -80,23 +80,39 @@ def draw(subject: Subject, setting: Settings, count: int) -> list[dict[str, np.n
 def run_case(case: Case, args: argparse.Namespace) -> str:
     """Evaluate and draw one model; returns its table in Markdown."""
     name = case.plain.stem
-    settings = {
-        path.stem.removeprefix(f"{name}_"): setting_of(path, args.opts) for path in case.expedit
-    }
+    settings: dict[str, Settings] = {}
+    for path in case.expedit:
+        setting, key = setting_of(path, args.opts), path.stem.removeprefix(f"{name}_")
+        if setting is None:
+            raise ValueError(
+                f"--expedit: MODEL.EXPEDIT of {str(path)!r} has no ALPHA and no BUDGET"
+            )
+        if key in settings:
+            raise ValueError(f"--expedit: two files are named {path.name!r}")
+        settings[key] = setting
     subject = load_subject(case.plain, args.opts)
     comparison = compare(subject, settings, Options(timed_images=args.timed, batch=1))
     print(f"\n{to_terminal(comparison)}\n")
     if comparison.unfinished:
         raise KeyboardInterrupt
-    panels = draw(subject, next(iter(settings.values())), args.pictures)
-    save_panels(panels, Path(args.output) / f"{name}.png")
+    drawn = [row.settings for row in comparison.rows[1:]]
+    if drawn and args.pictures:
+        panels = draw(subject, drawn[0], args.pictures)
+        save_panels(panels, Path(args.output) / f"{name}.png")
     return f"{name}\n\n{to_markdown(comparison)}"
 
 
 def main(args: argparse.Namespace) -> None:
     setup_logger(name="detectron2").setLevel("ERROR")  # the progress bars say enough
     register_collage()
+    for name in ("pictures", "timed"):
+        if getattr(args, name) < 0:
+            raise ValueError(f"--{name} must be 0 or more, got {getattr(args, name)}")
     if args.config_file:
+        if not args.expedit:
+            raise ValueError(
+                "--config-file needs --expedit: configs whose MODEL.EXPEDIT to compare"
+            )
         cases = [Case(Path(args.config_file), [Path(path) for path in args.expedit])]
     else:
         cases = embedded_cases(args.models)

@@ -164,7 +164,7 @@ def _write(canvas: Tensor, names: Sequence[tuple[str, tuple[int, int]]], anchor:
     """
     picture = Image.fromarray(_to_image(canvas))
     pen = ImageDraw.Draw(picture)
-    size = max(16, max(picture.size) // 40)
+    size = max(16, max(picture.size) // 24)
     style = {"anchor": anchor, "font_size": size, "stroke_width": size // 8}
     taken: list[Sequence[float]] = []
     for name, place in names:
