@@ -60,12 +60,12 @@ def _is_a(hint: type, value: Any) -> bool:
 
 
 def _read_union(kinds: tuple[Any, ...], value: Any, where: str) -> Any:
-    """As the first kind that fits."""
-    errors = []
-    for kind in kinds:
+    """As the first kind that fits; what looks like a dataclass is meant to be one."""
+    if isinstance(value, Mapping):
+        kinds = [kind for kind in kinds if is_dataclass(kind)] or kinds
+    for kind in kinds[:-1]:
         try:
             return _read(kind, value, where)
-        except ValueError as error:
-            errors.append(str(error))
-    # An object that was meant to be a dataclass, but is wrong in it, has the most to say.
-    raise ValueError(max(errors, key=len))
+        except ValueError:
+            pass
+    return _read(kinds[-1], value, where)

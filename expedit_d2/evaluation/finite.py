@@ -48,13 +48,14 @@ class FiniteWatch:
 
 @contextmanager
 def watch_finite(model: nn.Module) -> Iterator[FiniteWatch]:
-    """Watch what the parts of a model (its backbone, its heads) put out, and the model itself.
+    """Watch what a model puts out, its parts (backbone, heads) and the parts of these.
 
     The output alone does not tell: detectors drop boxes that are not finite, and a panoptic map of
     them is empty, as if there were nothing to find.
     """
     watch = FiniteWatch()
+    parts = [part for name, part in model.named_modules() if name.count(".") <= 1]
     with ExitStack() as stack:
-        for module in (model, *model.children()):
-            stack.enter_context(module.register_forward_hook(lambda *args: watch.see(args[-1])))
+        for part in parts:
+            stack.enter_context(part.register_forward_hook(lambda *args: watch.see(args[-1])))
         yield watch
