@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import EMBEDDED, load_tool
+from matplotlib.textpath import TextPath
+from matplotlib.transforms import Bbox
 from PIL import Image
 
 from expedit_d2.analysis.flops import Flops
@@ -254,6 +256,64 @@ def test_markers_stand_where_the_numbers_are():
         assert f">{point.name}<" in svg
 
 
+def texts_of(svg: str) -> list[tuple[str, Bbox]]:
+    """Every upright text in a figure, and its box as the font has it."""
+    found = []
+    for tag, text in re.findall(r"<text ([^>]*)>([^<]*)", svg):
+        if "rotate(-90" in tag:
+            continue
+        place = re.search(r'x="([\d.-]+)" y="([\d.-]+)"', tag)
+        x, y = (place or re.search(r"translate\(([\d.-]+) ([\d.-]+)\)", tag)).groups()
+        size = float(re.search(r"([\d.]+)px", tag)[1])
+        path = TextPath((0, 0), text, size=size).get_extents()
+        anchor = re.search(r"text-anchor: (\w+)", tag)
+        share = {"middle": 0.5, "end": 1.0}.get(anchor and anchor[1], 0.0)
+        left, y = float(x) - share * path.width, float(y)
+        found.append((text, Bbox([(left, y - path.y1), (left + path.width, y - path.y0)])))
+    return found
+
+
+def crowd(seed: int) -> list[Point]:
+    rng = np.random.default_rng(seed)
+    names = [
+        f"method=merge alpha=0-{i} keep=0.{i}" if seed % 2 else f"a{i}_{i}x{i}" for i in range(8)
+    ]
+    x = np.sort(rng.uniform(1.3, 1.3 + 0.05 * 4**seed, 8))
+    y = np.sort(rng.uniform(99.9 - 4**seed, 99.9, 8))[::-1]
+    return [Point("plain", "plain", 1.0, 100.0, True)] + [
+        Point(name, "merge", *place, True) for name, *place in zip(names, x, y, strict=True)
+    ]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_names_in_a_figure_neither_overlap_nor_leave_it(seed):
+    points = crowd(seed)
+    svg = draw_tradeoff(points, "speed-up", "kept, %", "k")
+    width, height = map(float, re.search(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', svg).groups())
+    words = {word for point in points for word in point.name.split()}
+    boxes = []
+    # The last texts are those of the points, after the legend's and the axes'.
+    for text, box in texts_of(svg):
+        assert 0 <= box.x0 and box.x1 <= width and 0 <= box.y0 and box.y1 <= height, text
+        if set(text.split()) <= words and text != "merge":
+            boxes.append((text, box))
+    assert len(boxes) >= 3
+    for number, (text, box) in enumerate(boxes):
+        for other, another in boxes[:number]:
+            assert not box.overlaps(another), (text, other)
+
+
+@pytest.mark.parametrize("low", [99.9, 99.0, 90.0, 40.0, 1.0])
+def test_labels_of_the_stretched_axis_do_not_touch(low):
+    points = [Point("plain", "plain", 1, 100, True), Point("a", "merge", 1.2, low, True)]
+    texts = texts_of(draw_tradeoff([*points, Point("b", "pool", 1.3, 119, False)], "x", "y", "k"))
+    left = min(box.x1 for text, box in texts if text == "100")
+    ticks = [box for text, box in texts if re.fullmatch(r"[\d.]+", text) and abs(box.x1 - left) < 4]
+    assert len(ticks) >= 3
+    for number, box in enumerate(ticks):
+        assert not any(box.overlaps(other) for other in ticks[:number])
+
+
 def test_headline_is_the_fastest_that_keeps_enough():
     assert best_row(COMPARISON).name == "quick"
     assert headline(COMPARISON) == (
@@ -315,6 +375,29 @@ def test_pictures_are_drawn_from_a_model():
         assert len(titles) == 5
     with pytest.raises(ValueError, match="the row 'plain' has no settings"):
         draw_pictures(subject, ROWS[0], 2)
+
+
+def test_the_image_that_agrees_least_is_drawn_beside_the_first_ones():
+    cfg = load_cfg(Path(EMBEDDED).with_name("segmenter.yaml"), ["MODEL.DEVICE", "cpu"])
+    torch.manual_seed(0)
+    pixels = torch.randint(0, 256, (3, 3, 256, 256), dtype=torch.uint8)
+    items = [[{"image": p, "file_name": f"some/{n}.jpg"}] for n, p in enumerate(pixels)]
+    subject = Subject("s", load_model(cfg), "no data set", items, None)
+    worst = replace(ROWS[2], worst=("some/2.jpg", 12.34))
+    title = "Image 2, setting quick: the lowest agreement of all, 12.3 %"
+    drawn = draw_pictures(subject, worst, 1)
+    assert [p.title for p in drawn] == ["Image 0, setting quick", title]
+    among = draw_pictures(subject, replace(worst, worst=("some/0.jpg", 12.34)), 1)
+    assert len(among) == 1 and "lowest agreement" in among[0].title
+    assert draw_pictures(subject, worst, 0) == []
+    with pytest.raises(ValueError, match="must be 0 or more, got -1"):
+        draw_pictures(subject, worst, -1)
+
+
+def test_panels_can_be_enlarged(tmp_path):
+    page = page_of(tmp_path, [COMPARISON], [picture()])
+    assert len([b for b in page.all("button") if b["class"] == "enlarge"]) == len(page.all("img"))
+    assert "showModal" in page.html and "http" not in re.sub(r'href="[^"]*"', "", page.html)
 
 
 def test_comparing_ends_with_a_report(confident_opts, tmp_path, capsys):

@@ -42,7 +42,7 @@ _LINE = 18
 _ALL_NAMED = 8
 #: Where a name may stand around its point: distance in points (of the sides of a square), and
 #: direction in degrees; the nearest ones first. From the second distance on, a line leads there.
-_DISTANCES = (7, 16, 27, 40, 55, 72, 90, 110)
+_DISTANCES = (7, 16, 27, 40, 55, 72)
 _DIRECTIONS = (45, 90, 0, 135, -45, 180, -90, -135, 67, 112, 22, 157, -22, -67)
 #: Points of free space around a name, and radius of a marker.
 _GAP, _RADIUS = 1.5, 5
@@ -181,6 +181,7 @@ def _name_points(figure: Figure, axes: Axes, points: Sequence[Point]) -> None:
             taken.append(Bbox([ends[0] - pixel, ends[1] + pixel]))
     # Beside the axes there is nothing on the right.
     frame = Bbox([(axes.bbox.x0, axes.bbox.y0), (figure.bbox.x1, axes.bbox.y1)])
+    room = _Room(frame, taken, gap=_GAP * pixel)
     for point in front if len(points) > _ALL_NAMED else [*front, *set(points).difference(front)]:
         text = axes.annotate(
             fill(point.name, _LINE),
@@ -192,40 +193,55 @@ def _name_points(figure: Figure, axes: Axes, points: Sequence[Point]) -> None:
         )
         # In a layout that makes room for names, the places above would no longer be true.
         text.set_in_layout(False)
-        place = _free_place(text, frame, taken, _GAP * pixel)
-        if place is None:
+        lead = room.place(text, axes.transData.transform((point.x, point.y)))
+        if lead is None:
             text.remove()
-        elif place > _DISTANCES[0]:
-            start = axes.transData.transform((point.x, point.y))
-            _lead(axes, start, text.get_window_extent())
+        elif len(lead):
+            ends = axes.transData.inverted().transform(lead[[0, -1]])
+            axes.plot(*ends.T, color=_TEXT, lw=0.6, alpha=0.5, zorder=1, scalex=False, scaley=False)
 
 
-def _free_place(text: Annotation, frame: Bbox, taken: list[Bbox], gap: float) -> float | None:
-    """Move a name to where it is free, and note that; its distance in points, or None."""
-    for distance, direction in product(_DISTANCES, _DIRECTIONS):
-        right, up = np.cos(np.radians(direction)), np.sin(np.radians(direction))
-        reach = distance / max(abs(right), abs(up))
-        text.xyann = (reach * right, reach * up)
-        text.set(ha=_ALIGNED[round(right)][0], va=_ALIGNED[round(up)][1])
-        box = text.get_window_extent().padded(gap)
-        within = (
-            frame.x0 <= box.x0 and box.x1 <= frame.x1 and frame.y0 <= box.y0 and box.y1 <= frame.y1
+class _Room:
+    """Where names may still stand, in pixels."""
+
+    def __init__(self, frame: Bbox, taken: list[Bbox], gap: float) -> None:
+        self.frame, self.taken, self.gap = frame, taken, gap
+        self.names: list[Bbox] = []
+
+    def place(self, text: Annotation, marker: np.ndarray) -> np.ndarray | None:
+        """Move a name to the nearest free place around its marker.
+
+        Returns:
+            Points (N, 2) of the line that leads there, none right beside the marker; None if no
+            place is free.
+        """
+        for distance, direction in product(_DISTANCES, _DIRECTIONS):
+            right, up = np.cos(np.radians(direction)), np.sin(np.radians(direction))
+            reach = distance / max(abs(right), abs(up))
+            text.xyann = (reach * right, reach * up)
+            text.set(ha=_ALIGNED[round(right)][0], va=_ALIGNED[round(up)][1])
+            box = text.get_window_extent().padded(self.gap)
+            lead = np.empty((0, 2))
+            if distance > _DISTANCES[0]:
+                end = np.clip(marker, box.min, box.max)
+                lead = marker + np.linspace(0, 1, 24)[:, None] * (end - marker)
+            if self._is_free(box, lead):
+                self.names.append(box)
+                self.taken += [box, *(Bbox([at, at + 1]) for at in lead)]
+                return lead
+        return None
+
+    def _is_free(self, box: Bbox, lead: np.ndarray) -> bool:
+        inside = (box.min >= self.frame.min).all() and (box.max <= self.frame.max).all()
+        return (
+            inside
+            and not any(box.overlaps(other) for other in self.taken)
+            and not any(name.contains(*at) for name in self.names for at in lead)
         )
-        if within and not any(box.overlaps(other) for other in taken):
-            taken.append(box)
-            return distance
-    return None
 
 
 #: Towards -1, 0 or 1: how a name is aligned across and upright.
 _ALIGNED = {-1: ("right", "top"), 0: ("center", "center"), 1: ("left", "bottom")}
-
-
-def _lead(axes: Axes, start: np.ndarray, box: Bbox) -> None:
-    """A thin line from a marker to the nearest point of its name."""
-    end = np.clip(start, (box.x0, box.y0), (box.x1, box.y1))
-    ends = axes.transData.inverted().transform([start, end])
-    axes.plot(*ends.T, color=_TEXT, lw=0.6, alpha=0.5, zorder=1, scalex=False, scaley=False)
 
 
 def _inline(svg: str, description: str, key: str) -> str:
