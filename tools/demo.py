@@ -16,7 +16,7 @@ import numpy as np
 from detectron2.data import MetadataCatalog
 from detectron2.utils.logger import setup_logger
 
-from expedit_d2.comparison import Options, Subject, compare, to_markdown, to_terminal
+from expedit_d2.comparison import Comparison, Options, Subject, compare, to_markdown, to_terminal
 from expedit_d2.data import register_collage
 from expedit_d2.settings import Settings
 from expedit_d2.visualize import save_panels, side_by_side
@@ -77,8 +77,8 @@ def draw(subject: Subject, setting: Settings, count: int) -> list[dict[str, np.n
     return rows
 
 
-def run_case(case: Case, args: argparse.Namespace) -> str:
-    """Evaluate and draw one model; returns its table in Markdown."""
+def run_case(case: Case, args: argparse.Namespace) -> Comparison:
+    """Evaluate and draw one model."""
     name = case.plain.stem
     settings: dict[str, Settings] = {}
     for path in case.expedit:
@@ -99,7 +99,7 @@ def run_case(case: Case, args: argparse.Namespace) -> str:
     if drawn and args.pictures:
         panels = draw(subject, drawn[0], args.pictures)
         save_panels(panels, Path(args.output) / f"{name}.png")
-    return f"{name}\n\n{to_markdown(comparison)}"
+    return comparison
 
 
 def main(args: argparse.Namespace) -> None:
@@ -118,12 +118,16 @@ def main(args: argparse.Namespace) -> None:
         cases = embedded_cases(args.models)
     output = Path(args.output)
     output.mkdir(parents=True, exist_ok=True)
-    tables = []
+    tables, failed = [], []
     for case in cases:
-        tables.append(run_case(case, args))
+        comparison = run_case(case, args)
+        tables.append(f"{comparison.model}\n\n{to_markdown(comparison)}")
+        failed += [f"{name}: {why}" for name, why in comparison.failed.items()]
         # After each of them, so that an interruption leaves what is done.
-        (output / "tables.md").write_text("\n".join(tables))
+        (output / "tables.md").write_text("\n".join(tables), encoding="utf-8")
     print(f"tables and pictures: {output}")
+    if failed:
+        raise ValueError(f"these settings failed, the others are finished: {'; '.join(failed)}")
 
 
 def run(arguments: list[str] | None = None) -> None:

@@ -88,10 +88,10 @@ class Subject:
         )
 
     def _data_digest(self) -> str:
-        known = self.dataset in DatasetCatalog.list()
         if self.records is not None:
-            records = self.records()
+            records = list(self.records())
         else:
+            known = self.dataset in DatasetCatalog.list()
             records = DatasetCatalog.get(self.dataset) if known else []
         if len(records) == len(self.loader):  # else it is not known which are the first
             records = records[: len(self)]
