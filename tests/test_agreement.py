@@ -255,7 +255,8 @@ def test_outputs_that_are_not_finite_disagree(bad, task, whose):
     results = evaluator.evaluate()
     assert results["agreement"][task] == pytest.approx(50.0, abs=20)  # one image of the two
     assert results["outputs"]["not_finite"] == (whose != "plain")
-    assert results["outputs"]["worst"] == [1, 0.0]
+    worst = results["outputs"]["worst_image"], results["outputs"]["worst_agreement"]
+    assert worst == (1, 0.0)
     assert reference.evaluate()["outputs"]["not_finite"] == (whose != "other")
 
 

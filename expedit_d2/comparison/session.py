@@ -237,10 +237,13 @@ class Session:
             self.store.put_arrays(self._key("reference", None, {}), agreement.to_arrays())
         else:
             results = self._run(name, model, Agreement(self._reference()))
+        outputs = results["outputs"]
+        image = outputs["worst_image"]
         return {
             "metrics": main_metrics(results),
             "agreement": results["agreement"],
-            **results["outputs"],
+            "not_finite": outputs["not_finite"],
+            "worst": None if image is None else [image, outputs["worst_agreement"]],
             "flops": asdict(count_flops(model, self._inputs(1)[0])),
             "parameters": sum(p.numel() for p in model.parameters()),
         }

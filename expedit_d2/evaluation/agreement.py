@@ -283,7 +283,7 @@ class Agreement(DatasetEvaluator):
             lowest += [] if least is None else [least]
             for task, terms in part.items():
                 sums[task] = sums.get(task, 0) + terms
-        worst = min(lowest, key=lambda pair: pair[0], default=None)
+        least, image = min(lowest, key=lambda pair: pair[0], default=(None, None))
         return {
             "agreement": {
                 task: 100.0 * float(part / whole) if whole else None
@@ -291,7 +291,8 @@ class Agreement(DatasetEvaluator):
             },
             "outputs": {
                 "not_finite": not_finite,
-                "worst": None if worst is None else [worst[1], 100 * worst[0]],
+                "worst_image": image,
+                "worst_agreement": None if least is None else 100 * least,
             },
         }
 
