@@ -10,7 +10,7 @@ from typing import NoReturn
 import torch
 from detectron2.utils.logger import setup_logger
 
-from expedit_d2.comparison import Options, Subject
+from expedit_d2.comparison import Options, Store, Subject
 from expedit_d2.comparison.session import DTYPES
 from expedit_d2.data import register_collage
 from expedit_d2.engine import check_folder
@@ -117,15 +117,20 @@ def measuring_options(args: argparse.Namespace) -> Options:
     return Options(args.dtype, args.timed, args.batch)
 
 
-def prepare(args: argparse.Namespace) -> Subject:
+def prepare(args: argparse.Namespace) -> tuple[Subject, Store]:
     """The model and its data, with as many threads and as few log lines as are wanted.
 
+    Returns:
+        them, and where results are kept.
+
     Raises:
-        ValueError, OSError: as `load_subject`, or for an output folder that cannot be written to.
+        ValueError, OSError: as `load_subject`, or for an output folder that cannot be written to,
+            or holds results of something else.
     """
     setup_logger(name="detectron2").setLevel("ERROR")  # the progress bars say enough
     check_folder(args.output, "--output")
+    store = Store(args.output)
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     register_collage()
-    return load_subject(args.config_file, args.opts, args.images, args.first)
+    return load_subject(args.config_file, args.opts, args.images, args.first), store

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial, reduce
 from operator import getitem
 from pathlib import Path
 
-from detectron2.config import CfgNode, LazyCall
+from detectron2.config import CfgNode, LazyCall, instantiate
 from detectron2.data import MetadataCatalog, get_detection_dataset_dicts
+from detectron2.utils.registry import locate
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from expedit_d2.comparison import Subject, describe, register_images
+from expedit_d2.comparison.origin import sources
 from expedit_d2.comparison.spelling import changes_tokens
 from expedit_d2.comparison.winner import to_overrides, to_yaml
 from expedit_d2.data import register_by_path
@@ -28,11 +30,15 @@ __all__ = [
     "is_lazy",
     "load_any_model",
     "load_subject",
+    "needed_setting",
     "setting_of",
     "settings_beside",
     "subject_of",
     "write_winner",
 ]
+
+#: What makes the models and data of the projects here.
+_CODE = (Path(__file__).resolve().parent,)
 
 
 def is_lazy(config_file: str | Path) -> bool:
@@ -63,8 +69,10 @@ def load_subject(
         raise ValueError(f"at least one image is needed, got {limit}")
     name = Path(config_file).stem
     if not is_lazy(config_file):
-        return subject_of(load_cfg(config_file, opts), name, images=images, limit=limit)
-    return _lazy_subject(load_lazy_config(str(config_file), list(opts)), name, images, limit)
+        cfg = load_cfg(config_file, opts)
+        return subject_of(cfg, name, images=images, limit=limit, config_file=str(config_file))
+    cfg = load_lazy_config(str(config_file), list(opts))
+    return _lazy_subject(cfg, Path(config_file), images, limit)
 
 
 def subject_of(
@@ -73,6 +81,7 @@ def subject_of(
     dataset: str | None = None,
     images: str | Sequence[str] | None = None,
     limit: int | None = None,
+    config_file: str = "",
 ) -> Subject:
     """The same for a YAML config that is loaded; ``dataset`` is the first one for None."""
     cfg = cfg.clone()
@@ -100,6 +109,8 @@ def subject_of(
         config=told.dump(),
         color=cfg.INPUT.FORMAT,
         limit=limit,
+        code=_CODE,
+        config_file=config_file,
     )
 
 
@@ -120,12 +131,12 @@ def _register_images(
 
 
 def _lazy_subject(
-    cfg: DictConfig, name: str, images: str | Sequence[str] | None, limit: int | None
+    cfg: DictConfig, config_file: Path, images: str | Sequence[str] | None, limit: int | None
 ) -> Subject:
     cfg.expedit.enabled = False
     if OmegaConf.select(cfg, "dataloader.test.dataset") is None:
         raise ValueError(
-            f"{name}.py has no dataloader.test.dataset; add dataloader = "
+            f"{config_file} has no dataloader.test.dataset; add dataloader = "
             'model_zoo.get_config("common/data/coco.py").dataloader, for instance'
         )
     data = cfg.dataloader
@@ -142,7 +153,7 @@ def _lazy_subject(
     told = OmegaConf.to_container(cfg)
     told["train"] = told["expedit"] = None
     return Subject(
-        name=name,
+        name=config_file.stem,
         model=load_lazy_model(cfg),
         dataset=dataset,
         loader=build_lazy_loader(cfg, "test"),
@@ -150,7 +161,21 @@ def _lazy_subject(
         config=json.dumps(told, sort_keys=True, default=_qualified),
         color=cfg.model.get("input_format", "BGR"),
         limit=limit,
+        records=lambda: instantiate(data.test.dataset),
+        code=(*_CODE, config_file.resolve(), *sources(_called(told))),
+        config_file=str(config_file),
     )
+
+
+def _called(value: object) -> Iterator[Callable]:
+    """The functions and classes that a LazyConfig calls, wherever it names them."""
+    if isinstance(value, dict):
+        if "_target_" in value:
+            target = value["_target_"]
+            yield locate(target) if isinstance(target, str) else target
+        value = list(value.values())
+    for inner in value if isinstance(value, list) else ():
+        yield from _called(inner)
 
 
 def _qualified(value: object) -> str:
@@ -201,6 +226,26 @@ def setting_of(config_file: str | Path, opts: Sequence[str] = ()) -> Settings | 
     return settings if changes_tokens(settings) else None
 
 
+def needed_setting(config_file: str | Path, opts: Sequence[str] = ()) -> Settings:
+    """The same where there must be one.
+
+    Raises:
+        ValueError: if the config asks for nothing; or as `setting_of`.
+    """
+    settings = setting_of(config_file, opts)
+    if settings is None:
+        alpha, budget, example = (
+            ("expedit.alpha", "expedit.budget", "expedit.budget=0.5")
+            if is_lazy(config_file)
+            else ("MODEL.EXPEDIT.ALPHA", "MODEL.EXPEDIT.BUDGET", "MODEL.EXPEDIT.BUDGET 0.5")
+        )
+        raise ValueError(
+            f"{config_file}: neither {alpha} nor {budget} is set, so there is nothing to "
+            f"compare with the plain model; add {example}, for instance"
+        )
+    return settings
+
+
 def settings_beside(config_file: str | Path) -> dict[str, Settings]:
     """Settings of the files that lie beside a config and are named after it: ``model_*.yaml``."""
     path = Path(config_file)
@@ -212,7 +257,11 @@ def settings_beside(config_file: str | Path) -> dict[str, Settings]:
 
 
 def write_winner(
-    settings: Settings, config_file: str | Path, opts: Sequence[str], stem: str | Path
+    settings: Settings,
+    config_file: str | Path,
+    opts: Sequence[str],
+    stem: str | Path,
+    comment: str | None = None,
 ) -> tuple[Path, str]:
     """Write settings as a config on top of another one; for a LazyConfig, as overrides.
 
@@ -221,6 +270,7 @@ def write_winner(
         config_file: YAML or LazyConfig.
         opts: overrides that were in force, which the file takes in.
         stem: of the file; its name ends in ``_tuned``.
+        comment: the first line of a YAML file; None: the settings in one line.
 
     Returns:
         The file, and the command that evaluates with it.
@@ -243,8 +293,7 @@ def write_winner(
         if not key.startswith("MODEL.EXPEDIT.") or key.endswith(".FUSED_ATTENTION")
     ]
     file = stem.with_name(f"{stem.name}_tuned.yaml")
-    text = to_yaml(
-        settings, config_file, base.MODEL.EXPEDIT, file.parent, given, describe(settings)
-    )
+    comment = describe(settings) if comment is None else comment
+    text = to_yaml(settings, config_file, base.MODEL.EXPEDIT, file.parent, given, comment)
     file.write_text(text, encoding="utf-8")
     return file, f"{evaluate} {shlex.quote(str(file))}"

@@ -79,3 +79,17 @@ def tiny_opts(tiny_data, tmp_path):
         *("DATASETS.TEST", f"('{val}',)"),
         *("OUTPUT_DIR", str(tmp_path / "output")),
     ]
+
+
+def make_confident(weights: Path) -> None:
+    """Sharpen the classifier of a detector with random weights, so that it finds something."""
+    saved = torch.load(weights)
+    saved["model"]["roi_heads.box_predictor.cls_score.weight"] *= 1000
+    torch.save(saved, weights)
+
+
+@pytest.fixture
+def confident_opts(tiny_opts):
+    """`tiny_opts` with a detector whose instances have scores above 0.5."""
+    make_confident(Path(tiny_opts[tiny_opts.index("MODEL.WEIGHTS") + 1]))
+    return tiny_opts

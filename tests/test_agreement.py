@@ -7,6 +7,7 @@ from detectron2.structures import Boxes, Instances
 
 from expedit_d2.evaluation import Agreement
 from expedit_d2.evaluation.agreement import match
+from expedit_d2.evaluation.finite import all_finite, watch_finite
 
 
 def instances(boxes, classes, scores, masks=True):
@@ -27,7 +28,7 @@ def agree(plain: dict, other: dict, item: dict | None = None) -> dict[str, float
     item = item or {"image_id": 1}
     reference = Agreement()
     reference.process([item], [plain])
-    assert set(reference.evaluate()["agreement"].values()) == {100.0}
+    assert set(reference.evaluate()["agreement"].values()) <= {100.0, None}
     evaluator = Agreement(reference)
     evaluator.process([item], [other])
     return evaluator.evaluate()["agreement"]
@@ -70,8 +71,8 @@ def test_unsure_instances_do_not_count():
     assert agreement(plain, instances(BOXES[:1], [0], [0.9])) == pytest.approx(100.0)
 
 
-def test_nothing_found_by_either_is_agreement():
-    assert agreement(instances([], [], []), instances([], [], [])) == 100.0
+def test_nothing_found_by_either_is_undefined():
+    assert agreement(instances([], [], []), instances([], [], [])) is None
 
 
 def test_matching_is_one_to_one():
@@ -182,8 +183,128 @@ def test_every_output_is_compared():
     labels = torch.ones(4, 4, dtype=torch.long)
     outputs = panoptic(labels, {1: 2}) | {
         "sem_seg": logits(labels),
-        "instances": instances([], [], []),
+        "instances": instances(BOXES, [0, 1], [0.9, 0.8]),
         "depth": torch.rand(4, 4),
     }
     same = dict.fromkeys(("instances", "panoptic", "semantic", "depth"), 100.0)
     assert agree(outputs, outputs) == same
+
+
+# --- what is undefined, and what is not finite ------------------------------------------------
+
+
+def everything() -> dict:
+    """Every kind of output, each with segments that have no pixel."""
+    torch.manual_seed(0)
+    found = instances([*BOXES, [5, 5, 5, 5], [3, 3, 3, 9]], [0, 1, 1, 2], [0.9, 0.8, 0.7, 0.6])
+    labels = torch.randint(0, 3, (20, 20))
+    segments = [{"id": i, "category_id": i, "isthing": True} for i in (1, 2, 7, 9)]
+    return {
+        "instances": found,
+        "panoptic_seg": (labels.int(), segments),
+        "sem_seg": torch.randn(4, 20, 20),
+        "depth": torch.rand(20, 20),
+    }
+
+
+@pytest.mark.parametrize("masks", [True, False])
+def test_a_model_agrees_with_itself_in_full(masks):
+    """Segments without a pixel overlap nothing, not even themselves: they are none."""
+    outputs = everything()
+    if not masks:
+        outputs["instances"].remove("pred_masks")
+    found = agree(outputs, outputs)
+    assert found == dict.fromkeys(("instances", "panoptic", "semantic", "depth"), 100.0)
+
+
+def test_empty_masks_are_no_instances():
+    plain = instances(BOXES, [0, 1], [0.9, 0.8])
+    other = instances([*BOXES, [5, 5, 5, 5]], [0, 1, 0], [0.9, 0.8, 0.7])
+    assert agreement(plain, other) == agreement(other, plain) == 100.0
+
+
+def test_nothing_found_on_some_images_is_left_out():
+    nothing, two = instances([], [], []), instances(BOXES, [0, 1], [0.9, 0.8])
+    reference = Agreement()
+    for image, output in enumerate((nothing, two)):
+        reference.process([{"image_id": image}], [{"instances": output}])
+    evaluator = Agreement(reference)
+    for image, output in enumerate((nothing, instances(BOXES[:1], [0], [0.9]))):
+        evaluator.process([{"image_id": image}], [{"instances": output}])
+    assert evaluator.evaluate()["agreement"]["instances"] == pytest.approx(100 / 1.5)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("task", ["instances", "panoptic", "semantic", "depth"])
+@pytest.mark.parametrize("whose", ["plain", "other", "both"])
+def test_outputs_that_are_not_finite_disagree(bad, task, whose):
+    key = {"panoptic": "panoptic_seg", "semantic": "sem_seg"}.get(task, task)
+    fine, broken = ({key: everything()[key]} for _ in range(2))
+    if task == "instances":
+        broken[key].scores[0] = bad
+    elif task == "panoptic":
+        broken[key][1][0]["score"] = bad
+    else:
+        broken[key][..., 3, 3] = bad
+    plain, other = (fine if whose == "other" else broken, fine if whose == "plain" else broken)
+    reference = Agreement()
+    evaluator = Agreement(reference)
+    items = [{"image_id": 1}, {"image_id": 2}]
+    reference.process(items, [plain, fine])
+    evaluator.process(items, [other, fine])
+    results = evaluator.evaluate()
+    assert results["agreement"][task] == pytest.approx(50.0, abs=20)  # one image of the two
+    assert results["outputs"]["not_finite"] == (whose != "plain")
+    worst = results["outputs"]["worst_image"], results["outputs"]["worst_agreement"]
+    assert worst == (1, 0.0)
+    assert reference.evaluate()["outputs"]["not_finite"] == (whose != "other")
+
+
+def test_parts_that_are_not_finite_are_seen_where_the_output_hides_it():
+    class Hiding(torch.nn.Module):
+        """As detectors do: what is not finite is dropped from the output."""
+
+        def __init__(self):
+            super().__init__()
+            self.backbone = torch.nn.Identity()
+
+        def forward(self, x):
+            self.backbone(x)
+            return [{"instances": instances([], [], [])}]
+
+    model, evaluator = Hiding(), None
+    with watch_finite(model) as watch:
+        evaluator = Agreement(watch=watch)
+        for image, value in enumerate((1.0, float("nan"), 2.0)):
+            evaluator.process([{"image_id": image}], model(torch.full((2,), value)))
+    assert evaluator.not_finite == {1}
+    assert not model.backbone._forward_hooks and not model._forward_hooks
+    assert evaluator.evaluate()["agreement"]["instances"] == 0.0
+
+
+def test_all_finite_looks_everywhere():
+    assert all_finite({"a": [torch.ones(2), (1.0, "nan", None)], "b": torch.tensor([1])})
+    assert not all_finite([{"a": (torch.tensor([1.0, float("inf")]),)}])
+
+
+def test_a_reference_survives_a_file(tmp_path):
+    reference = Agreement()
+    broken = everything() | {"depth": torch.full((20, 20), float("nan"))}
+    reference.process([{"image_id": 3}, {"file_name": "a/b.jpg"}], [everything(), broken])
+    np.savez(tmp_path / "r.npz", **reference.to_arrays())
+    with np.load(tmp_path / "r.npz", allow_pickle=False) as file:
+        again = Agreement.from_arrays(dict(file))
+    assert list(again.kept) == list(reference.kept)
+    assert again.not_finite == {"a/b.jpg"}
+    for key, record in reference.kept.items():
+        for name, array in record.items():
+            np.testing.assert_array_equal(again.kept[key][name], array)
+    results = []
+    for one in (reference, again):
+        evaluator = Agreement(one)
+        evaluator.process([{"image_id": 3}], [everything()])
+        results.append(evaluator.evaluate())
+    assert results[0] == results[1]
+    for arrays in ({}, {"index": np.zeros(3, np.uint8)}, {"0.data": np.zeros(3)}):
+        with pytest.raises(ValueError, match="not those of an agreement's reference"):
+            Agreement.from_arrays(arrays)

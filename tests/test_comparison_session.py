@@ -4,6 +4,7 @@ import copy
 import json
 from dataclasses import asdict, replace
 
+import numpy as np
 import pytest
 import torch
 from conftest import EMBEDDED
@@ -34,8 +35,8 @@ SETTINGS = {
 
 
 @pytest.fixture
-def subject(tiny_opts):
-    return load_subject(EMBEDDED, tiny_opts)
+def subject(confident_opts):
+    return load_subject(EMBEDDED, confident_opts)
 
 
 @pytest.fixture
@@ -189,16 +190,17 @@ def test_interrupted_before_anything_is_finished(subject, monkeypatch):
 def test_results_that_were_cut_off_are_computed_again(tmp_path):
     store = Store(tmp_path)
     store.put("a", {"x": [1.5]}, "first")
-    store.put("b", None)
-    store.put_object("c", b"plain")
+    store.put("b", {})
+    store.put_arrays("c", {"plain": np.arange(3)})
     file = tmp_path / "results.jsonl"
     file.write_text(file.read_text() + '{"label": "", "key": "d", "val')
     again = Store(tmp_path)
     assert again.get("a") == {"x": [1.5]} and again.get("d") is None
-    assert again.get_object("c") == b"plain" and again.get_object("a") is None
-    again.put("d", 4)
-    again.put("e", 5)
-    assert [Store(tmp_path).get(key) for key in "ade"] == [{"x": [1.5]}, 4, 5]
+    assert again.get_arrays("c")["plain"].tolist() == [0, 1, 2] and again.get_arrays("a") is None
+    again.put("d", {"four": 4})
+    again.put("e", {"five": 5})
+    found = [Store(tmp_path).get(key) for key in "ade"]
+    assert found == [{"x": [1.5]}, {"four": 4}, {"five": 5}]
 
 
 def test_images_without_labels(tiny_opts, tiny_data, tmp_path):

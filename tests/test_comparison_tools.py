@@ -130,7 +130,7 @@ def test_interruption_is_told_and_ends_with_130(tiny_opts, output, monkeypatch, 
         (["--setting", "alpha=9 ratio=0.5"], "ALPHA must be in 0 to 2"),
         (["--timed", "-1"], "--timed: must be a whole number, 0 or more, got '-1'"),
         (["--images", "nowhere/*.jpg", "--setting", "alpha=1 ratio=0.5"], "no images at 'nowhere"),
-        (["--expedit", EMBEDDED], "has no ALPHA"),
+        (["--expedit", EMBEDDED], "neither MODEL.EXPEDIT.ALPHA nor"),
     ],
 )
 def test_one_sentence_for_what_is_wrong(options, words, tiny_opts, output):

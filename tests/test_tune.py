@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import ROOT, load_tool
+from conftest import ROOT, load_tool, make_confident
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from test_train_net import LAZY
@@ -341,6 +341,7 @@ def test_tool_on_a_lazy_config_prints_overrides(tiny_data, tmp_path, capsys, mon
     config.write_text(LAZY.replace("{name}", tiny_data[1]).replace("{output}", str(tmp_path)))
     model = instantiate(LazyConfig.load(str(config)).model)
     torch.save({"model": model.state_dict()}, weights)
+    make_confident(weights)
     some = dict(parse_setting(text) for text in ("alpha=1 ratio=0.5", "alpha=1 grid=4x4"))
     monkeypatch.setattr(tool, "candidates", lambda host: some)
     folder = DatasetCatalog.get(tiny_data[1])[0]["file_name"].rsplit("/", 1)[0]

@@ -10,7 +10,7 @@ import torch
 from conftest import EMBEDDED, load_tool
 from detectron2.data.catalog import Metadata
 from detectron2.structures import Boxes, Instances
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from expedit_d2.api import expedite, is_expedited
 from expedit_d2.evaluation.agreement import match_segments
@@ -326,3 +326,32 @@ def test_tool_draws_images_of_any_size(tiny_opts, tmp_path, capsys):
         draw.run([*common, "--images", "none.jpg", "--", *tiny_opts, *setting])
     with pytest.raises(SystemExit, match="neither MODEL.EXPEDIT.ALPHA nor BUDGET"):
         draw.run([*common, "--", *tiny_opts])
+
+
+def test_names_of_instances_lie_in_the_picture_and_cover_no_other(monkeypatch):
+    """Five instances nearly on top of each other, and one in a corner."""
+    written = []
+    original = ImageDraw.ImageDraw.text
+
+    def text(self, place, name, **style):
+        outline = {key: style[key] for key in ("anchor", "font_size", "stroke_width")}
+        written.append((name, self.textbbox(place, name, **outline)))
+        return original(self, place, name, **style)
+
+    monkeypatch.setattr(ImageDraw.ImageDraw, "text", text)
+    found = Instances((96, 128))
+    corners = [[40 + i, 40 + i, 80, 80] for i in range(5)] + [[120, 90, 128, 96]]
+    found.pred_boxes = Boxes(torch.tensor(corners, dtype=torch.float32))
+    found.scores = torch.linspace(0.9, 0.6, 6)
+    found.pred_classes = torch.arange(6)
+    image = np.full((96, 128, 3), 128, np.uint8)
+    metadata = Metadata(thing_classes=[f"a long name {i}" for i in range(6)])
+    drawn = draw_instances(image, found, metadata)
+    assert [name.rpartition(" ")[0] for name, _ in written] == metadata.thing_classes
+    for number, (_, box) in enumerate(written):
+        assert box[0] >= 0 and box[1] >= 0
+        assert box[2] <= drawn.shape[1] and box[3] <= drawn.shape[0]
+        assert box[3] - box[1] >= 12  # pixels of 512
+        for _, other in written[:number]:
+            apart = box[0] >= other[2] or other[0] >= box[2]
+            assert apart or box[1] >= other[3] or other[1] >= box[3]

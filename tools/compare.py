@@ -25,13 +25,15 @@ from pathlib import Path
 
 from expedit_d2.comparison import (
     Comparison,
-    Store,
+    check_finished,
     compare,
     parse_setting,
     save_tables,
+    table_stem,
     to_terminal,
 )
 from expedit_d2.engine import import_modules, one_sentence
+from expedit_d2.engine.interrupt import interruptible
 from expedit_d2.files import code_in_files
 from expedit_d2.report import draw_pictures, headline_row, write_report
 from expedit_d2.settings import Settings
@@ -42,7 +44,7 @@ from projects.arguments import (
     measuring_options,
     prepare,
 )
-from projects.subjects import setting_of, settings_beside
+from projects.subjects import needed_setting, setting_of, settings_beside
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
@@ -69,10 +71,10 @@ def all_settings(args: argparse.Namespace) -> dict[str, Settings]:
     Raises:
         ValueError: if there is none, or two of one name.
     """
-    given: list[tuple[str, Settings | None]] = [parse_setting(text) for text in args.setting]
+    given = [parse_setting(text) for text in args.setting]
     stem = Path(args.config_file).stem
     for path in args.expedit:
-        given.append((Path(path).stem.removeprefix(f"{stem}_"), setting_of(path)))
+        given.append((Path(path).stem.removeprefix(f"{stem}_"), needed_setting(path)))
     if not given:
         given = [*settings_beside(args.config_file).items()]
         own = setting_of(args.config_file, args.opts)
@@ -81,10 +83,6 @@ def all_settings(args: argparse.Namespace) -> dict[str, Settings]:
         raise ValueError('there is no setting to compare; give --setting "budget=0.6"')
     settings: dict[str, Settings] = {}
     for name, setting in given:
-        if setting is None:
-            raise ValueError(
-                f"{name}: its MODEL.EXPEDIT has no ALPHA and no BUDGET, so nothing to compare"
-            )
         if name in settings:
             raise ValueError(f"two settings are named {name!r}; give them names")
         settings[name] = setting
@@ -92,22 +90,31 @@ def all_settings(args: argparse.Namespace) -> dict[str, Settings]:
 
 
 def main(args: argparse.Namespace) -> Comparison:
+    """Compare, and write tables and the report.
+
+    Raises:
+        ValueError, OSError: for what is wrong, before anything is measured.
+        KeyboardInterrupt: before the plain model is finished, or while pictures are drawn; what
+            was measured is written by then.
+    """
     import_modules(args.imports)
     options, settings = measuring_options(args), all_settings(args)
-    subject = prepare(args)
+    subject, store = prepare(args)
     output = Path(args.output)
-    store = Store(output)
-    stem = output / subject.name
+    stem = table_stem(output, subject.name, args.config_file)
     comparison = compare(
         subject, settings, options, store, save=lambda so_far: save_tables(so_far, stem)
     )
-    files = save_tables(comparison, stem)
-    row = None if comparison.unfinished else headline_row(comparison)
-    pictures = [] if row is None else draw_pictures(subject, row, args.pictures)
-    files.append(write_report([comparison], pictures, f"{stem}.html"))
+    files = [*save_tables(comparison, stem), write_report([comparison], [], f"{stem}.html")]
     print(f"\n{to_terminal(comparison)}\n\nAll of it: {', '.join(map(str, files))}")
     if store.reused:
         print(f"{store.reused} results were measured before; remove {output} to measure them again")
+    # Pictures tell something also where no setting can be recommended.
+    drawn = [row for row in (headline_row(comparison), *comparison.rows[1:]) if row is not None]
+    if drawn and args.pictures and not comparison.unfinished:
+        with interruptible():
+            pictures = draw_pictures(subject, drawn[0], args.pictures)
+        write_report([comparison], pictures, f"{stem}.html")
     return comparison
 
 
@@ -118,8 +125,7 @@ def run(arguments: list[str] | None = None) -> None:
         code_in_files(args.run_code_in_files),
         one_sentence("compare.py", "what was measured is kept; the same command goes on from here"),
     ):
-        if main(args).unfinished:
-            raise KeyboardInterrupt
+        check_finished([main(args)])
 
 
 if __name__ == "__main__":

@@ -15,14 +15,22 @@ import numpy as np
 from detectron2.data import MetadataCatalog
 from detectron2.utils.logger import setup_logger
 
-from expedit_d2.comparison import Options, Subject, compare, to_markdown, to_terminal
+from expedit_d2.comparison import (
+    Comparison,
+    Options,
+    Subject,
+    check_finished,
+    compare,
+    to_markdown,
+    to_terminal,
+)
 from expedit_d2.data import register_collage
 from expedit_d2.engine import check_folder, import_modules, one_sentence
 from expedit_d2.files import code_in_files
 from expedit_d2.settings import Settings
 from expedit_d2.visualize import save_panels, side_by_side
 from projects.arguments import ToolParser, add_config_options, at_least
-from projects.subjects import load_subject, setting_of
+from projects.subjects import load_subject, needed_setting
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs" / "embedded"
 
@@ -93,16 +101,8 @@ def settings_of(case: Case, opts: Sequence[str]) -> dict[str, Settings]:
     Raises:
         ValueError, FileNotFoundError: for a config that is none, or has no setting.
     """
-    settings = {}
-    for path in case.expedit:
-        setting = setting_of(path, opts)
-        if setting is None:
-            raise ValueError(
-                f"{path}: neither MODEL.EXPEDIT.ALPHA nor BUDGET is set, so there is nothing to "
-                "compare with the plain model"
-            )
-        settings[path.stem.removeprefix(f"{case.plain.stem}_")] = setting
-    return settings
+    stem = f"{case.plain.stem}_"
+    return {path.stem.removeprefix(stem): needed_setting(path, opts) for path in case.expedit}
 
 
 def draw(subject: Subject, setting: Settings, count: int) -> list[dict[str, np.ndarray]]:
@@ -114,18 +114,19 @@ def draw(subject: Subject, setting: Settings, count: int) -> list[dict[str, np.n
     return rows
 
 
-def run_case(case: Case, args: argparse.Namespace) -> str:
-    """Evaluate and draw one model; returns its table in Markdown."""
+def run_case(case: Case, args: argparse.Namespace) -> Comparison:
+    """Evaluate and draw one model."""
     name, settings = case.plain.stem, settings_of(case, args.opts)
     subject = load_subject(case.plain, args.opts)
     comparison = compare(subject, settings, Options(timed_images=args.timed, batch=1))
     print(f"\n{to_terminal(comparison)}\n")
     if comparison.unfinished:
         raise KeyboardInterrupt
-    if args.pictures:
-        panels = draw(subject, next(iter(settings.values())), args.pictures)
+    drawn = [row.settings for row in comparison.rows[1:]]
+    if drawn and args.pictures:
+        panels = draw(subject, drawn[0], args.pictures)
         save_panels(panels, Path(args.output) / f"{name}.png")
-    return f"{name}\n\n{to_markdown(comparison)}"
+    return comparison
 
 
 def main(args: argparse.Namespace) -> None:
@@ -141,12 +142,14 @@ def main(args: argparse.Namespace) -> None:
         settings_of(case, args.opts)  # what is wrong should be said now
     output = Path(args.output)
     output.mkdir(parents=True, exist_ok=True)
-    tables = []
+    comparisons: list[Comparison] = []
     for case in cases:
-        tables.append(run_case(case, args))
+        comparisons.append(run_case(case, args))
+        tables = [f"{done.model}\n\n{to_markdown(done)}" for done in comparisons]
         # After each of them, so that an interruption leaves what is done.
-        (output / "tables.md").write_text("\n".join(tables))
+        (output / "tables.md").write_text("\n".join(tables), encoding="utf-8")
     print(f"tables and pictures: {output}")
+    check_finished(comparisons)
 
 
 def run(arguments: list[str] | None = None) -> None:

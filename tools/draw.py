@@ -37,7 +37,7 @@ from expedit_d2.files import code_in_files
 from expedit_d2.settings import Settings
 from expedit_d2.visualize import save_panels, side_by_side
 from projects.arguments import ToolParser, add_config_options, at_least
-from projects.subjects import load_subject, setting_of
+from projects.subjects import load_subject, needed_setting
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
@@ -68,12 +68,7 @@ def load(args: argparse.Namespace) -> tuple[Subject, Settings]:
         ValueError, OSError: if something is wrong with the config, weights or images, or the
             settings do not fit the model.
     """
-    settings = setting_of(args.config_file, args.opts)
-    if settings is None:
-        raise ValueError(
-            f"{args.config_file}: neither MODEL.EXPEDIT.ALPHA nor BUDGET is set, so there is "
-            "nothing to draw beside the plain model; add MODEL.EXPEDIT.BUDGET 0.5, for instance"
-        )
+    settings = needed_setting(args.config_file, args.opts)
     subject = load_subject(args.config_file, args.opts, args.images)
     expedited_copy(subject.model, settings)
     return subject, settings

@@ -38,7 +38,7 @@ from expedit_d2.engine import check_file, import_modules, one_sentence
 from expedit_d2.export import ImageModel, check_onnx, export_onnx, export_program, onnx_session
 from expedit_d2.files import code_in_files
 from projects.arguments import ToolParser, add_config_options, at_least
-from projects.subjects import load_any_model, setting_of
+from projects.subjects import load_any_model, needed_setting
 
 
 def parse_size(text: str) -> tuple[int, int]:
@@ -120,8 +120,8 @@ def main(args: argparse.Namespace) -> None:
     check_file(args.output, "--output")
     import_modules(args.imports)
     register_collage()
-    if args.benchmark and setting_of(args.config_file, args.opts) is None:
-        raise ValueError("MODEL.EXPEDIT has neither ALPHA nor BUDGET: nothing to compare with")
+    if args.benchmark:
+        needed_setting(args.config_file, args.opts)
     model, images = load(args), random_images(args.size)
     path = Path(args.output)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -31,10 +31,11 @@ def read_comparison(path: str) -> Comparison:
     """
     Raises:
         ValueError: if the file holds something else.
+        OSError: if it cannot be read.
     """
     try:
         return Comparison.from_json(Path(path).read_text(encoding="utf-8"))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except ValueError as error:
         raise ValueError(f"{path!r} is not the JSON of a comparison: {error}") from None
 
 

@@ -33,7 +33,7 @@ from detectron2.engine import default_setup
 from detectron2.evaluation import print_csv_format
 from detectron2.utils import comm
 
-from expedit_d2.comparison import Subject, compare, to_terminal
+from expedit_d2.comparison import Subject, check_finished, compare, to_terminal
 from expedit_d2.data import register_by_path, register_collage
 from expedit_d2.engine import (
     check_data_sets,
@@ -49,7 +49,7 @@ from expedit_d2.files import code_in_files
 from expedit_d2.settings import Settings
 from projects import load_cfg, load_model, trainer_of
 from projects.arguments import ToolParser, add_config_options, at_least
-from projects.subjects import is_lazy, load_subject, setting_of, subject_of
+from projects.subjects import is_lazy, load_subject, needed_setting, subject_of
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
@@ -108,20 +108,12 @@ def print_comparison(subject: Subject, settings: Settings) -> None:
     """The plain model and the configured one, measured anew."""
     comparison = compare(subject, {"expedit": settings})
     print(f"\n{to_terminal(comparison)}\n")
-    if comparison.unfinished:
-        raise KeyboardInterrupt
-
-
-def setting_to_compare(args: argparse.Namespace) -> Settings:
-    settings = setting_of(args.config_file, args.opts)
-    if settings is None:
-        raise ValueError("--compare: MODEL.EXPEDIT has no ALPHA and no BUDGET: nothing to compare")
-    return settings
+    check_finished([comparison])
 
 
 def compare_yaml(cfg: CfgNode, args: argparse.Namespace) -> dict[str, Any]:
     """On every test data set."""
-    settings = setting_to_compare(args)
+    settings = needed_setting(args.config_file, args.opts)
     for name in cfg.DATASETS.TEST:
         print_comparison(subject_of(cfg, Path(args.config_file).stem, name), settings)
     return {}
@@ -132,7 +124,8 @@ def run_lazy(args: argparse.Namespace) -> dict[str, Any]:
     check_folder(cfg.train.output_dir, "train.output_dir")
     default_setup(cfg, args)
     if args.compare:
-        print_comparison(load_subject(args.config_file, args.opts), setting_to_compare(args))
+        settings = needed_setting(args.config_file, args.opts)
+        print_comparison(load_subject(args.config_file, args.opts), settings)
         return {}
     if args.eval_only:
         results = evaluate_lazy(cfg)

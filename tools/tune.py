@@ -26,7 +26,16 @@ from dataclasses import replace
 from pathlib import Path
 
 from expedit_d2.adapters import find_host
-from expedit_d2.comparison import Store, Target, Tuning, candidates, save_tables, to_terminal, tune
+from expedit_d2.comparison import (
+    Target,
+    Tuning,
+    candidates,
+    save_tables,
+    table_stem,
+    to_terminal,
+    tune,
+)
+from expedit_d2.comparison.columns import spell_settings
 from expedit_d2.engine import import_modules, one_sentence
 from expedit_d2.files import code_in_files
 from projects.arguments import (
@@ -73,19 +82,20 @@ def main(args: argparse.Namespace) -> Tuning:
     import_modules(args.imports)
     target = Target(args.keep, args.metric, args.agreement, args.faster)
     options = measuring_options(args)
-    subject = prepare(args)
-    output = Path(args.output)
+    subject, store = prepare(args)
     settings = candidates(find_host(subject.model))
-    tuning = tune(subject, settings, target, args.sweep, args.confirm, options, Store(output))
-    stem = output / subject.name
+    tuning = tune(subject, settings, target, args.sweep, args.confirm, options, store)
+    stem = table_stem(Path(args.output), subject.name, args.config_file)
     if tuning.sweep:
         save_tables(tuning.sweep, f"{stem}_sweep")
     if tuning.confirmed:
         save_tables(tuning.confirmed, stem)
     report(tuning)
     if tuning.winner is not None:
-        file, command = write_winner(tuning.winner.settings, args.config_file, args.opts, stem)
-        print(f"\nFor {target}: {tuning.winner.name}\n{file}, to be run with\n  {command}")
+        spelled = spell_settings(tuning.winner)
+        settings = tuning.winner.settings
+        file, command = write_winner(settings, args.config_file, args.opts, stem, spelled)
+        print(f"\nFor {target}: {spelled}\n{file}, to be run with\n  {command}")
     elif not tuning.interrupted:
         print(f"\nNo setting was found for {target}.")
     return tuning

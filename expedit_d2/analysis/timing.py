@@ -5,14 +5,18 @@ from __future__ import annotations
 import platform
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
 
-__all__ = ["Timing", "interleaved", "processor", "synchronize"]
+__all__ = ["Ratio", "Timing", "interleaved", "processor", "rounds", "summarize", "synchronize"]
+
+#: A middle half that is wider than this share of its median is a wide spread.
+WIDE = 0.2
 
 
 @dataclass(frozen=True)
@@ -29,6 +33,29 @@ class Timing:
     def scaled(self, factor: float) -> Timing:
         """The time of ``factor`` such calls."""
         return Timing(self.median * factor, self.low * factor, self.high * factor)
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """How many times faster one thing is than another.
+
+    Of the ratios in the rounds that both were timed in: the median and the middle half.
+    """
+
+    median: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, slow: Sequence[float], fast: Sequence[float]) -> Ratio:
+        """From the seconds of each round."""
+        found = summarize([a / b for a, b in zip(slow, fast, strict=True)])
+        return cls(found.median, found.low, found.high)
+
+    @property
+    def is_wide(self) -> bool:
+        """Whether the rounds disagree so much, on a busy machine, that the median says little."""
+        return self.high - self.low > WIDE * self.median
 
 
 def _uses_gpu() -> bool:
@@ -58,21 +85,22 @@ def _elapsed(call: Callable[[], object], clock: Callable[[], float] | None) -> f
     return now() - begun
 
 
-def _summary(seconds: list[float]) -> Timing:
+def summarize(seconds: Sequence[float]) -> Timing:
+    """Median and middle half of times."""
     if len(seconds) == 1:
         return Timing(seconds[0], seconds[0], seconds[0])
     low, median, high = statistics.quantiles(seconds, n=4, method="inclusive")
     return Timing(median, low, high)
 
 
-def interleaved(
+def rounds(
     fns: Mapping[str, Callable[[], object]],
     repeats: int,
     warmup: int = 1,
     progress: bool = False,
     clock: Callable[[], float] | None = None,
     label: str = "timing in turns",
-) -> dict[str, Timing]:
+) -> dict[str, list[float]]:
     """Time every function ``repeats`` times, in turns.
 
     Taking turns lets a change of clock speed or another process fall on all of them alike; every
@@ -88,7 +116,7 @@ def interleaved(
         label: of the progress bar.
 
     Returns:
-        The time of each function, by its name, in seconds.
+        The seconds of each function in each round, by its name.
 
     Raises:
         ValueError: for fewer than one repeat or a negative warm-up.
@@ -103,7 +131,15 @@ def interleaved(
             elapsed = _elapsed(fns[name], clock)
             if turn >= 0:
                 seconds[name].append(elapsed)
-    return {name: _summary(taken) for name, taken in seconds.items()}
+    return seconds
+
+
+def interleaved(
+    fns: Mapping[str, Callable[[], object]], repeats: int, *args: Any, **kwargs: Any
+) -> dict[str, Timing]:
+    """The same, summarized: the time of each function. Takes the arguments of `rounds`."""
+    times = rounds(fns, repeats, *args, **kwargs)
+    return {name: summarize(taken) for name, taken in times.items()}
 
 
 def processor(device: str) -> str:

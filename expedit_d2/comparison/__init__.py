@@ -5,12 +5,12 @@ A `Subject` is a model with its data; `compare` measures it with a list of setti
 """
 
 from .candidates import candidates
-from .rows import PLAIN, Comparison, Conditions, Row, pareto
+from .rows import PLAIN, Comparison, Conditions, Row, check_finished, pareto
 from .session import Options, Session, compare, expedited_copy, share_weights
 from .spelling import describe, parse_setting
 from .store import Store
 from .subject import Subject, register_images
-from .tables import save_tables, to_csv, to_markdown, to_terminal
+from .tables import save_tables, table_stem, to_csv, to_markdown, to_terminal
 from .tuning import Target, Tuning, tune
 
 __all__ = [
@@ -25,6 +25,7 @@ __all__ = [
     "Target",
     "Tuning",
     "candidates",
+    "check_finished",
     "compare",
     "describe",
     "expedited_copy",
@@ -33,6 +34,7 @@ __all__ = [
     "register_images",
     "save_tables",
     "share_weights",
+    "table_stem",
     "to_csv",
     "to_markdown",
     "to_terminal",

@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from ..analysis.flops import Flops
-from ..analysis.timing import Timing
+from ..analysis.timing import Ratio, Timing
 from ..settings import Settings
+from .reading import read_dataclass
 
-__all__ = ["LOWER_IS_BETTER", "PLAIN", "Comparison", "Conditions", "Row", "pareto"]
+__all__ = [
+    "LOWER_IS_BETTER",
+    "PLAIN",
+    "Comparison",
+    "Conditions",
+    "Row",
+    "check_finished",
+    "pareto",
+]
 
 PLAIN = "plain"
 
@@ -27,9 +37,10 @@ class Row:
 
     Attributes:
         name: of the setting; `PLAIN` is the model as it is.
-        settings: None for the plain model.
+        settings: as they were asked for; None for the plain model.
         metrics: headline metric of each task, in percent; empty without labels.
-        agreement: of each kind of output with the plain model's, in percent.
+        agreement: of each kind of output with the plain model's, in percent; None where neither
+            model finds anything.
         flops: of one forward on the first image.
         parameters: of the model; no setting changes them.
         latency: seconds of one forward at batch 1; None if it was not timed.
@@ -38,12 +49,17 @@ class Row:
         baseline_throughput: the plain model's, measured in turns with this one.
         peak_memory: bytes that one forward at batch 1 has allocated at once, beyond the weights
             and the image; None if it was not measured.
+        resolved: the settings in force, after a budget has chosen; None where this was not noted.
+        ratio: how many times faster than the plain model at batch 1, round by round.
+        batched_ratio: the same in batches.
+        not_finite: images on which the output is NaN or infinite somewhere.
+        worst: the image that agrees least with the plain model, and its agreement in percent.
     """
 
     name: str
     settings: Settings | None
     metrics: dict[str, float]
-    agreement: dict[str, float]
+    agreement: dict[str, float | None]
     flops: Flops
     parameters: int
     latency: Timing | None = None
@@ -51,30 +67,17 @@ class Row:
     throughput: float | None = None
     baseline_throughput: float | None = None
     peak_memory: int | None = None
+    resolved: Settings | None = None
+    ratio: Ratio | None = None
+    batched_ratio: Ratio | None = None
+    not_finite: int = 0
+    worst: tuple[int | str, float] | None = None
 
     @property
-    def fps(self) -> float | None:
-        """Images per second at batch 1."""
-        return 1 / self.latency.median if self.latency else None
-
-    @property
-    def lowest_agreement(self) -> float:
-        """Of all tasks; 100 where a model put out nothing to compare."""
-        return min(self.agreement.values(), default=100.0)
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Row:
-        """The opposite of `dataclasses.asdict`, also after a trip through JSON."""
-        values = dict(values)
-        for name, kind in (
-            ("settings", Settings),
-            ("flops", Flops),
-            ("latency", Timing),
-            ("baseline", Timing),
-        ):
-            if values[name] is not None:
-                values[name] = kind(**values[name])
-        return cls(**values)
+    def lowest_agreement(self) -> float | None:
+        """Of all tasks; None where one is undefined, or there is none."""
+        values = self.agreement.values()
+        return None if None in values else min(values, default=None)
 
 
 @dataclass(frozen=True)
@@ -102,6 +105,20 @@ class Conditions:
     command: str
 
 
+def check_finished(comparisons: Iterable[Comparison]) -> None:
+    """
+    Raises:
+        KeyboardInterrupt: if an interruption left settings out.
+        ValueError: names the settings that failed, and why.
+    """
+    comparisons = list(comparisons)
+    if any(comparison.unfinished for comparison in comparisons):
+        raise KeyboardInterrupt
+    failed = [f"{name}: {why}" for c in comparisons for name, why in c.failed.items()]
+    if failed:
+        raise ValueError(f"these settings failed, the others are finished: {'; '.join(failed)}")
+
+
 @dataclass(frozen=True)
 class Comparison:
     """Rows of one model on one data set, the plain model's first.
@@ -113,6 +130,11 @@ class Comparison:
         conditions: how the numbers were taken.
         rows: the plain model's first.
         unfinished: names of the settings that an interruption left out.
+        failed: names of the settings that could not be run to the end, and why.
+        config_file: of the model; empty if it came from no file.
+
+    Raises:
+        ValueError: without a row.
     """
 
     model: str
@@ -121,6 +143,12 @@ class Comparison:
     conditions: Conditions
     rows: list[Row]
     unfinished: list[str] = field(default_factory=list)
+    failed: dict[str, str] = field(default_factory=dict)
+    config_file: str = ""
+
+    def __post_init__(self) -> None:
+        if not self.rows:
+            raise ValueError("a comparison needs at least the plain model's row, it has none")
 
     @property
     def plain(self) -> Row:
@@ -129,17 +157,44 @@ class Comparison:
     def kept(self, row: Row, metric: str) -> float | None:
         """Percent of the plain model's metric; above 100 is better than the plain model.
 
-        None where the ratio has no meaning, as one of the two is 0.
+        None where the ratio has no meaning, as one of the two is missing, not finite, or the one
+        that is divided by is 0.
         """
-        now, was = row.metrics[metric], self.plain.metrics[metric]
+        now, was = row.metrics.get(metric), self.plain.metrics.get(metric)
+        if now is None or was is None:
+            return None
         if metric in LOWER_IS_BETTER:
             now, was = was, now
-        return 100 * now / was if was > 0 else None
+        return 100 * now / was if math.isfinite(now) and math.isfinite(was) and was > 0 else None
 
     def lowest_kept(self, row: Row) -> float | None:
-        """Of all metrics; None where there is none."""
-        kept = [self.kept(row, metric) for metric in row.metrics]
-        return min((value for value in kept if value is not None), default=None)
+        """Of all metrics of the plain model; None where one is undefined, or there is none."""
+        kept = [self.kept(row, metric) for metric in self.plain.metrics]
+        return None if None in kept else min(kept, default=None)
+
+    def undefined(self) -> list[str]:
+        """Sentences on what no setting can be judged by, as the plain model does not have it."""
+        said = []
+        for metric in self.plain.metrics:
+            if self.kept(self.plain, metric) is None:
+                value = self.plain.metrics[metric]
+                said.append(f"The plain model's {metric} is {value:g}: nothing can be kept of it.")
+        for task, value in self.plain.agreement.items():
+            if value is None:
+                said.append(f"The plain model finds nothing ({task}): no agreement is defined.")
+        if self.plain.not_finite:
+            said.append(self._not_finite(self.plain))
+        return said
+
+    def not_finite(self) -> list[str]:
+        """A sentence on each row with outputs that are not finite."""
+        return [self._not_finite(row) for row in self.rows if row.not_finite]
+
+    def _not_finite(self, row: Row) -> str:
+        return (
+            f"The output of {row.name} is not finite (NaN or infinite) on {row.not_finite} of "
+            f"{self.images} image{'' if self.images == 1 else 's'}."
+        )
 
     def saved(self, row: Row, part: str = "total") -> float:
         """Percent of the plain model's FLOPs; ``part`` is an attribute of `Flops`."""
@@ -150,17 +205,57 @@ class Comparison:
         """How many times less FLOPs than the plain model's; the speed-up these would give."""
         return self.plain.flops.total / row.flops.total
 
+    def ratio(self, row: Row) -> Ratio | None:
+        """How many times faster than the plain model at batch 1, measured in turns with it."""
+        if row.ratio is not None or row.latency is None or row.baseline is None:
+            return row.ratio
+        median = row.baseline.median / row.latency.median  # of a file that has no rounds
+        return Ratio(median, median, median)
+
+    def batched_ratio(self, row: Row) -> Ratio | None:
+        """The same in batches."""
+        if row.batched_ratio is not None or None in (row.throughput, row.baseline_throughput):
+            return row.batched_ratio
+        ratio = row.throughput / row.baseline_throughput
+        return Ratio(ratio, ratio, ratio)
+
     def speedup(self, row: Row) -> float | None:
-        """How many times faster than the plain model at batch 1, a ratio of medians."""
-        if row.latency is None or row.baseline is None:
-            return None
-        return row.baseline.median / row.latency.median
+        """The median of `ratio`."""
+        ratio = self.ratio(row)
+        return None if ratio is None else ratio.median
 
     def batched_speedup(self, row: Row) -> float | None:
         """The same in batches."""
-        if row.throughput is None or row.baseline_throughput is None:
+        ratio = self.batched_ratio(row)
+        return None if ratio is None else ratio.median
+
+    def sure_speedup(self, row: Row) -> float | None:
+        """The speed-up, or where its spread is wide what three quarters of the rounds reach."""
+        ratio = self.ratio(row)
+        return None if ratio is None else ratio.low if ratio.is_wide else ratio.median
+
+    def latency(self, row: Row) -> Timing | None:
+        """Of one forward at batch 1.
+
+        The plain model's own time and the speed-up give the median, so that the three agree even
+        if the machine was busier during one measurement than during another.
+        """
+        if row.latency is None or self.plain.latency is None:
             return None
-        return row.throughput / row.baseline_throughput
+        median = self.plain.latency.median / self.speedup(row)
+        return row.latency.scaled(median / row.latency.median)
+
+    def fps(self, row: Row) -> float | None:
+        """Images per second at batch 1: the plain model's, times the speed-up."""
+        latency = self.latency(row)
+        return None if latency is None else 1 / latency.median
+
+    def throughput(self, row: Row) -> float | None:
+        """Images per second in batches: the plain model's, times the speed-up there."""
+        ratio = self.batched_ratio(row)
+        if ratio is None or self.plain.throughput is None:
+            return None
+        return self.plain.throughput * ratio.median
 
     def to_json(self) -> str:
         """All of it; `from_json` is the opposite."""
@@ -168,10 +263,11 @@ class Comparison:
 
     @classmethod
     def from_json(cls, text: str) -> Comparison:
-        values = json.loads(text)
-        values["conditions"] = Conditions(**values["conditions"])
-        values["rows"] = [Row.from_dict(row) for row in values["rows"]]
-        return cls(**values)
+        """
+        Raises:
+            ValueError: if this is not the JSON of a comparison.
+        """
+        return read_dataclass(cls, json.loads(text), "the comparison")
 
 
 def pareto(

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import cycle, islice
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,13 +22,15 @@ from tqdm import tqdm
 
 from ..analysis.flops import count_flops
 from ..analysis.memory import peak_memory
-from ..analysis.timing import Timing, interleaved, processor
+from ..analysis.timing import Ratio, processor, rounds, summarize
 from ..api import expedite
-from ..evaluation import Agreement, main_metrics
+from ..engine.interrupt import check_interrupt, interruptible
+from ..evaluation import Agreement, main_metrics, watch_finite
 from ..settings import Settings
+from .reading import read_dataclass
 from .rows import PLAIN, Comparison, Conditions, Row
 from .store import Store, fingerprint
-from .subject import Subject
+from .subject import Subject, image_name
 
 __all__ = ["DTYPES", "Options", "Session", "compare", "expedited_copy", "share_weights"]
 
@@ -74,12 +77,17 @@ def expedited_copy(model: nn.Module, settings: Settings | None) -> nn.Module:
     Raises:
         ValueError: for settings that do not fit the model.
     """
+    return _expedited(model, settings)[0]
+
+
+def _expedited(model: nn.Module, settings: Settings | None) -> tuple[nn.Module, Settings | None]:
+    """The same, and the settings in force, which a budget has chosen."""
     if settings is None:
-        return model
+        return model, None
     twin = share_weights(model)
     values = dict(vars(settings))
-    expedite(twin, values.pop("alpha"), **values)
-    return twin
+    handle = expedite(twin, values.pop("alpha"), **values)
+    return twin, handle.settings
 
 
 class Session:
@@ -98,6 +106,7 @@ class Session:
         self.options = options or Options()
         self.store = store or Store(None)
         self._timed: list[list[dict[str, Any]]] = []
+        self._image: str | None = None  # that a model runs on now
 
     def conditions(self) -> Conditions:
         """How rows are taken now."""
@@ -112,7 +121,12 @@ class Session:
             command=shlex.join(["python", *sys.argv]),
         )
 
-    def comparison(self, rows: Sequence[Row], unfinished: Sequence[str] = ()) -> Comparison:
+    def comparison(
+        self,
+        rows: Sequence[Row],
+        unfinished: Sequence[str] = (),
+        failed: Mapping[str, str] | None = None,
+    ) -> Comparison:
         """Rows of this subject, the plain model's first."""
         subject = self.subject
         return Comparison(
@@ -122,17 +136,23 @@ class Session:
             conditions=self.conditions(),
             rows=list(rows),
             unfinished=list(unfinished),
+            failed=dict(failed or {}),
+            config_file=str(Path(subject.config_file).resolve()) if subject.config_file else "",
         )
 
     def row(self, name: str, settings: Settings | None) -> Row:
-        """Everything about one setting; None is the plain model."""
+        """Everything about one setting; None is the plain model.
+
+        Raises:
+            ValueError: if the model cannot run with it; names the image.
+        """
         values = self._stored("quality", settings, {}, self._evaluate, name)
         if self.options.timed_images:
             now = asdict(self.conditions())
             where = {key: now[key] for key in ("device", "threads", "torch", "timed_images")}
             where["batch"] = self.options.batch
             values |= self._stored("speed", settings, where, self._measure_speed, name)
-        return Row.from_dict({**_NOTHING, **values, "name": name, "settings": _plain(settings)})
+        return read_dataclass(Row, {**values, "name": name, "settings": _plain(settings)}, name)
 
     def _key(self, kind: str, settings: Settings | None, where: Mapping[str, Any]) -> str:
         device = self.subject.device.type
@@ -149,8 +169,17 @@ class Session:
     ) -> dict[str, Any]:
         key = self._key(kind, settings, where)
         if self.store.get(key) is None:
-            model = expedited_copy(self.subject.model, settings)
-            self.store.put(key, measure(name, model), f"{self.subject.name}: {name}, {kind}")
+            model, resolved = _expedited(self.subject.model, settings)
+            try:
+                values = measure(name, model)
+            except ValueError as error:
+                image, self._image = self._image, None
+                if image is None:
+                    raise
+                raise ValueError(f"image {image}: {error}") from error
+            if kind == "quality":
+                values["resolved"] = _plain(resolved)
+            self.store.put(key, values, f"{self.subject.name}: {name}, {kind}")
         else:
             self.store.reused += 1
         return dict(self.store.get(key))
@@ -165,43 +194,56 @@ class Session:
     def _reference(self) -> Agreement:
         """What the plain model puts out: kept from the first run, also over an interruption."""
         key = self._key("reference", None, {})
+        arrays = self.store.get_arrays(key)
+        if arrays is not None:
+            with contextlib.suppress(ValueError):  # a file of another kind
+                return Agreement.from_arrays(arrays)
         reference = Agreement()
-        kept = self.store.get_object(key)
-        if kept is None:
-            self._run(PLAIN, self.subject.model, reference)
-            self.store.put_object(key, reference.kept)
-        else:
-            reference.kept = kept
+        self._run(PLAIN, self.subject.model, reference)
+        self.store.put_arrays(key, reference.to_arrays())
         return reference
+
+    def _images(self) -> Iterator[list[dict[str, Any]]]:
+        """The subject's images, each noted while a model runs on it."""
+        for batch in self.subject.images():
+            check_interrupt()
+            self._image = image_name(batch[0])
+            yield batch
+        self._image = None
+        check_interrupt()
 
     def _run(self, name: str, model: nn.Module, agreement: Agreement) -> dict[str, Any]:
         """The results of the task's evaluator, and the agreement."""
-        subject = self.subject
         evaluators = [agreement]
-        if subject.evaluator is not None:
-            evaluators.append(subject.evaluator())
+        if self.subject.evaluator is not None:
+            evaluators.append(self.subject.evaluator())
         bar = tqdm(
-            subject.images(),
-            total=len(subject),
+            self._images(),
+            total=len(self.subject),
             desc=name,
             unit="image",
             leave=False,
             disable=not self.options.progress,
         )
         # pycocotools prints its own tables.
-        with contextlib.redirect_stdout(io.StringIO()), self._forwarding():
+        quiet = contextlib.redirect_stdout(io.StringIO())
+        with quiet, self._forwarding(), watch_finite(model) as agreement.watch:
             return inference_on_dataset(model, bar, DatasetEvaluators(evaluators))
 
     def _evaluate(self, name: str, model: nn.Module) -> dict[str, Any]:
         if model is self.subject.model:
             agreement = Agreement()
             results = self._run(name, model, agreement)
-            self.store.put_object(self._key("reference", None, {}), agreement.kept)
+            self.store.put_arrays(self._key("reference", None, {}), agreement.to_arrays())
         else:
             results = self._run(name, model, Agreement(self._reference()))
+        outputs = results["outputs"]
+        image = outputs["worst_image"]
         return {
             "metrics": main_metrics(results),
             "agreement": results["agreement"],
+            "not_finite": outputs["not_finite"],
+            "worst": None if image is None else [image, outputs["worst_agreement"]],
             "flops": asdict(count_flops(model, self._inputs(1)[0])),
             "parameters": sum(p.numel() for p in model.parameters()),
         }
@@ -218,48 +260,47 @@ class Session:
 
     def _measure_speed(self, name: str, model: nn.Module) -> dict[str, Any]:
         """Speed in turns with the plain model's, and memory on the first image."""
-        plain, batch = self.subject.model, self.options.batch
+        batch = self.options.batch
         images = self._inputs(max(self.options.timed_images, batch if batch > 1 else 1))
         singles = images[: self.options.timed_images]
-        models = {PLAIN: plain} if model is plain else {PLAIN: plain, name: model}
-        latency = self._time(name, models, singles, len(singles))
-        values = {"latency": asdict(latency[name]), "baseline": asdict(latency[PLAIN])}
+        seconds, plain = self._time(name, model, singles, len(singles))
+        values = {
+            "latency": asdict(summarize(seconds)),
+            "baseline": asdict(summarize(plain)),
+            "ratio": asdict(Ratio.of(plain, seconds)),
+        }
         with self._forwarding():
             values["peak_memory"] = peak_memory(lambda: model(singles[0]), self.subject.device)
         if batch > 1:
             items = [item for one in islice(cycle(images), batch) for item in one]
-            rounds = max(3, -(-len(singles) // batch))
-            seconds = self._time(f"{name}, in batches of {batch}", models, [items], rounds)
-            values["throughput"] = len(items) / seconds[name].median
-            values["baseline_throughput"] = len(items) / seconds[PLAIN].median
+            repeats = max(3, -(-len(singles) // batch))
+            label = f"{name}, in batches of {batch}"
+            seconds, plain = self._time(label, model, [items], repeats)
+            values["throughput"] = len(items) / summarize(seconds).median
+            values["baseline_throughput"] = len(items) / summarize(plain).median
+            values["batched_ratio"] = asdict(Ratio.of(plain, seconds))
         return values
 
     def _time(
         self,
         label: str,
-        models: Mapping[str, nn.Module],
+        model: nn.Module,
         inputs: Sequence[list[dict[str, Any]]],
-        rounds: int,
-    ) -> dict[str, Timing]:
-        """Seconds of one forward of each model, all of them on the same input in a round."""
+        repeats: int,
+    ) -> tuple[list[float], list[float]]:
+        """Seconds of one forward of a model and of the plain one, in turns, the two on the same
+        input in a round."""
+        plain = self.subject.model
+        models = {PLAIN: plain} if model is plain else {PLAIN: plain, label: model}
 
         def forward(model: nn.Module, turn: Iterator[list[dict[str, Any]]]) -> None:
+            check_interrupt()
             model(next(turn))
 
         runs = {name: partial(forward, model, cycle(inputs)) for name, model in models.items()}
         with self._forwarding():
-            return interleaved(
-                runs, rounds, progress=self.options.progress, label=f"timing {label}"
-            )
-
-
-_NOTHING = {
-    "latency": None,
-    "baseline": None,
-    "throughput": None,
-    "baseline_throughput": None,
-    "peak_memory": None,
-}
+            times = rounds(runs, repeats, progress=self.options.progress, label=f"timing {label}")
+        return times[PLAIN if model is plain else label], times[PLAIN]
 
 
 def _plain(settings: Settings | None) -> dict[str, Any] | None:
@@ -275,8 +316,9 @@ def compare(
 ) -> Comparison:
     """The plain model and the same model with each setting.
 
-    An interruption (``KeyboardInterrupt``) ends it early: the result has the rows that are
-    finished, and names the other settings.
+    An interruption (Ctrl-C, ``KeyboardInterrupt``) ends it early: the result has the rows that are
+    finished, and names the other settings. A setting that fails on an image is named with the
+    reason, and the others are finished.
 
     Args:
         subject: the model and its data.
@@ -289,21 +331,47 @@ def compare(
         The plain model's row, then one for each setting in order.
 
     Raises:
-        ValueError: for settings that do not fit the model, or a setting named as the plain model.
+        ValueError: for settings that do not fit the model, a setting named as the plain model, or
+            if the plain model fails on an image.
         KeyboardInterrupt: if not even the plain model is finished.
+    """
+    _check(subject.model, settings)
+    session = Session(subject, options, store)
+    rows: list[Row] = []
+    failed: dict[str, str] = {}
+    left = [PLAIN, *settings]
+    with interruptible():
+        try:
+            while left:
+                check_interrupt()
+                name = left[0]
+                try:
+                    rows.append(session.row(name, settings.get(name)))
+                except ValueError as error:
+                    if name == PLAIN:
+                        raise
+                    failed[name] = str(error)
+                left.pop(0)
+                save(session.comparison(rows, left, failed))
+        except KeyboardInterrupt:
+            if not rows:
+                raise
+    return session.comparison(rows, left, failed)
+
+
+def _check(model: nn.Module, settings: Mapping[str, Settings]) -> None:
+    """What does not fit should fail now.
+
+    Raises:
+        ValueError: names every setting that does not fit, and why.
     """
     if PLAIN in settings:
         raise ValueError(f"a setting must not be named {PLAIN!r}, as the plain model is")
-    for setting in settings.values():
-        expedited_copy(subject.model, setting)  # what does not fit should fail now
-    session = Session(subject, options, store)
-    names = [PLAIN, *settings]
-    rows: list[Row] = []
-    try:
-        for name in names:
-            rows.append(session.row(name, settings.get(name)))
-            save(session.comparison(rows, names[len(rows) :]))
-    except KeyboardInterrupt:
-        if not rows:
-            raise
-    return session.comparison(rows, names[len(rows) :])
+    problems = []
+    for name, setting in settings.items():
+        try:
+            expedited_copy(model, setting)
+        except ValueError as error:
+            problems.append(f"setting {name!r}: {error}")
+    if problems:
+        raise ValueError("; ".join(problems))

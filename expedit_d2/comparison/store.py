@@ -4,12 +4,27 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
-import pickle
+import zipfile
+import zlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from ..engine.outputs import check_folder
+
 __all__ = ["Store", "fingerprint"]
+
+logger = logging.getLogger(__name__)
+
+#: What numpy raises for files that are torn, or no npz files at all.
+_UNREADABLE = (
+    *(ValueError, TypeError, KeyError, OSError, EOFError, AttributeError, NotImplementedError),
+    *(zipfile.BadZipFile, zlib.error),
+)
 
 
 def fingerprint(*parts: Any) -> str:
@@ -19,9 +34,10 @@ def fingerprint(*parts: Any) -> str:
 
 
 class Store:
-    """A folder with ``results.jsonl``, one JSON line per result, and pickles of larger things.
+    """A folder with ``results.jsonl``, one JSON line per result, and npz files of arrays.
 
-    Several processes must not write to one folder at a time.
+    Neither can hold code: whatever is found in the folder, nothing of it is run. What is torn or
+    of another kind counts as not there. Several processes must not write to one folder at a time.
 
     Attributes:
         reused: how many results were there already when they were needed.
@@ -31,35 +47,52 @@ class Store:
         """
         Args:
             folder: made if need be; None keeps everything in memory.
+
+        Raises:
+            NotADirectoryError, PermissionError: as `check_folder`.
+            ValueError: if its ``results.jsonl`` is something else.
         """
         self.folder = None if folder is None else Path(folder)
-        self.results: dict[str, Any] = {}
-        self.objects: dict[str, Any] = {}
+        self.results: dict[str, dict[str, Any]] = {}
+        self.arrays: dict[str, dict[str, np.ndarray]] = {}
         self.reused = 0
         self._complete = True
         if self.folder is not None:
+            check_folder(self.folder, "the folder of the results")
             self.folder.mkdir(parents=True, exist_ok=True)
-            if self._file.is_file():
-                self._read(self._file.read_text(encoding="utf-8"))
+            if self._file.exists():
+                self._read()
 
     @property
     def _file(self) -> Path:
         return self.folder / "results.jsonl"
 
-    def _read(self, text: str) -> None:
-        self._complete = text.endswith("\n") or not text
-        for line in text.splitlines():
+    def _read(self) -> None:
+        foreign = ValueError(
+            f"{str(self._file)!r} holds no results of a comparison; remove it, or name another "
+            "folder for the results"
+        )
+        if not self._file.is_file():
+            raise foreign
+        content = self._file.read_bytes()
+        self._complete = content.rstrip(b"\0").endswith(b"\n") or not content
+        lines = [line for line in content.replace(b"\0", b"").splitlines() if line.strip()]
+        for line in lines:
             try:
                 entry = json.loads(line)
-                self.results[entry["key"]] = entry["value"]
+                if isinstance(entry["value"], dict):
+                    self.results[entry["key"]] = entry["value"]
             except (ValueError, KeyError, TypeError):
                 continue  # cut off in the middle: that one is computed again
+        torn = len(lines) == 1 and lines[0].startswith(b'{"label"')
+        if lines and not self.results and not torn:
+            raise foreign
 
-    def get(self, key: str) -> Any | None:
+    def get(self, key: str) -> dict[str, Any] | None:
         """The result under a key, or None."""
         return self.results.get(key)
 
-    def put(self, key: str, value: Any, label: str = "") -> None:
+    def put(self, key: str, value: dict[str, Any], label: str = "") -> None:
         """Keep a result; ``label`` is for people who read the file."""
         line = json.dumps({"label": label, "key": key, "value": value}, ensure_ascii=False)
         if self.folder is not None:
@@ -68,21 +101,25 @@ class Store:
             self._complete = True
         self.results[key] = json.loads(line)["value"]
 
-    def get_object(self, key: str) -> Any | None:
-        """The object under a key, or None."""
-        path = None if self.folder is None else self.folder / f"{key}.pickle"
-        if key not in self.objects and path is not None and path.is_file():
-            with open(path, "rb") as file:
-                self.objects[key] = pickle.load(file)
-        return self.objects.get(key)
+    def get_arrays(self, key: str) -> dict[str, np.ndarray] | None:
+        """The arrays under a key, or None."""
+        path = None if self.folder is None else self.folder / f"{key}.npz"
+        if key not in self.arrays and path is not None and path.is_file():
+            try:
+                # Arrays of objects would be pickles, which may hold code.
+                with np.load(path, allow_pickle=False) as file:
+                    self.arrays[key] = {name: file[name] for name in file.files}
+            except _UNREADABLE as error:
+                logger.warning("%s cannot be read (%s): computed again", path, error)
+        return self.arrays.get(key)
 
-    def put_object(self, key: str, value: Any) -> None:
-        """Keep something that JSON cannot hold; the file is whole or not there."""
-        self.objects[key] = value
+    def put_arrays(self, key: str, arrays: Mapping[str, np.ndarray]) -> None:
+        """Keep arrays of numbers by name; the file is whole or not there."""
+        self.arrays[key] = dict(arrays)
         if self.folder is None:
             return
-        path = self.folder / f"{key}.pickle"
+        path = self.folder / f"{key}.npz"
         unfinished = path.with_suffix(".unfinished")
         with open(unfinished, "wb") as file:
-            pickle.dump(value, file)
+            np.savez(file, **arrays)
         os.replace(unfinished, path)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from glob import glob, has_magic
@@ -20,15 +20,12 @@ from PIL import Image
 from torch import nn
 
 from ..data.images import DataError, check_image
+from .origin import PACKAGE, code_digest, data_digest, sources, versions
 from .store import fingerprint
 
-__all__ = ["Subject", "find_images", "register_images"]
+__all__ = ["Subject", "find_images", "image_name", "register_images"]
 
 logger = logging.getLogger(__name__)
-
-_PACKAGE = Path(__file__).resolve().parent.parent
-#: Code that numbers depend on: results of other versions of it are not taken over.
-_CODE = ("*.py", "methods/*.py", "adapters/*.py", "backbones/*.py")
 
 
 @dataclass(frozen=True)
@@ -55,6 +52,9 @@ class Subject:
     config: str = ""
     color: str = "BGR"
     limit: int | None = None
+    records: Callable[[], Sequence[Mapping[str, Any]]] | None = None
+    code: tuple[Path, ...] = ()
+    config_file: str = ""
 
     def __len__(self) -> int:
         return len(self.loader) if self.limit is None else min(self.limit, len(self.loader))
@@ -75,19 +75,38 @@ class Subject:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Of code, config, weights, data set and number of images."""
-        code = hashlib.sha256()
-        for pattern in _CODE:
-            for path in sorted(_PACKAGE.glob(pattern)):
-                code.update(path.read_bytes())
+        """Of all that results depend on: code, libraries, config, weights, data, their number."""
         weights = hashlib.sha256()
         for key, tensor in self.model.state_dict().items():
             weights.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}".encode())
             weights.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy())
-        judged = self.evaluator is not None
+        classes = {type(module) for module in self.model.modules()}
         return fingerprint(
-            code.hexdigest(), self.config, weights.hexdigest(), self.dataset, len(self), judged
+            code_digest({PACKAGE, *self.code, *sources(classes)}),
+            versions(),
+            self.config,
+            weights.hexdigest(),
+            self.dataset,
+            self._data_digest(),
+            len(self),
+            self.evaluator is not None,
         )
+
+    def _data_digest(self) -> str:
+        if self.records is not None:
+            records = list(self.records())
+        else:
+            known = self.dataset in DatasetCatalog.list()
+            records = DatasetCatalog.get(self.dataset) if known else []
+        if len(records) == len(self.loader):  # else it is not known which are the first
+            records = records[: len(self)]
+        names = [name for name in self.dataset.split(", ") if name in MetadataCatalog.list()]
+        return data_digest(records, [MetadataCatalog.get(name).as_dict() for name in names])
+
+
+def image_name(item: Mapping[str, Any]) -> str:
+    """Of one input of a model, for messages."""
+    return str(item.get("file_name", item.get("image_id", "without a name")))
 
 
 def find_images(where: str) -> list[str]:

@@ -4,72 +4,45 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Mapping
-from dataclasses import fields
+import json
+import os
+from collections.abc import Sequence
+from itertools import count
 from pathlib import Path
 
 from tabulate import tabulate
 
-from ..analysis.flops import Flops
-from ..analysis.timing import Timing
+from .columns import GROUPS, MARKDOWN, TERMINAL, Column, columns_of, spell_settings
 from .rows import Comparison, Row
-from .spelling import describe
 
-__all__ = ["caption", "save_tables", "to_csv", "to_markdown", "to_terminal"]
-
-#: Heads of columns and what stands below them.
-Cells = list[tuple[str, str]]
-
-PARTS = tuple(field.name for field in fields(Flops) if field.name != "uncounted")
+__all__ = ["caption", "save_tables", "table_stem", "to_csv", "to_markdown", "to_terminal"]
 
 
-def _number(value: float | None, form: str = ".1f", unit: str = "") -> str:
-    """ "-" for what was not measured."""
-    return "-" if value is None else f"{value:{form}}{unit}"
-
-
-def _tabulate(rows: list[Cells], style: str) -> str:
-    heads = [head for head, _ in rows[0]]
-    align = ["left"] + ["right"] * (len(heads) - 1)
-    lines = [[cell for _, cell in row] for row in rows]
+def _tabulate(rows: Sequence[Row], columns: Sequence[Column], style: str) -> str:
+    heads = ["setting", *(column.head for column in columns)]
+    lines = [[row.name, *(column.full_text(row) for column in columns)] for row in rows]
+    align = ["left"] + ["right"] * len(columns)
     return tabulate(lines, heads, tablefmt=style, disable_numparse=True, colalign=align)
-
-
-def _essentials(comparison: Comparison, row: Row) -> Cells:
-    cells = [("setting", row.name)]
-    for metric, value in row.metrics.items():
-        cells += [
-            (metric, _number(value)),
-            ("kept", _number(comparison.kept(row, metric), unit=" %")),
-        ]
-    if row.agreement:
-        cells.append(("agree", _number(row.lowest_agreement, unit=" %")))
-    cells += [
-        ("GFLOPs", _number(row.flops.total / 1e9, ".2f")),
-        ("saved", _number(comparison.saved(row), ".0f", " %")),
-    ]
-    if comparison.plain.latency is not None:
-        cells += [
-            ("FPS", _number(row.fps, ".2f")),
-            ("speed-up", _number(comparison.speedup(row), ".2f", "x")),
-            ("by GFLOPs", _number(comparison.flops_ratio(row), ".2f", "x")),
-            ("memory", _number(_mib(row), ".0f", " MiB")),
-        ]
-    return cells
-
-
-def _mib(row: Row) -> float | None:
-    return None if row.peak_memory is None else row.peak_memory / 2**20
 
 
 def to_terminal(comparison: Comparison) -> str:
     """The table that fits a terminal, and what its columns mean."""
-    table = _tabulate([_essentials(comparison, row) for row in comparison.rows], "simple")
-    return f"{table}\n\n{caption(comparison)}"
+    table = _tabulate(comparison.rows, columns_of(comparison, TERMINAL), "simple")
+    return "\n\n".join([table, *_chosen(comparison), caption(comparison)])
+
+
+def _chosen(comparison: Comparison) -> list[str]:
+    """What budgets chose, a line for each, as one paragraph; nothing without a budget."""
+    lines = [
+        f"{row.name}: {spell_settings(row)}"
+        for row in comparison.rows
+        if row.settings is not None and row.settings.budget is not None and row.resolved
+    ]
+    return ["\n".join(lines)] if lines else []
 
 
 def caption(comparison: Comparison) -> str:
-    """What was measured, how, and what the columns mean."""
+    """What was measured, how, what the columns mean, and what they cannot say."""
     now, plain = comparison.conditions, comparison.plain
     lines = [f"{comparison.model} on {comparison.dataset}, {_count(comparison.images, 'image')}."]
     if plain.metrics:
@@ -83,111 +56,84 @@ def caption(comparison: Comparison) -> str:
         lines += [
             f"Speed: {now.device}{threads}, {now.dtype}, torch {now.torch};",
             f"batch 1, median of {_count(now.timed_images, 'image')}.",
-            "speed-up: against the plain model in the same turns; by GFLOPs: by these alone.",
+            "speed-up: against the plain model in the same turns, with the middle half where that "
+            "is wide;",
+            "FPS: the plain model's, times the speed-up; by GFLOPs: the speed-up by these alone.",
             "memory: peak of a forward, weights not included.",
         ]
+    return "\n".join([*lines, *remarks(comparison)])
+
+
+def remarks(comparison: Comparison) -> list[str]:
+    """Sentences on what is undefined, not finite, failed or not finished."""
+    said = dict.fromkeys([*comparison.undefined(), *comparison.not_finite()])
+    lines = [*said, *(f"Failed: {name}: {why}" for name, why in comparison.failed.items())]
     if comparison.unfinished:
         lines.append(f"Not finished: {', '.join(comparison.unfinished)}.")
-    return "\n".join(lines)
+    return lines
 
 
 def _count(number: int, noun: str) -> str:
     return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
-def _span(timing: Timing | None) -> str:
-    if timing is None:
-        return "-"
-    return f"{1e3 * timing.median:.1f} ({1e3 * timing.low:.1f}-{1e3 * timing.high:.1f})"
-
-
-def _quality(comparison: Comparison, row: Row) -> Cells:
-    cells = [("setting", row.name)]
-    for metric, value in row.metrics.items():
-        kept = _number(comparison.kept(row, metric), ".2f", " %")
-        cells += [(metric, _number(value, ".2f")), ("kept", kept)]
-    for task, value in row.agreement.items():
-        cells.append((f"agree, {task}", _number(value, ".2f", " %")))
-    spelled = "" if row.settings is None else f"`{describe(row.settings)}`"
-    return [*cells, ("settings", spelled)]
-
-
-def _cost(comparison: Comparison, row: Row) -> Cells:
-    batch = comparison.conditions.batch
-    cells = [
-        ("setting", row.name),
-        ("ms (middle half)", _span(row.latency)),
-        ("FPS", _number(row.fps, ".2f")),
-        ("speed-up", _number(comparison.speedup(row), ".2f", "x")),
-        ("by GFLOPs", _number(comparison.flops_ratio(row), ".2f", "x")),
-    ]
-    if comparison.plain.throughput is not None:
-        cells += [
-            (f"images/s, batch {batch}", _number(row.throughput, ".2f")),
-            (f"speed-up, batch {batch}", _number(comparison.batched_speedup(row), ".2f", "x")),
-        ]
-    return [
-        *cells,
-        ("memory, MiB", _number(_mib(row))),
-        ("parameters, M", _number(row.parameters / 1e6, ".2f")),
-    ]
-
-
-def _flops(comparison: Comparison, row: Row) -> Cells:
-    return [
-        ("setting", row.name),
-        *((part, _number(getattr(row.flops, part) / 1e9, ".3f")) for part in PARTS),
-        ("transformer", _number(row.flops.transformer / 1e9, ".3f")),
-        ("saved", _number(comparison.saved(row, "transformer"), ".1f", " %")),
-        ("total", _number(row.flops.total / 1e9, ".3f")),
-        ("saved", _number(comparison.saved(row), ".1f", " %")),
-    ]
-
-
 def to_markdown(comparison: Comparison) -> str:
-    """Three tables: quality, cost, and GFLOPs by part."""
+    """Tables of quality, GFLOPs by part, and cost, and the settings."""
+    rows, columns = comparison.rows, columns_of(comparison, MARKDOWN)
     parts = [caption(comparison).replace("\n", "  \n")]
-    for title, cells in (("Quality", _quality), ("Cost", _cost), ("GFLOPs", _flops)):
-        rows = [cells(comparison, row) for row in comparison.rows]
-        parts.append(f"**{title}**\n\n{_tabulate(rows, 'github')}")
+    for title in GROUPS:
+        mine = [column for column in columns if column.group == title]
+        parts.append(f"**{title}**\n\n{_tabulate(rows, mine, 'github')}")
+    settings = [f"- {row.name}: `{spell_settings(row)}`" for row in rows if row.settings]
+    parts += ["**Settings**\n\n" + "\n".join(settings)] if settings else []
     now = comparison.conditions
     parts.append(f"{now.date}: `{now.command}`")
     return "\n\n".join(parts) + "\n"
 
 
-def _values(comparison: Comparison, row: Row) -> Mapping[str, object]:
-    """A row in full precision; seconds, bytes, FLOPs and percent."""
-    values: dict[str, object] = {"name": row.name}
-    values["settings"] = "" if row.settings is None else describe(row.settings)
-    for metric, value in row.metrics.items():
-        values |= {metric: value, f"{metric} kept": comparison.kept(row, metric)}
-    values |= {f"agreement, {task}": value for task, value in row.agreement.items()}
-    values |= {f"flops, {part}": getattr(row.flops, part) for part in PARTS}
-    values["flops"] = row.flops.total
-    values["flops saved"] = comparison.saved(row)
-    values["flops ratio"] = comparison.flops_ratio(row)
-    values["parameters"] = row.parameters
-    for name in ("median", "low", "high"):
-        values[f"seconds, {name}"] = getattr(row.latency, name, None)
-    values["speed-up"] = comparison.speedup(row)
-    values["images per second in batches"] = row.throughput
-    values["speed-up in batches"] = comparison.batched_speedup(row)
-    values["peak memory"] = row.peak_memory
-    return values
-
-
 def to_csv(comparison: Comparison) -> str:
-    """A line per row, numbers unrounded; empty where something was not measured."""
-    rows = [_values(comparison, row) for row in comparison.rows]
+    """A line per row, in base units (seconds, bytes, FLOPs, percent) and not rounded; empty where
+    something was not measured or is undefined."""
+    columns = columns_of(comparison)
     text = io.StringIO()
-    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["name", "settings", *(column.key for column in columns)])
+    for row in comparison.rows:
+        values = [column.value(row) for column in columns]
+        writer.writerow([row.name, spell_settings(row), *values])
     return text.getvalue()
 
 
+def table_stem(folder: str | Path, name: str, config_file: str) -> Path:
+    """Where a model's tables go: ``name`` in the folder, or ``name-2``, ``name-3``, … if another
+    config of that name, or something else, has its tables there already.
+
+    Args:
+        folder: of the results.
+        name: of the model, such as that of its config.
+        config_file: of the model.
+    """
+    here = str(Path(config_file).resolve()) if config_file else ""
+    for number in count(1):
+        stem = Path(folder) / (name if number == 1 else f"{name}-{number}")
+        if _is_mine(stem.with_name(f"{stem.name}.json"), here):
+            return stem
+
+
+def _is_mine(file: Path, config_file: str) -> bool:
+    """Whether a file of results may be written: it is missing, empty, or of the same config."""
+    if not file.exists():
+        return True
+    try:
+        text = file.read_text(encoding="utf-8").strip("\0 \n")
+        # Files of older versions do not say where they come from.
+        return not text or json.loads(text).get("config_file", config_file) == config_file
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
 def save_tables(comparison: Comparison, stem: str | Path) -> list[Path]:
-    """Write ``stem`` with the endings .md, .csv and .json; returns the files."""
+    """Write ``stem`` with the endings .md, .csv and .json, each whole or not at all."""
     stem = Path(stem)
     stem.parent.mkdir(parents=True, exist_ok=True)
     texts = {
@@ -198,6 +144,8 @@ def save_tables(comparison: Comparison, stem: str | Path) -> list[Path]:
     files = []
     for ending, text in texts.items():
         file = stem.with_name(stem.name + ending)
-        file.write_text(text, encoding="utf-8")
+        unfinished = stem.with_name(f"{stem.name}{ending}.unfinished")
+        unfinished.write_text(text, encoding="utf-8")
+        os.replace(unfinished, file)
         files.append(file)
     return files

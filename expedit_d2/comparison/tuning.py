@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 
 from tqdm import tqdm
 
+from ..engine.interrupt import check_interrupt, interruptible
 from ..settings import Settings
 from .rows import PLAIN, Comparison, Row, pareto
 from .session import Options, Session
@@ -61,34 +62,59 @@ class Target:
     def asks_for_quality(self) -> bool:
         return self.kept is not None or self.agreement is not None
 
-    def check(self, plain: Row) -> None:
+    def check(self, comparison: Comparison) -> None:
         """
         Raises:
-            ValueError: if the plain model's row lacks what is asked for.
+            ValueError: if the plain model lacks what is asked for.
         """
+        plain = comparison.plain
+        if plain.not_finite:
+            raise ValueError(f"there is nothing to tune for: {comparison.undefined()[-1]}")
         if self.kept is not None and not plain.metrics:
             raise ValueError("without labels there is no metric to keep; ask for an agreement")
         if self.metric is not None and self.metric not in plain.metrics:
             raise ValueError(
                 f"the metric must be one of {list(plain.metrics)}, got {self.metric!r}"
             )
+        for metric in plain.metrics if self.metric is None else [self.metric]:
+            if self.kept is not None and comparison.kept(plain, metric) is None:
+                raise ValueError(
+                    f"the plain model's {metric} is {plain.metrics[metric]:g}, so no share of it "
+                    "can be kept; name another metric, or ask for an agreement"
+                )
+        if self.agreement is not None and plain.lowest_agreement is None:
+            raise ValueError(f"an agreement cannot be reached: {_no_agreement(comparison)}")
         if self.speedup is not None and plain.latency is None:
             raise ValueError("a speed-up needs images to time, got 0")
 
     def quality_met(self, comparison: Comparison, row: Row) -> bool:
-        """Whether a row has the metrics and the agreement."""
+        """Whether a row has the metrics and the agreement, and is finite."""
         kept = comparison.kept(row, self.metric) if self.metric else comparison.lowest_kept(row)
-        return (self.kept is None or (kept is not None and kept >= self.kept)) and (
-            self.agreement is None or row.lowest_agreement >= self.agreement
+        return (
+            not row.not_finite
+            and _reaches(kept, self.kept)
+            and _reaches(row.lowest_agreement, self.agreement)
         )
 
     def speed_met(self, comparison: Comparison, row: Row) -> bool:
-        """Whether a row is fast enough."""
-        return self.speedup is None or comparison.speedup(row) >= self.speedup
+        """Whether a row is fast enough, beyond the spread of its measurement."""
+        return _reaches(comparison.sure_speedup(row), self.speedup)
 
     def met(self, comparison: Comparison, row: Row) -> bool:
         """Whether a row has all of it."""
         return self.quality_met(comparison, row) and self.speed_met(comparison, row)
+
+
+def _reaches(value: float | None, least: float | None) -> bool:
+    return least is None or (value is not None and value >= least)
+
+
+def _no_agreement(comparison: Comparison) -> str:
+    """Why the plain model has none."""
+    tasks = [task for task, value in comparison.plain.agreement.items() if value is None]
+    if not tasks:
+        return "the model puts out nothing that can be compared"
+    return f"the plain model finds nothing ({', '.join(tasks)})"
 
 
 @dataclass(frozen=True)
@@ -101,7 +127,7 @@ class Tuning:
         front: of the finished sweep, by falling agreement and falling GFLOPs.
         confirmed: the best few on all images; None if none was.
         winner: of these; None if none reaches the target.
-        skipped: candidates that the model cannot run with, and why.
+        skipped: candidates that the model cannot run with, or not on every image, and why.
         interrupted: whether it ended early.
     """
 
@@ -115,7 +141,11 @@ class Tuning:
 
 
 def _front(sweep: Comparison) -> list[Row]:
-    useful = [row for row in sweep.rows[1:] if row.flops.total < sweep.plain.flops.total]
+    useful = [
+        row
+        for row in sweep.rows[1:]
+        if row.flops.total < sweep.plain.flops.total and not row.not_finite
+    ]
     return pareto(useful, lambda row: row.lowest_agreement, lambda row: -row.flops.total)
 
 
@@ -136,16 +166,28 @@ class _Confirmation:
         self.plain = plain
         self.front = front
         self.target = target
-        self.rows: dict[int, Row] = {}
+        self.rows: dict[int, Row | None] = {}
+        self.failed: dict[str, str] = {}
 
-    def row(self, index: int) -> Row:
+    def row(self, index: int) -> Row | None:
+        """None if the model does not run with it on every image."""
         if index not in self.rows:
+            check_interrupt()
             found = self.front[index]
-            self.rows[index] = self.session.row(found.name, found.settings)
+            try:
+                self.rows[index] = self.session.row(found.name, found.settings)
+            except ValueError as error:
+                self.rows[index] = None
+                self.failed[found.name] = str(error)
         return self.rows[index]
 
     def comparison(self) -> Comparison:
-        return self.session.comparison([self.plain, *(self.rows[i] for i in sorted(self.rows))])
+        run = [self.rows[index] for index in sorted(self.rows) if self.rows[index] is not None]
+        return self.session.comparison([self.plain, *run], failed=self.failed)
+
+    def _is(self, index: int, met: Callable[[Comparison, Row], bool]) -> bool:
+        row = self.row(index)
+        return row is not None and met(self.comparison(), row)
 
     def search(self, count: int) -> None:
         """To the end of the front's part that is good enough, and then around it.
@@ -157,10 +199,9 @@ class _Confirmation:
             return
         total, target = len(self.front), self.target
         if target.asks_for_quality:
-            edge = _last_met(total, lambda i: target.quality_met(self.comparison(), self.row(i)))
+            edge = _last_met(total, lambda i: self._is(i, target.quality_met))
         else:
-            slow = _last_met(total, lambda i: not target.speed_met(self.comparison(), self.row(i)))
-            edge = slow + 1
+            edge = _last_met(total, lambda i: not self._is(i, target.speed_met)) + 1
         for index in sorted(range(total), key=lambda i: abs(i - edge)):
             if len(self.rows) >= count:
                 return
@@ -171,9 +212,11 @@ class _Confirmation:
         comparison = self.comparison()
         met = [row for row in comparison.rows[1:] if self.target.met(comparison, row)]
         if not self.target.asks_for_quality:
-            return max(met, key=lambda row: row.lowest_agreement, default=None)
+            known = [row for row in met if row.lowest_agreement is not None]
+            return max(known, key=lambda row: row.lowest_agreement, default=None)
         timed = comparison.plain.latency is not None
-        return max(met, key=comparison.speedup if timed else comparison.flops_ratio, default=None)
+        gain = comparison.sure_speedup if timed else comparison.flops_ratio
+        return max(met, key=gain, default=None)
 
 
 def tune(
@@ -215,28 +258,42 @@ def tune(
     front: list[Row] = []
     confirmation = None
     interrupted = False
-    try:
-        plain = full.row(PLAIN, None)
-        target.check(plain)
-        rows.append(sweep.row(PLAIN, None))
-        for name, setting in tqdm(
-            settings.items(), desc="sweep", unit="setting", disable=not options.progress
-        ):
-            try:
-                rows.append(sweep.row(name, setting))
-            except ValueError as error:  # such as more clusters than a window has tokens
-                skipped[name] = str(error)
-        front = _front(sweep.comparison(rows))
-        confirmation = _Confirmation(full, plain, front, target)
-        confirmation.search(confirm)
-    except KeyboardInterrupt:
-        interrupted = True
+    with interruptible():
+        try:
+            plain = full.row(PLAIN, None)
+            target.check(full.comparison([plain]))
+            rows.append(sweep.row(PLAIN, None))
+            _check_sweep(sweep.comparison(rows))
+            for name, setting in tqdm(
+                settings.items(), desc="sweep", unit="setting", disable=not options.progress
+            ):
+                check_interrupt()
+                try:
+                    rows.append(sweep.row(name, setting))
+                except ValueError as error:  # such as more clusters than a window has tokens
+                    skipped[name] = str(error)
+            front = _front(sweep.comparison(rows))
+            confirmation = _Confirmation(full, plain, front, target)
+            confirmation.search(confirm)
+        except KeyboardInterrupt:
+            interrupted = True
     return Tuning(
         target=target,
-        sweep=sweep.comparison(rows) if rows else None,
+        sweep=sweep.comparison(rows, failed=skipped) if rows else None,
         front=front,
         confirmed=confirmation.comparison() if confirmation else None,
         winner=confirmation.winner() if confirmation and not interrupted else None,
-        skipped=skipped,
+        skipped=skipped | (confirmation.failed if confirmation else {}),
         interrupted=interrupted,
     )
+
+
+def _check_sweep(sweep: Comparison) -> None:
+    """
+    Raises:
+        ValueError: if settings cannot be told apart by their agreement on these few images.
+    """
+    if sweep.plain.lowest_agreement is None:
+        raise ValueError(
+            f"on the {sweep.images} images of the sweep {_no_agreement(sweep)}; give it more images"
+        )

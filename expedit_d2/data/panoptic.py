@@ -27,6 +27,7 @@ from iopath.common.file_io import file_lock
 from PIL import Image
 from pycocotools import mask as mask_util
 
+from .content import file_digest
 from .images import load_image
 
 __all__ = [
@@ -221,11 +222,10 @@ def write_things(panoptic_json: Path, panoptic_root: Path, target: Path) -> None
 
 
 def _cache_file(panoptic_json: Path, panoptic_root: Path) -> Path:
-    """Another one when the file, or what is in the folder, has changed."""
-    states = [path.stat() for path in (panoptic_json, panoptic_root)]
-    key = [str(panoptic_json.resolve()), str(panoptic_root.resolve()), states[0].st_size]
-    key += [state.st_mtime_ns for state in states]
-    digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:12]
+    """Another one when the file, or any of its PNGs, has another content."""
+    content = json.loads(panoptic_json.read_text())
+    files = [panoptic_json, *(panoptic_root / a["file_name"] for a in content["annotations"])]
+    digest = hashlib.sha256("".join(map(file_digest, files)).encode()).hexdigest()[:12]
     root = Path(os.environ.get("DETECTRON2_DATASETS", "datasets")).expanduser()
     return root / "by_path" / f"{panoptic_json.stem}-{digest}.json"
 

@@ -212,6 +212,7 @@ def unknown_data_set(name: str) -> str:
 def _of_system(error: OSError) -> str:
     if error.errno is None or error.strerror is None or error.filename is None:
         return _origin(error)[0] or type(error).__name__
+    path = error.filename if error.filename2 is None else error.filename2  # a file in its way
     remedy = {
         FileNotFoundError: "give a path that is there",
         PermissionError: "change its permissions or give another path",
@@ -219,7 +220,7 @@ def _of_system(error: OSError) -> str:
         NotADirectoryError: "give a folder",
         FileExistsError: "remove it or give another path",
     }.get(type(error), "mend that or give another path")
-    return f"{str(error.filename)!r}: {error.strerror.lower()}; {remedy}"
+    return f"{str(path)!r}: {error.strerror.lower()}; {remedy}"
 
 
 def _of_import(error: ImportError) -> str | None:

@@ -2,5 +2,6 @@
 
 from .agreement import Agreement
 from .build import build_evaluator, main_metrics
+from .finite import watch_finite
 
-__all__ = ["Agreement", "build_evaluator", "main_metrics"]
+__all__ = ["Agreement", "build_evaluator", "main_metrics", "watch_finite"]

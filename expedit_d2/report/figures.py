@@ -7,13 +7,14 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
-from itertools import pairwise
+from itertools import pairwise, product
 from textwrap import fill
 
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.text import Annotation
 from matplotlib.ticker import FixedLocator, FuncFormatter
 from matplotlib.transforms import Bbox
 
@@ -36,18 +37,17 @@ _FONT = 9.5  # points, in a figure that is as wide as a phone
 _TICKS = (0, 20, 40, 60, 70, 80, 90, 95, 98, 99, 99.5, 100, 100.5, 101, 102, 105, 110, 120)
 
 #: Letters in a line of a name.
-_LINE = 22
+_LINE = 18
 #: More points than these are named on the front only.
 _ALL_NAMED = 8
-#: Where a name may stand: its offset in points, and how it is aligned there.
-_AROUND = (
-    (6, 6, "left", "bottom"),
-    (0, 7, "center", "bottom"),
-    (-6, 6, "right", "bottom"),
-    (-6, -6, "right", "top"),
-    (0, -7, "center", "top"),
-    (6, -6, "left", "top"),
-)
+#: Where a name may stand around its point: distance in points (of the sides of a square), and
+#: direction in degrees; the nearest ones first. From the second distance on, a line leads there.
+_DISTANCES = (7, 16, 27, 40, 55, 72)
+_DIRECTIONS = (45, 90, 0, 135, -45, 180, -90, -135, 67, 112, 22, 157, -22, -67)
+#: Points of free space around a name, and radius of a marker.
+_GAP, _RADIUS = 1.5, 5
+#: Points between two labels of an axis, at least.
+_BETWEEN = 12
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,7 @@ class Point:
         x: what is gained.
         y: what is kept, in percent.
         front: whether no other setting is better in one and at least as good in the other.
+        spread: the middle half of x, where it is so wide that x says little.
     """
 
     name: str
@@ -67,6 +68,7 @@ class Point:
     x: float
     y: float
     front: bool
+    spread: tuple[float, float] | None = None
 
 
 def draw_tradeoff(points: Sequence[Point], x_label: str, y_label: str, key: str) -> str:
@@ -93,6 +95,9 @@ def draw_tradeoff(points: Sequence[Point], x_label: str, y_label: str, key: str)
             size = 110 if method == "plain" else 42
             x, y = [p.x for p in mine], [p.y for p in mine]
             axes.scatter(x, y, s=size, color=color, marker=marker, label=method, zorder=3)
+        for p in points:
+            if p.spread is not None:
+                axes.plot(p.spread, [p.y, p.y], color=_TEXT, lw=1, ls=":", zorder=2)
         axes.set_xlabel(x_label)
         axes.set_ylabel(y_label)
         axes.margins(x=0.08)
@@ -100,6 +105,9 @@ def draw_tradeoff(points: Sequence[Point], x_label: str, y_label: str, key: str)
         axes.grid(alpha=0.2)
         axes.spines[["top", "right"]].set_visible(False)
         figure.legend(loc="outside upper center", ncols=3, frameon=False, handletextpad=0.2)
+        figure.draw_without_rendering()  # places are known after this
+        _thin_ticks(axes)
+        figure.draw_without_rendering()
         _name_points(figure, axes, points)
         out = io.StringIO()
         # Without a date and a creator: the same numbers make the same file.
@@ -112,6 +120,8 @@ _LOOK = {
     "svg.fonttype": "none",  # text stays text: it can be searched, and scales with the figure
     "svg.hashsalt": "",
     "font.family": "sans-serif",
+    # The first one is where names are measured; the others are as wide or narrower.
+    "font.sans-serif": ["DejaVu Sans", "Verdana", "Arial", "Helvetica"],
     "font.size": _FONT,
     **dict.fromkeys(
         ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), _TEXT
@@ -139,21 +149,40 @@ def _limit(axes: Axes, values: Sequence[float]) -> None:
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
 
 
+def _thin_ticks(axes: Axes) -> None:
+    """Leave out ticks of the stretched axis whose labels would touch; 100 % stays."""
+    kept: list[float] = []
+    pixels = _BETWEEN * axes.figure.dpi / 72
+    places = {tick: axes.transData.transform((0, tick))[1] for tick in axes.get_yticks()}
+    for tick in sorted(places, key=lambda tick: abs(tick - 100)):
+        if all(abs(places[tick] - places[other]) >= pixels for other in kept):
+            kept.append(tick)
+    axes.yaxis.set_major_locator(FixedLocator(sorted(kept)))
+
+
 def _name_points(figure: Figure, axes: Axes, points: Sequence[Point]) -> None:
-    """Write names next to points, if they are many next to the front's, as far as there is room."""
-    figure.draw_without_rendering()  # places are known after this
-    radius = 5 * figure.dpi / 72
+    """Write names next to points, if they are many next to the front's, as far as there is room.
+
+    A name lies in the plot and covers no marker, no other name and nothing of the front's line.
+    """
+    pixel = figure.dpi / 72
     front = sorted((p for p in points if p.front), key=lambda p: p.x)
     line = [
         (1 - share) * np.array(start) + share * np.array(end)
         for start, end in pairwise(axes.transData.transform([(p.x, p.y) for p in front]))
-        for share in np.linspace(0, 1, 24)
+        for share in np.linspace(0, 1, 48)
     ]
     markers = axes.transData.transform([(p.x, p.y) for p in points])
-    taken = [Bbox([place - radius, place + radius]) for place in markers]
-    taken += [Bbox([place - 1, place + 1]) for place in line]
-    frame = Bbox([(figure.bbox.x0, axes.bbox.y0), (figure.bbox.x1, figure.bbox.y1)])
-    for point in front if len(points) > _ALL_NAMED else points:
+    taken = [Bbox([at - _RADIUS * pixel, at + _RADIUS * pixel]) for at in markers]
+    taken += [Bbox([at - pixel, at + pixel]) for at in line]
+    for p in points:
+        if p.spread is not None:
+            ends = axes.transData.transform([(x, p.y) for x in p.spread])
+            taken.append(Bbox([ends[0] - pixel, ends[1] + pixel]))
+    # Beside the axes there is nothing on the right.
+    frame = Bbox([(axes.bbox.x0, axes.bbox.y0), (figure.bbox.x1, axes.bbox.y1)])
+    room = _Room(frame, taken, gap=_GAP * pixel)
+    for point in front if len(points) > _ALL_NAMED else [*front, *set(points).difference(front)]:
         text = axes.annotate(
             fill(point.name, _LINE),
             (point.x, point.y),
@@ -164,22 +193,60 @@ def _name_points(figure: Figure, axes: Axes, points: Sequence[Point]) -> None:
         )
         # In a layout that makes room for names, the places above would no longer be true.
         text.set_in_layout(False)
-        for x, y, side, level in _AROUND:
-            text.xyann = (x, y)
-            text.set(ha=side, va=level)
-            box = text.get_window_extent()
-            within = frame.x0 <= box.x0 and box.x1 <= frame.x1 and frame.y0 <= box.y0
-            if within and not any(box.overlaps(other) for other in taken):
-                taken.append(box)
-                break
-        else:
+        lead = room.place(text, axes.transData.transform((point.x, point.y)))
+        if lead is None:
             text.remove()
+        elif len(lead):
+            ends = axes.transData.inverted().transform(lead[[0, -1]])
+            axes.plot(*ends.T, color=_TEXT, lw=0.6, alpha=0.5, zorder=1, scalex=False, scaley=False)
+
+
+class _Room:
+    """Where names may still stand, in pixels."""
+
+    def __init__(self, frame: Bbox, taken: list[Bbox], gap: float) -> None:
+        self.frame, self.taken, self.gap = frame, taken, gap
+        self.names: list[Bbox] = []
+
+    def place(self, text: Annotation, marker: np.ndarray) -> np.ndarray | None:
+        """Move a name to the nearest free place around its marker.
+
+        Returns:
+            Points (N, 2) of the line that leads there, none right beside the marker; None if no
+            place is free.
+        """
+        for distance, direction in product(_DISTANCES, _DIRECTIONS):
+            right, up = np.cos(np.radians(direction)), np.sin(np.radians(direction))
+            reach = distance / max(abs(right), abs(up))
+            text.xyann = (reach * right, reach * up)
+            text.set(ha=_ALIGNED[round(right)][0], va=_ALIGNED[round(up)][1])
+            box = text.get_window_extent().padded(self.gap)
+            lead = np.empty((0, 2))
+            if distance > _DISTANCES[0]:
+                end = np.clip(marker, box.min, box.max)
+                lead = marker + np.linspace(0, 1, 24)[:, None] * (end - marker)
+            if self._is_free(box, lead):
+                self.names.append(box)
+                self.taken += [box, *(Bbox([at, at + 1]) for at in lead)]
+                return lead
+        return None
+
+    def _is_free(self, box: Bbox, lead: np.ndarray) -> bool:
+        inside = (box.min >= self.frame.min).all() and (box.max <= self.frame.max).all()
+        return (
+            inside
+            and not any(box.overlaps(other) for other in self.taken)
+            and not any(name.contains(*at) for name in self.names for at in lead)
+        )
+
+
+#: Towards -1, 0 or 1: how a name is aligned across and upright.
+_ALIGNED = {-1: ("right", "top"), 0: ("center", "center"), 1: ("left", "bottom")}
 
 
 def _inline(svg: str, description: str, key: str) -> str:
-    """An SVG file as an element of a page: of its width, in its font and colour, with own ids."""
+    """An SVG file as an element of a page: of its width and colour, with ids of its own."""
     box = re.search(r'viewBox="[^"]*"', svg).group()
     body = svg[svg.index(">", svg.index("<svg")) + 1 :].replace(_TEXT, "currentColor")
-    body = re.sub(r"font-family: [^;\"]*;? ?", "", body)
     body = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{key}-", body)
     return f'<svg {box} role="img" aria-label="{escape(description)}">{body.strip()}'

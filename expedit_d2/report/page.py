@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import io
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,15 +14,18 @@ from markupsafe import Markup
 from PIL import Image
 
 from .. import __version__
-from ..comparison import Comparison, Row, describe
+from ..comparison import Comparison
+from ..comparison.columns import HTML, columns_of, spell_settings
+from ..comparison.tables import remarks
 from .figures import draw_tradeoff
 from .pictures import Picture
 from .summary import best_row, headline, tradeoffs
 
 __all__ = ["write_report"]
 
-#: Pixels of the longer side: of one panel among several, and of a picture of its own.
-_PANEL, _WHOLE = 448, 1600
+#: Pixels of the longer side: of one panel among several, as far as it can be enlarged, and of a
+#: picture of its own.
+_PANEL, _WHOLE = 1024, 1600
 
 
 def write_report(
@@ -33,7 +35,7 @@ def write_report(
 
     Args:
         comparisons: at least one; each gets a section.
-        pictures: none, or a handful; each of its panels takes about 40 kB.
+        pictures: none, or a handful; each of its panels takes about 100 kB.
         path: of the file; its folder is made if missing.
 
     Returns:
@@ -84,83 +86,55 @@ def _section(comparison: Comparison, key: str) -> dict[str, Any]:
         "better than in both; the vertical axis is stretched towards 100\N{NO-BREAK SPACE}%.",
         "table": _table(comparison),
         "table_note": _table_note(comparison),
-        "settings": [(row.name, describe(row.settings)) for row in comparison.rows if row.settings],
+        "remarks": remarks(comparison),
+        "settings": [(row.name, spell_settings(row)) for row in comparison.rows if row.settings],
         "conditions": _conditions(comparison),
     }
 
 
 class _Cell(NamedTuple):
-    """One number of the table: as text, with a second line, and for sorting."""
+    """One number of the table: as text, with further lines, and for sorting."""
 
     text: str
-    small: str = ""
-    value: float | None = None
-
-
-def _cell(value: float | None, form: str, small: str = "") -> _Cell:
-    if value is None or not math.isfinite(value):
-        return _Cell("–")
-    return _Cell(form.format(value), small, value)
+    value: float | None
+    small: tuple[str, ...] = ()
 
 
 def _table(comparison: Comparison) -> dict[str, Any]:
     best = best_row(comparison)
-    rows = comparison.rows
-    cells = [_cells(comparison, row) for row in rows]
-    # Leave out what was not measured for any row.
-    columns = [name for name in cells[0] if any(line[name].value is not None for line in cells)]
-    return {
-        "columns": ["setting", *columns],
-        "lines": [
-            {"name": row.name, "best": row is best, "cells": [line[name] for name in columns]}
-            for row, line in zip(rows, cells, strict=True)
-        ],
-    }
-
-
-def _cells(comparison: Comparison, row: Row) -> dict[str, _Cell]:
-    """Column to cell; the same columns for every row."""
-    cells = {}
-    for metric in comparison.plain.metrics:
-        kept = comparison.kept(row, metric)
-        small = "" if kept is None else f"{kept:.1f} % kept"
-        cells[metric] = _cell(row.metrics.get(metric), "{:.2f}", small)
-    for task in comparison.plain.agreement:
-        cells[f"agreement, {task}, %"] = _cell(row.agreement.get(task), "{:.2f}")
-    for part, name in (("transformer", "GFLOPs, transformer"), ("total", "GFLOPs, all")):
-        saved = f"{comparison.saved(row, part):.1f} % saved"
-        cells[name] = _cell(getattr(row.flops, part) / 1e9, "{:.2f}", saved)
-    time, then = row.latency, row.baseline
-    plain = "" if then is None else f"plain {1e3 * then.median:.1f} ms"
-    cells["speed-up"] = _cell(comparison.speedup(row), "{:.2f}×", plain)
-    cells["ms an image"] = (
-        _Cell("–")
-        if time is None
-        else _cell(1e3 * time.median, "{:.1f}", f"{1e3 * time.low:.1f} to {1e3 * time.high:.1f}")
-    )
-    batched = comparison.batched_speedup(row)
-    faster = "" if batched is None else f"{batched:.2f}×"
-    cells["images a second, in batches"] = _cell(row.throughput, "{:.2f}", faster)
-    memory = None if row.peak_memory is None else row.peak_memory / 2**20
-    cells["peak memory, MiB"] = _cell(memory, "{:.1f}")
-    return cells
+    columns = columns_of(comparison, HTML)
+    lines = []
+    for row in comparison.rows:
+        cells: list[_Cell] = []
+        for column in columns:
+            note = column.note(row)
+            if not column.below:
+                small = (note,) if note else ()
+                cells.append(_Cell(column.text(row), column.shown(row), small))
+            elif column.shown(row) is not None:
+                more = f"{column.full_text(row)} {column.head}"
+                cells[-1] = cells[-1]._replace(small=(*cells[-1].small, more))
+        lines.append({"name": row.name, "best": row is best, "cells": cells})
+    heads = [column.head for column in columns if not column.below]
+    return {"columns": ["setting", *heads], "lines": lines}
 
 
 def _table_note(comparison: Comparison) -> str:
     note = (
         "Kept and saved are relative to the plain model. Agreement is that of the output with the "
-        "plain model's, without labels. One FLOP is one multiply-add."
+        "plain model's, without labels; it is undefined (-) where there is nothing to find. One "
+        "FLOP is one multiply-add."
     )
     if comparison.plain.latency is not None:
         note += (
-            " Times are the median and the middle half at batch 1; the speed-up compares a setting "
-            "with the plain model measured in turns with it, whose time stands below."
+            " The speed-up compares a setting with the plain model measured in turns with it, at "
+            "batch 1; where the middle half of the rounds is wide, it stands below, and the "
+            "setting is on no front of speed. FPS and times follow from it and from the plain "
+            "model's time; below times, their middle half."
         )
     best = best_row(comparison)
     if best is not None:
         note += f" Shaded: {best.name}, the setting of the headline."
-    if comparison.unfinished:
-        note += f" Interrupted before: {', '.join(comparison.unfinished)}."
     return note
 
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from detectron2.data import MetadataCatalog
 
 from ..comparison import Row, Subject
 from ..data.images import load_image
+from ..engine.interrupt import check_interrupt
+from ..evaluation.agreement import image_key
 from ..visualize import side_by_side
 
 __all__ = ["Picture", "draw_pictures", "read_pictures"]
@@ -35,25 +38,53 @@ def draw_pictures(subject: Subject, row: Row, count: int) -> list[Picture]:
     """Images, clusters, predictions without and with token reduction, and where these differ.
 
     Args:
-        subject: whose plain model runs on its first images; it is left as it was.
+        subject: whose plain model runs on its first images, and on the one that agrees least; it
+            is left as it was.
         row: its settings are drawn.
-        count: of images.
+        count: of first images; 0: none, nor the worst.
 
     Returns:
         For each image one picture, of the output that says most where there are several.
 
     Raises:
-        ValueError: for the row of the plain model.
+        ValueError: for the row of the plain model, or a negative count.
+        KeyboardInterrupt: between two images, after Ctrl-C.
     """
     if row.settings is None:
         raise ValueError(f"the row {row.name!r} has no settings to draw")
+    if count < 0:
+        raise ValueError(f"the number of pictures must be 0 or more, got {count}")
     metadata = MetadataCatalog.get(subject.dataset)
+    worst, least = row.worst or (None, None)
     pictures = []
-    for number, (item,) in enumerate(subject.images(count), start=1):
-        image = Path(item["file_name"]).stem if "file_name" in item else f"{number}"
+    for number, item in _first_and_worst(subject, count, worst):
+        check_interrupt()
+        title = f"Image {_name_of(item, number)}, setting {row.name}"
+        if worst is not None and image_key(item) == worst:
+            title += f": the lowest agreement of all, {least:.1f} %"
         panels = side_by_side(subject.model, row.settings, item, metadata, subject.color)[-1]
-        pictures.append(Picture(f"Image {image}, setting {row.name}", panels))
+        pictures.append(Picture(title, panels))
     return pictures
+
+
+def _first_and_worst(
+    subject: Subject, count: int, worst: int | str | None
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Number and item of the first images, and of another one, once each."""
+    if count == 0:
+        return
+    for number, (item,) in enumerate(subject.images(), start=1):
+        is_worst = worst is not None and image_key(item) == worst
+        if number <= count or is_worst:
+            yield number, item
+        if is_worst:
+            worst = None
+        if number >= count and worst is None:
+            return
+
+
+def _name_of(item: Mapping[str, Any], number: int) -> str:
+    return Path(item["file_name"]).stem if "file_name" in item else f"{number}"
 
 
 def read_pictures(paths: Sequence[str | Path]) -> list[Picture]:

@@ -6,80 +6,86 @@ import math
 from collections.abc import Callable
 from typing import NamedTuple
 
+from ..analysis.timing import Ratio
 from ..comparison import Comparison, Row, pareto
 from .figures import Point
 
 __all__ = ["AGREEMENT", "KEPT", "Tradeoff", "best_row", "headline", "headline_row", "tradeoffs"]
 
-#: Percent of every metric that the headline's setting keeps, at least.
+#: Percent of every metric that the headline's setting keeps, at least, where there are metrics.
 KEPT = 99.5
-#: Percent of agreement that it has, at least, where there are no metrics.
+#: Percent of agreement with the plain model that it has, at least.
 AGREEMENT = 98.0
 
 
 def _quality(comparison: Comparison, row: Row) -> float | None:
-    """Percent of the worst metric that is kept; without metrics, the lowest agreement."""
-    return comparison.lowest_kept(row) if row.metrics else row.lowest_agreement
+    """1 and more is good enough for a headline: in agreement, and where there are metrics in the
+    worst of these as well. None where one is undefined."""
+    agreement = row.lowest_agreement
+    if agreement is None or row.not_finite or comparison.undefined():
+        return None
+    if not comparison.plain.metrics:
+        return agreement / AGREEMENT
+    kept = comparison.lowest_kept(row)
+    return None if kept is None else min(kept / KEPT, agreement / AGREEMENT)
 
 
 def _gain(comparison: Comparison, row: Row) -> float:
     """Measured speed-up at batch 1; without timing, the one that FLOPs would give."""
-    speedup = comparison.speedup(row)
+    speedup = comparison.sure_speedup(row)
     return comparison.flops_ratio(row) if speedup is None else speedup
 
 
 def best_row(comparison: Comparison) -> Row | None:
-    """The fastest setting that keeps `KEPT` of every metric, or without metrics agrees in
-    `AGREEMENT`; None if there is none that is faster than the plain model."""
-    enough = KEPT if comparison.plain.metrics else AGREEMENT
+    """The fastest setting that has `AGREEMENT`, and `KEPT` of every metric if there are any; None
+    if there is none that is faster than the plain model."""
     eligible = [
         row
         for row in comparison.rows[1:]
-        if (_quality(comparison, row) or 0) >= enough and _gain(comparison, row) > 1
+        if (_quality(comparison, row) or 0) >= 1 and _gain(comparison, row) > 1
     ]
     return max(eligible, key=lambda row: _gain(comparison, row), default=None)
 
 
 def headline_row(comparison: Comparison) -> Row | None:
-    """The best setting; if there is none, the one that keeps most; None without settings."""
+    """The best setting; if there is none, the one that comes nearest; None if none can be told."""
+    known = [row for row in comparison.rows[1:] if _quality(comparison, row) is not None]
     return best_row(comparison) or max(
-        comparison.rows[1:], key=lambda row: _quality(comparison, row) or 0, default=None
+        known, key=lambda row: _quality(comparison, row), default=None
     )
 
 
 def headline(comparison: Comparison) -> str:
     """One sentence on the best setting, or on why there is none."""
+    if len(comparison.rows) == 1:
+        return "Only the plain model was evaluated."
     row = headline_row(comparison)
     if row is None:
-        return "Only the plain model was evaluated."
+        why = comparison.undefined() or ["No setting has a defined agreement with finite outputs."]
+        return f"No setting can be recommended. {' '.join(why)}"
     sentence = f"{row.name}: {_in_words(comparison, row)}."
     if row is best_row(comparison):
         return sentence
-    aim = (
-        f"keeps {KEPT:g} % of every metric"
-        if comparison.plain.metrics
-        else f"agrees with the plain model in {AGREEMENT:g} %"
-    )
+    aim = f"agrees with the plain model in {AGREEMENT:g} %"
+    if comparison.plain.metrics:
+        aim = f"keeps {KEPT:g} % of every metric and {aim}"
     return f"No setting is faster and {aim}; nearest is {sentence}"
 
 
 def _in_words(comparison: Comparison, row: Row) -> str:
     saved = comparison.saved(row, "transformer")
     words = [f"{abs(saved):.0f} % {'fewer' if saved >= 0 else 'more'} GFLOPs in the transformer"]
-    speedup = comparison.speedup(row)
-    if speedup is not None:
-        words.append(f"{speedup:.2f} times as fast")
-    quality = _quality(comparison, row)
-    if not row.metrics:
-        least = " or more" if len(row.agreement) > 1 else ""
-        words.append(f"{quality:.1f} %{least} agreement with the plain model")
-    elif quality is not None:
-        of = (
-            f"of {next(iter(row.metrics))}"
-            if len(row.metrics) == 1
-            else f"or more of every metric ({', '.join(row.metrics)})"
-        )
-        words.append(f"{quality:.1f} % {of} kept")
+    ratio = comparison.ratio(row)
+    if ratio is not None:
+        spread = f" (spread widely: {ratio.low:.2f} to {ratio.high:.2f})" if ratio.is_wide else ""
+        words.append(f"{ratio.median:.2f} times as fast{spread}")
+    kept = comparison.lowest_kept(row)
+    if kept is not None:
+        metrics = list(comparison.plain.metrics)
+        of = f"or more of every metric ({', '.join(metrics)})" if len(metrics) > 1 else metrics[0]
+        words.append(f"{kept:.1f} % {'of ' if len(metrics) == 1 else ''}{of} kept")
+    least = " or more" if len(row.agreement) > 1 else ""
+    words.append(f"{row.lowest_agreement:.1f} %{least} agreement with the plain model")
     return ", ".join(words)
 
 
@@ -102,17 +108,31 @@ def tradeoffs(comparison: Comparison) -> list[Tradeoff]:
     if comparison.plain.agreement:
         lowest = "lowest agreement" if len(comparison.plain.agreement) > 1 else "agreement"
         qualities.append((lambda row: row.lowest_agreement, f"{lowest} with the plain model, %"))
-    gains: list[tuple[Callable[[Row], float | None], str]] = [
-        (comparison.speedup, "speed-up, measured at batch 1"),
-        (lambda row: comparison.saved(row, "transformer"), "GFLOPs of the transformer saved, %"),
+    gains: list[tuple[Callable[[Row], float | None], Callable[[Row], Ratio | None], str]] = [
+        (comparison.speedup, comparison.ratio, "speed-up, measured at batch 1"),
+        (
+            lambda row: comparison.saved(row, "transformer"),
+            lambda row: None,
+            "GFLOPs of the transformer saved, %",
+        ),
     ]
     plots = []
     for y, y_label in qualities:
-        for x, x_label in gains:
+        for x, measured, x_label in gains:
             rows = [row for row in comparison.rows if _is_known(x(row)) and _is_known(y(row))]
-            front = {id(row) for row in pareto(rows, x, y)}
+            wide = {row.name: ratio for row in rows if (ratio := measured(row)) and ratio.is_wide}
+            sure = [row for row in rows if not row.not_finite and row.name not in wide]
+            front = {row.name for row in pareto(sure, x, y)}
             points = [
-                Point(row.name, _method(row), x(row), y(row), id(row) in front) for row in rows
+                Point(
+                    row.name,
+                    _method(row),
+                    x(row),
+                    y(row),
+                    row.name in front,
+                    (wide[row.name].low, wide[row.name].high) if row.name in wide else None,
+                )
+                for row in rows
             ]
             if len(points) > 1:
                 plots.append(Tradeoff(points, x_label, y_label))
@@ -126,4 +146,5 @@ def _is_known(value: float | None) -> bool:
 def _method(row: Row) -> str:
     if row.settings is None:
         return row.name
-    return row.settings.method or "by budget"  # which chooses a method for each transformer
+    # A budget chooses a method for each transformer.
+    return (row.resolved or row.settings).method or "by budget"

@@ -84,8 +84,10 @@ def draw_instances(image: np.ndarray, instances: Instances, metadata: Metadata) 
         masks = enlarge(instances.pred_masks.bool())
         canvas = draw_segmentation_masks(canvas, masks, alpha=0.5, colors=colors)
     boxes = instances.pred_boxes.tensor * (canvas.shape[-1] / image.shape[1])
-    canvas = draw_bounding_boxes(canvas, boxes, labels=labels, colors=colors, width=2)
-    return _to_image(canvas)
+    canvas = draw_bounding_boxes(canvas, boxes, colors=colors, width=2)
+    corners = [(int(x) + 4, int(y) + 4) for x, y, *_ in boxes.tolist()]
+    # The surest ones stand where they belong, if names are many.
+    return _write(canvas, [*zip(labels, corners, strict=True)], anchor="la")
 
 
 def draw_panoptic(
@@ -141,16 +143,46 @@ def _draw_masks(
     colors = [_color(palette, index) for index in classes]
     canvas = draw_segmentation_masks(canvas, planes, alpha=0.6, colors=colors)
     canvas[:, _edges(planes)] = 255
+    names = [_name(names, index) for index in classes]
+    return _write(canvas, [*zip(names, map(_middle, planes), strict=True)], anchor="mm")
+
+
+def _middle(plane: Tensor) -> tuple[int, int]:
+    """A pixel (x, y) of the segment itself, in its middle, also where it is no blob."""
+    rows, cols = torch.nonzero(plane, as_tuple=True)
+    return int(cols[len(rows) // 2]), int(rows[len(rows) // 2])
+
+
+def _write(canvas: Tensor, names: Sequence[tuple[str, tuple[int, int]]], anchor: str) -> np.ndarray:
+    """Names at places (x, y), in white with a black outline; none covers one before it as far as
+    there is room above or below.
+
+    Args:
+        canvas: (3, height, width), uint8.
+        names: each with its place.
+        anchor: of the text there, Pillow's.
+    """
     picture = Image.fromarray(_to_image(canvas))
     pen = ImageDraw.Draw(picture)
-    for plane, index in zip(planes, classes, strict=True):
-        rows, cols = torch.nonzero(plane, as_tuple=True)
-        middle = len(rows) // 2  # a pixel of the segment itself, also where it is no blob
-        place = (int(cols[middle]), int(rows[middle]))
-        name, style = _name(names, index), {"anchor": "mm", "font_size": 16, "stroke_width": 2}
-        place = _inside(place, pen.textbbox(place, name, **style), picture.size)
-        pen.text(place, name, fill="white", stroke_fill="black", **style)
+    size = max(16, max(picture.size) // 24)
+    style = {"anchor": anchor, "font_size": size, "stroke_width": size // 8}
+    taken: list[Sequence[float]] = []
+    for name, place in names:
+        # Where it is wanted, else line by line above and below.
+        lines = sorted(range(-20, 21), key=abs)
+        tried = [(place[0], place[1] + line * (size + 4)) for line in lines]
+        tried = [_inside(at, pen.textbbox(at, name, **style), picture.size) for at in tried]
+        boxes = [pen.textbbox(at, name, **style) for at in tried]
+        free = [n for n, box in enumerate(boxes) if not any(_overlap(box, t) for t in taken)]
+        best = free[0] if free else 0
+        taken.append(boxes[best])
+        pen.text(tried[best], name, fill="white", stroke_fill="black", **style)
     return np.asarray(picture)
+
+
+def _overlap(one: Sequence[float], other: Sequence[float]) -> bool:
+    """Whether two boxes (left, top, right, bottom) do."""
+    return all(one[a] < other[a + 2] and other[a] < one[a + 2] for a in (0, 1))
 
 
 def _inside(
