@@ -24,6 +24,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .tracing import in_graph, is_exporting, shape_of
+
 __all__ = [
     "Clusters",
     "TokenClustering",
@@ -54,23 +56,6 @@ _TILE = 4
 _TILES = 4
 # Numbers in the tiles that are multiplied at a time on a CPU, so that they stay in its cache.
 _IN_CACHE = 2**19
-
-
-def shape_of(x: Tensor) -> tuple[int, ...]:
-    """The shape in numbers, also while torch.jit traces, where sizes are tensors."""
-    return tuple(int(n) if isinstance(n, Tensor) else n for n in x.shape)
-
-
-def in_graph() -> bool:
-    """Whether a graph is recorded, in which every turn of a loop would be a copy of its body."""
-    # torch before 2.3 does not say whether it compiles.
-    compiling = getattr(torch.compiler, "is_compiling", lambda: False)()
-    return compiling or torch.jit.is_tracing()
-
-
-def is_exporting() -> bool:
-    """Whether torch.export traces, which torch before 2.7 does not say."""
-    return getattr(torch.compiler, "is_exporting", lambda: False)()
 
 
 class Clusters(NamedTuple):

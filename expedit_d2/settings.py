@@ -73,7 +73,7 @@ class Settings:
     fused_attention: bool = False
     size_aware: bool = True
     positions: str = "clusters"
-    residual: bool = True
+    residual: bool | None = None
     reconstruct_at: str = "backbone"
 
     def __post_init__(self) -> None:

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..settings import SCOPES
 from ..tokens import Layout
 
-__all__ = ["Host", "is_class"]
+__all__ = ["Host", "is_class", "mean_keys"]
 
 
 @dataclass(frozen=True)
@@ -91,3 +92,18 @@ def is_class(module: nn.Module, name: str, defined_in: str) -> bool:
     return any(
         cls.__name__ == name and cls.__module__ == defined_in for cls in type(module).__mro__
     )
+
+
+def mean_keys(qkv: nn.Linear, heads: int, x: Tensor) -> Tensor:
+    """Keys of an attention layer, averaged over its heads: linear in x, so one small product.
+
+    Args:
+        qkv: the layer's projection; its rows are queries, keys and values, head by head.
+        heads: number of heads.
+        x: (..., C) what the layer is given.
+
+    Returns:
+        (..., D), but for their common bias, which no distance depends on.
+    """
+    keys = qkv.weight.unflatten(0, (3, heads, -1))[1]
+    return F.linear(x, keys.mean(0))

@@ -12,7 +12,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ..settings import Settings
-from .matching import Merging, match
+from .matching import match
 from .off_grid import OffGridMethod
 
 __all__ = ["Merge"]
@@ -27,6 +27,6 @@ class Merge(OffGridMethod):
 
     @staticmethod
     def choose(
-        settings: Settings, keys: Tensor, sizes: Tensor, count: int, shape: tuple[int, ...]
-    ) -> Merging:
-        return match(keys, sizes, count, settings.rounds, shape, _WARD)
+        settings: Settings, keys: Tensor, sizes: Tensor | None, count: int, groups: Tensor | None
+    ) -> Tensor:
+        return match(keys, sizes, count, settings.rounds, _WARD, groups)

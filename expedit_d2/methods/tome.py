@@ -10,9 +10,9 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..operators import shape_of
 from ..settings import Settings
-from .matching import Merging, match
+from ..tracing import shape_of
+from .matching import match
 from .off_grid import OffGridMethod
 
 __all__ = ["ToMe"]
@@ -26,10 +26,10 @@ class ToMe(OffGridMethod):
 
     @staticmethod
     def choose(
-        settings: Settings, keys: Tensor, sizes: Tensor, count: int, shape: tuple[int, ...]
-    ) -> Merging:
+        settings: Settings, keys: Tensor, sizes: Tensor | None, count: int, groups: Tensor | None
+    ) -> Tensor:
         total = shape_of(keys)[1]
         # One matching cannot merge more than half of the tokens.
         count = max(count, (total + 1) // 2)
         unit = F.normalize(keys, dim=-1)  # compared by the cosine of their angle
-        return match(unit, sizes, count, rounds=1, shape=(total,))
+        return match(unit, sizes, count, everywhere=True)
