@@ -128,7 +128,7 @@ class PrefixLayout:
         if not self.size_aware or tokens.sizes is None:
             return None
         # Class and register tokens count one each: their logarithm is zero.
-        bias = F.pad(key_bias(tokens.sizes.flatten(1)), (self.prefix, 0))
+        bias = F.pad(key_bias(tokens.sizes).flatten(1), (self.prefix, 0))
         return bias[:, None, None].to(x.dtype)
 
     def keys(self, block: nn.Module, features: Tensor) -> Tensor:

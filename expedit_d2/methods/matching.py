@@ -76,10 +76,23 @@ def cluster_means(x: Tensor, index: Tensor, shares: Tensor, count: int) -> Tenso
     return sums.unflatten(0, (batch, count)).to(x.dtype)
 
 
-def cluster_sizes(sizes: Tensor, index: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Sizes (B, count) of clusters, and the share (B, n) that each token of ``sizes`` has."""
-    total = sizes.new_zeros(shape_of(sizes)[0], count).scatter_add(1, index, sizes)
+def cluster_sizes(sizes: Tensor | None, index: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """What clusters stand for (B, count), and the share (B, n) that each token has in its own.
+
+    Args:
+        sizes: (B, n) fp32, what the tokens stand for; None: one each.
+        index: (B, n) cluster of each token, 0 to ``count`` - 1.
+        count: number of clusters.
+    """
+    if sizes is None:
+        sizes = _one(index.device).expand_as(index)
+    total = sizes.new_zeros(shape_of(index)[0], count).scatter_add(1, index, sizes)
     return total, sizes / total.gather(1, index)
+
+
+@cached
+def _one(device: torch.device) -> Tensor:
+    return torch.ones((), device=device)
 
 
 def _flat(index: Tensor, total: int) -> Tensor:
@@ -88,12 +101,6 @@ def _flat(index: Tensor, total: int) -> Tensor:
     if batch > 1:
         index = index + torch.arange(batch, device=index.device)[:, None] * total
     return index.flatten()
-
-
-@cached
-def _second(runs: int, pairs: int, device: torch.device) -> Tensor:
-    """(runs, 1): the second token of each run of that many pairs."""
-    return torch.arange(runs, device=device)[:, None] * (2 * pairs) + 1
 
 
 def match(
@@ -134,8 +141,6 @@ def match(
         index = step if index is None else step.gather(1, index)
         now -= number
         if now > count:
-            if sizes is None:
-                sizes = keys.new_ones(shape_of(keys)[:2])
             sizes, shares = cluster_sizes(sizes, step, now)
             keys = cluster_means(keys, step, shares, now)
             if groups is not None:
@@ -168,17 +173,15 @@ def _match_once(
     closeness, partner = closeness.max(-1)
     cost = torch.sub(norm_a, closeness, alpha=2)
     if ward and sizes is not None:
-        size_a, size_b = sides(sizes)
-        size_b = size_b.gather(1, partner)
-        cost = cost * (size_a * size_b / (size_a + size_b)) ** ward
+        inverse_a, inverse_b = sides(sizes.reciprocal())
+        cost = cost * (inverse_a + inverse_b.gather(1, partner)) ** -ward
     # Of the whole image, whatever the run.
     chosen = cost.view(batch, -1).topk(number, largest=False, sorted=False).indices
-    left = 2 * chosen
-    partner = torch.add(
-        _second(runs, pairs, keys.device), partner.view(batch, runs, pairs), alpha=2
-    )
-    right = partner.view(batch, -1).gather(1, chosen)
     # What is left is numbered in its order; what was merged takes the number of its partner.
-    stays = left.new_ones(batch, total).scatter_(1, left, 0)
-    rank = stays.cumsum(1) - 1
-    return rank.scatter(1, left, rank.gather(1, right))
+    stays = keys.new_ones(batch, total, dtype=torch.long)
+    stays[:, :matched:2].scatter_(1, chosen, 0)
+    rank = stays.cumsum(1).sub_(1)
+    second = rank[:, :matched].unflatten(1, (runs, pairs, 2))[..., 1]
+    of_partner = second.gather(2, partner.view(batch, runs, pairs)).flatten(1)
+    rank[:, :matched:2].scatter_(1, chosen, of_partner.gather(1, chosen))
+    return rank

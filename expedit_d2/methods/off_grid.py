@@ -10,7 +10,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 
-import torch
 from torch import Tensor, nn
 
 from ..operators import grid_positions
@@ -76,8 +75,6 @@ class _Reduction(nn.Module):
         if self.window is not None:
             groups = _window_of(tokens.places, tokens.size, self.window)
         index = self.choose(keys(features), sizes, count, groups)
-        if sizes is None:
-            sizes = torch.ones(batch, total, device=features.device)
         sizes, shares = cluster_sizes(sizes, index, count)
         clusters = cluster_means(features, index, shares, count)
         offsets = None
