@@ -73,7 +73,7 @@ def expedite(
     if not checked.alphas:
         fused = fuse_attention(model) if checked.fused_attention else Handle(lambda: None)
         return Expedited(checked, None, fused.remove)
-    if checked.scope not in host.scopes:
+    if checked.method not in OFF_GRID and checked.scope not in host.scopes:
         raise ValueError(
             f"SCOPE must be one of {host.scopes} for {type(host.owner).__name__}, got "
             f"{checked.scope!r}"

@@ -48,7 +48,7 @@ def add_expedit_config(cfg: CN) -> None:
             # "falling" from the first to the last, or "equal".
             "SCHEDULE": "falling",
             # Rounds of bipartite matching in each merge of METHOD merge.
-            "ROUNDS": 1,
+            "ROUNDS": 2,
             # "map": cluster the whole map. "window": each attention window for itself.
             "SCOPE": "map",
             # Soft k-means steps (the paper's kappa).
@@ -72,8 +72,8 @@ def add_expedit_config(cfg: CN) -> None:
             # Relative positions follow the "clusters", or a regular "grid" (the published code).
             "POSITIONS": "clusters",
             # Rebuild the change (refined - clusters) on top of the original tokens; the paper
-            # replaces the tokens.
-            "RESIDUAL": True,
+            # replaces the tokens. None: as it is best for METHOD, for those on a grid True.
+            "RESIDUAL": None,
             # "backbone": rebuild the tokens behind the last block. "head": run a head that can do
             # so (Segmenter's) on the clusters and rebuild its class logits, as published.
             "RECONSTRUCT_AT": "backbone",

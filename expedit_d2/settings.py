@@ -63,7 +63,7 @@ class Settings:
     scope: str = "map"
     method: str | None = None
     schedule: str = "falling"
-    rounds: int = 1
+    rounds: int = 2
     iterations: int = 5
     temperature: float | str | None = AUTO
     window: int = 5
