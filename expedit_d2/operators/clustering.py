@@ -43,19 +43,18 @@ class Clusters(NamedTuple):
     positions: Tensor
 
 
-# What sums over tokens carry beside their channels: one, row, column, and a zero that keeps rows
-# aligned in memory. The sum of the ones is a cluster's size.
-_MORE = 4
-
-
 @cached
 def _ones_and_places(height: int, width: int, device: torch.device) -> Tensor:
-    """What is carried for the tokens of a map, (1, H, W, 4)."""
+    """What the tokens of a map carry, (1, H, W, 4)."""
     return _with_one(grid_positions(height, width, device))
 
 
 def _with_one(positions: Tensor) -> Tensor:
-    """(B, H, W, 2) to one, row, column, zero: (B, H, W, 4)."""
+    """What tokens at (B, H, W, 2) carry beside their channels: one, row, column, zero.
+
+    Sums of tokens are then sums of these as well: a cluster's size and position. The zero keeps
+    rows of memory aligned.
+    """
     one = positions.new_ones((1, 1, 1, 1)).expand(*shape_of(positions)[:-1], 1)
     return torch.cat([one, positions, torch.zeros_like(one)], dim=-1)
 
@@ -111,7 +110,7 @@ def cluster_tokens(
     x = carried[..., :channels]
 
     tiles = tile((height, width), tuple(grid), window // 2, batch, tokens.device)
-    tiled = tiles.take(carried) * tiles.real  # (B, T, R, C + 4)
+    tiled = tiles.take(carried).mul_(tiles.real)  # (B, T, R, C + 4)
     centroids = adaptive_pool(carried.unflatten(1, (height, width)), grid)
     counts, mask = None, tiles.mask
     if flat is not None:
