@@ -1,7 +1,8 @@
 """``BUDGET``: from a share of the blocks' GFLOPs to alpha and counts, by rules that were measured.
 
-- METHOD "merge": a few merges in the first blocks, with a falling schedule, for the share of tokens
-  that meets the budget.
+- METHOD "merge": a few merges in the first blocks (`Host.merges`), for the share of tokens that
+  meets the budget. Four with two rounds of matching keep as much as one before each of the first
+  three quarters of the blocks, with far fewer kernels.
 - Methods that leave a grid: few clusters late keep more than many clusters early, until they become
   too few. So alpha is the latest one at which the budget is met with clusters not fewer than a
   share of the tokens that the family bears (`Host.latest`, `Host.least`).
@@ -25,9 +26,6 @@ from .settings import OFF_GRID, Settings, spread_share
 __all__ = ["Costs", "within_budget"]
 
 
-# Merges before these parts of the blocks. Four with two rounds of matching are as good as one
-# before each of the first three quarters, with far fewer kernels.
-_MERGES = (0, 1 / 6, 1 / 3, 7 / 12)
 # Tokens that one is matched with, about: half of a run, in two rounds.
 _MATCHED = 256
 # Clusters that a token is reckoned to meet: 8 x 8 cells and their rim. Tiles of 4 x 4, as
@@ -46,6 +44,8 @@ class Costs:
         tokens: of the map.
         windows: tokens in each block's attention windows; None where it is global.
         padded: tokens of the map with the padding of the windows.
+        size: (H, W) of the map.
+        heads: of attention with decomposed relative positions; 0 without these.
     """
 
     linear: int
@@ -54,6 +54,8 @@ class Costs:
     tokens: int
     windows: tuple[int | None, ...]
     padded: int
+    size: tuple[int, int]
+    heads: int = 0
 
     @classmethod
     def of(cls, host: Host) -> Costs:
@@ -73,6 +75,8 @@ class Costs:
             tokens=tokens,
             windows=tuple(side * side if side else None for side in sides),
             padded=math.prod(-(-n // side) * side for n in host.size),
+            size=host.size,
+            heads=block.attn.num_heads if getattr(block.attn, "use_rel_pos", False) else 0,
         )
 
     @property
@@ -84,14 +88,24 @@ class Costs:
         tokens = (self.padded if window else self.tokens) * entering
         keys = entering * (window or self.tokens)
         attention = tokens * (self.attention + 2 * keys * self.channels)
+        if self.heads:  # a product with the rows of both tables
+            attention += tokens * self._sides(window) * self.channels
         return attention + self.tokens * share * (self.linear - self.attention)
 
     def _slots(self, window: int | None, entering: float, share: float) -> float:
         """The same off the grid, where windows keep a place for every token."""
-        if window is None:
-            return self._block(None, entering, share)
         linear = entering * self.attention + share * (self.linear - self.attention)
-        return self.tokens * linear + 2 * self.padded * window * self.channels
+        tokens, keys = self.padded, window
+        if window is None:
+            tokens = keys = self.tokens * entering
+        attention = 2 * keys * self.channels
+        if self.heads:  # see `expedit_d2.attention.position_term`
+            attention += self._sides(window) * (2 * self.channels + keys * self.heads)
+        return self.tokens * linear + tokens * attention
+
+    def _sides(self, window: int | None) -> float:
+        """Rows and columns of an attention, added up."""
+        return 2 * window**0.5 if window else sum(self.size)
 
     def clustered(self, alpha: int, share: float, products: float) -> float:
         """Blocks from alpha on run on a share of the tokens, on a grid.
@@ -160,9 +174,11 @@ def _merging(settings: Settings, host: Host, method: str) -> Settings:
     stage, first = host.longest_stage
     costs, elsewhere, whole = _costs(host, stage)
     inside = method == "tome"
-    spread = "numbers" if inside else settings.schedule
     depth = len(costs.windows)
-    alphas = sorted({int(depth * part) for part in _MERGES}) if not inside else range(depth)
+    parts, schedule = stage.merges
+    schedule = settings.schedule or schedule
+    spread = "numbers" if inside else schedule
+    alphas = range(depth) if inside else sorted({round(depth * part) for part in parts})
 
     def share(keep: float) -> float:
         matched = None if inside else _MATCHED
@@ -171,7 +187,10 @@ def _merging(settings: Settings, host: Host, method: str) -> Settings:
     keep = _least(lambda keep: share(keep) <= settings.budget)
     if keep * costs.tokens < 1:
         raise _too_small(settings, share(1 / costs.tokens))
-    return _chosen(settings, method, tuple(first + alpha for alpha in alphas), keep=round(keep, 4))
+    alphas = tuple(first + alpha for alpha in alphas)
+    if not inside:
+        settings = replace(settings, schedule=schedule)
+    return _chosen(settings, method, alphas, keep=round(keep, 4))
 
 
 def _costs(host: Host, stage: Host) -> tuple[Costs, float, float]:

@@ -45,8 +45,9 @@ def add_expedit_config(cfg: CN) -> None:
             # share of all in (0, 1] or a number, or one value for each ALPHA.
             "KEEP": None,
             # How METHOD merge spreads one KEEP over several ALPHAs: the share that is merged is
-            # "falling" from the first to the last, or "equal".
-            "SCHEDULE": "falling",
+            # "falling" from the first to the last, or "equal". None: falling, and with BUDGET what
+            # is best for the transformer.
+            "SCHEDULE": None,
             # Rounds of bipartite matching in each merge of METHOD merge.
             "ROUNDS": 2,
             # "map": cluster the whole map. "window": each attention window for itself.

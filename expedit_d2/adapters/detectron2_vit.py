@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +19,7 @@ from ..operators import grid_positions, on_device
 from ..tokens import Tokens
 from ..tracing import shape_of
 from ..windows import from_slots, partition, slot_rows, to_slots, unpartition
-from .host import Host, is_class, mean_keys
+from .host import WINDOWED_MERGES, Host, is_class, mean_keys
 
 FAMILY = "Detectron2's ViT (ViTDet)"
 
@@ -40,7 +41,9 @@ def adapt(vit: nn.Module) -> Host:
         window=window or None,
         outputs=(len(vit.blocks) - 1,),
         fused=_attend,
-        off_grid=True,
+        # A convolution between blocks needs a grid.
+        off_grid=not any(block.use_residual_block for block in vit.blocks),
+        merges=WINDOWED_MERGES if window else Host.merges,
         size=_size(vit),
         latest=0.75,
         least=(0.375, 0.6),
@@ -115,6 +118,24 @@ class _Layout:
         if block.use_residual_block:
             x = x + _convolve(block.residual, x, tokens.valid)
         return x
+
+    def run_reducing(
+        self, block: nn.Module, x: Tensor, tokens: Tokens, reduce: nn.Module
+    ) -> tuple[Tensor, Tokens, Any]:
+        if tokens.context is None:
+            tokens = replace(tokens, context=self.prepare(x, tokens))
+        attend = self._windowed if block.window_size > 0 else self._global
+        normed = block.norm1(x)
+        x = x + block.drop_path(attend(block, normed, tokens))
+        keys = mean_keys(block.attn.qkv, block.attn.num_heads, normed)
+
+        def keys_of(features: Tensor) -> Tensor:
+            return keys if keys.dim() == 3 else keys.flatten(1, 2)
+
+        tokens, record = reduce(replace(tokens, features=x), keys_of)
+        x = tokens.features
+        tokens = replace(tokens, context=self.prepare(x, tokens))
+        return x + block.drop_path(block.mlp(block.norm2(x))), tokens, record
 
     def _sizes(self, tokens: Tokens, padding: float) -> Tensor | None:
         """What each key stands for (B, *shape), or None for one each; padding for ``padding``."""

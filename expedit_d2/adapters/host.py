@@ -11,7 +11,11 @@ from torch import Tensor, nn
 from ..settings import SCOPES
 from ..tokens import Layout
 
-__all__ = ["Host", "is_class", "mean_keys"]
+__all__ = ["WINDOWED_MERGES", "Host", "is_class", "mean_keys"]
+
+#: `Host.merges` where attention has windows: on DINOv2-S with windows of 12 at half of the GFLOPs
+#: 0.6 % more of the pixels agree than with the merges of global attention.
+WINDOWED_MERGES = ((0, 1 / 6, 5 / 12, 2 / 3), "equal")
 
 
 @dataclass(frozen=True)
@@ -31,6 +35,8 @@ class Host:
         latest: for BUDGET, the latest alpha worth taking, as a share of the blocks. Measured.
         least: clusters along a side, as a share of the tokens, below which an earlier alpha is
             better: for the latest alpha, and for others. Measured.
+        merges: for BUDGET, where METHOD merge merges, as shares of the depth, and its SCHEDULE.
+            Measured.
         fused: an attention layer, ``block.attn``, and its arguments to its output, by scaled
             dot-product attention; None where the family's own layers do so.
         stages: where the blocks lie in several containers, one host for each, in order; tokens
@@ -48,6 +54,7 @@ class Host:
     size: tuple[int, int] = (64, 64)
     latest: float = 0.5
     least: tuple[float, float] = (0.5, 0.6)
+    merges: tuple[tuple[float, ...], str] = ((0, 1 / 6, 1 / 3, 7 / 12), "falling")
     fused: Callable[..., Tensor] | None = None
     stages: tuple[Host, ...] = ()
 
@@ -103,7 +110,9 @@ def mean_keys(qkv: nn.Linear, heads: int, x: Tensor) -> Tensor:
         x: (..., C) what the layer is given.
 
     Returns:
-        (..., D), but for their common bias, which no distance depends on.
+        (..., D).
     """
-    keys = qkv.weight.unflatten(0, (3, heads, -1))[1]
-    return F.linear(x, keys.mean(0))
+    keys = qkv.weight.unflatten(0, (3, heads, -1))[1].mean(0)
+    if qkv.bias is None:
+        return F.linear(x, keys)
+    return F.linear(x, keys, qkv.bias.unflatten(0, (3, heads, -1))[1].mean(0))

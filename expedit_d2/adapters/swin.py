@@ -24,7 +24,7 @@ from ..operators import grid_positions, on_device
 from ..tokens import Tokens
 from ..tracing import shape_of
 from ..windows import from_slots, partition, shifted_mask, slot_rows, to_slots, unpartition
-from .host import Host, is_class, mean_keys
+from .host import WINDOWED_MERGES, Host, is_class, mean_keys
 
 FAMILY = "Swin (Mask2Former's, Detectron2's)"
 
@@ -58,6 +58,7 @@ def adapt(swin: nn.Module) -> Host:
             attribute="blocks",
             layout=partial(_Layout, window=layer.window_size, flat=flat),
             off_grid=True,
+            merges=WINDOWED_MERGES,
             window=layer.window_size,
             outputs=(len(layer.blocks) - 1,),
             size=(256 >> index, 256 >> index),

@@ -127,8 +127,11 @@ class PrefixLayout:
         """The additive mask (B, 1, 1, N) of cluster sizes, in the type of ``x``."""
         if not self.size_aware or tokens.sizes is None:
             return None
+        sizes = tokens.sizes
+        # Off the grid every token stands for one at least.
+        bias = sizes.log() if sizes.dim() == 2 else key_bias(sizes).flatten(1)
         # Class and register tokens count one each: their logarithm is zero.
-        bias = F.pad(key_bias(tokens.sizes).flatten(1), (self.prefix, 0))
+        bias = F.pad(bias, (self.prefix, 0))
         return bias[:, None, None].to(x.dtype)
 
     def keys(self, block: nn.Module, features: Tensor) -> Tensor:
@@ -136,8 +139,11 @@ class PrefixLayout:
         attention, normed = block.attn, block.norm1(features)
         if getattr(attention, "qkv", None) is not None:
             return mean_keys(attention.qkv, attention.num_heads, normed)
-        weight = attention.k_proj.weight.unflatten(0, (attention.num_heads, -1)).mean(0)
-        return F.linear(normed, weight)
+        weight, bias = attention.k_proj.weight, attention.k_proj.bias
+        weight = weight.unflatten(0, (attention.num_heads, -1)).mean(0)
+        if bias is not None:
+            bias = bias.unflatten(0, (attention.num_heads, -1)).mean(0)
+        return F.linear(normed, weight, bias)
 
     def run(self, block: nn.Module, x: Tensor, tokens: Tokens, **kwargs: Any) -> Tensor:
         with self._masks(x):

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..settings import Settings
 from ..tracing import shape_of
-from .off_grid import OffGridMethod
+from .off_grid import OffGridMethod, Windows
 
 __all__ = ["Density", "density_peaks"]
 
@@ -54,6 +54,6 @@ class Density(OffGridMethod):
 
     @staticmethod
     def choose(
-        settings: Settings, keys: Tensor, sizes: Tensor | None, count: int, groups: Tensor | None
-    ) -> Tensor:
-        return density_peaks(keys, count)
+        settings: Settings, keys: Tensor, sizes: Tensor | None, count: int, windows: Windows | None
+    ) -> tuple[Tensor, int]:
+        return density_peaks(keys, count), count

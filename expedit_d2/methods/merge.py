@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..settings import Settings
 from .matching import match
-from .off_grid import OffGridMethod
+from .off_grid import OffGridMethod, Windows
 
 __all__ = ["Merge"]
 
@@ -27,6 +27,7 @@ class Merge(OffGridMethod):
 
     @staticmethod
     def choose(
-        settings: Settings, keys: Tensor, sizes: Tensor | None, count: int, groups: Tensor | None
-    ) -> Tensor:
-        return match(keys, sizes, count, settings.rounds, _WARD, groups)
+        settings: Settings, keys: Tensor, sizes: Tensor | None, count: int, windows: Windows | None
+    ) -> tuple[Tensor, int]:
+        groups = None if windows is None else windows.of
+        return match(keys, sizes, count, settings.rounds, _WARD, groups), count
