@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from ..api import expedite
 from ..methods import METHODS
@@ -28,6 +28,8 @@ from .memory import peak_memory
 from .timing import interleaved, synchronize
 
 __all__ = ["BATCHES", "DTYPES", "PLAIN", "Unit", "check", "measure", "plan", "settings", "table"]
+
+Shape = tuple[int, ...]
 
 PLAIN = "plain"
 BUDGETS = (0.5, 0.7)
@@ -124,8 +126,16 @@ def _prepared(
     return models, refused
 
 
+def _attention(query: Shape, key: Shape, value: Shape, *_: Any, **__: Any) -> int:
+    return sdpa_flop_count(query, key, value)
+
+
+# The kernel of the CPU, which torch does not count as it does those of GPUs.
+_MORE_FLOPS = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention}
+
+
 def _gflops(model: nn.Module, x: Tensor) -> float:
-    with FlopCounterMode(display=False) as counter:
+    with FlopCounterMode(display=False, custom_mapping=_MORE_FLOPS) as counter:
         model(x)
     return counter.get_total_flops() / 2e9  # one FLOP is one multiply-add
 
@@ -214,7 +224,7 @@ def check(
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
     """Rows of `measure` as a Markdown table."""
-    head = ("model", "batch", "type", "", "setting", "ms", "speed-up", "by GFLOPs", "memory, MiB")
+    head = ("model", "batch", "type", "", "setting", "ms", "speed-up", "by GFLOPs", "MiB")
     lines = [
         "| " + " | ".join((*head, "launches")) + " |",
         "|" + "---|" * 5 + "---:|" * 5,
@@ -229,7 +239,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
                 f"{1e3 * row['seconds']['median']:.2f}",
                 f"{row['speed_up']:.2f}",
                 f"{row['gflops_ratio']:.2f}",
-                f"{row['memory'] / 2**20:.0f}",
+                f"{row['memory'] / 2**20:.1f}",
                 row.get("launches", ""),
             ]
         lines.append("| " + " | ".join(map(str, cells)) + " |")
