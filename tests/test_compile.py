@@ -12,6 +12,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from expedit_d2 import expedite, fuse_attention
+from expedit_d2.adapters.timm_vit import PrefixLayout
+from expedit_d2.attention import MasksAsChannels
 from expedit_d2.backbones.swin import D2SwinTransformer
 from expedit_d2.methods import METHODS
 from expedit_d2.settings import OFF_GRID
@@ -193,3 +195,12 @@ def test_waiting_would_be_noticed():
     ):
         with pytest.raises(AssertionError), _NoWaiting():
             waits()
+
+
+@pytest.mark.parametrize("kind", ["timm_vit", "timm_eva"])
+def test_sizes_as_channels_compile_to_one_graph(monkeypatch, kind):
+    """As on a GPU; see `MasksAsChannels`."""
+    monkeypatch.setattr(PrefixLayout, "_masks", staticmethod(lambda x: MasksAsChannels()))
+    model = MODELS[kind]().eval()
+    with expedite(model, alpha=1, grid=(4, 5), iterations=2):
+        assert_compiles(model)
