@@ -38,6 +38,7 @@ class Row:
         baseline_throughput: the plain model's, measured in turns with this one.
         peak_memory: bytes that one forward at batch 1 has allocated at once, beyond the weights
             and the image; None if it was not measured.
+        launches: kernels that one forward on the first image launches; None if not counted.
     """
 
     name: str
@@ -51,6 +52,7 @@ class Row:
     throughput: float | None = None
     baseline_throughput: float | None = None
     peak_memory: int | None = None
+    launches: int | None = None
 
     @property
     def fps(self) -> float | None:

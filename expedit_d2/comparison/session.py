@@ -20,6 +20,7 @@ from torch import nn
 from tqdm import tqdm
 
 from ..analysis.flops import count_flops
+from ..analysis.launches import count_launches
 from ..analysis.memory import peak_memory
 from ..analysis.timing import Timing, interleaved, processor
 from ..api import expedite
@@ -199,7 +200,10 @@ class Session:
             self.store.put_object(self._key("reference", None, {}), agreement.kept)
         else:
             results = self._run(name, model, Agreement(self._reference()))
+        with self._forwarding():
+            launches = count_launches(model, self._inputs(1)[0]).total()
         return {
+            "launches": launches,
             "metrics": main_metrics(results),
             "agreement": results["agreement"],
             "flops": asdict(count_flops(model, self._inputs(1)[0])),

@@ -129,6 +129,7 @@ def _cost(comparison: Comparison, row: Row) -> Cells:
     return [
         *cells,
         ("memory, MiB", _number(_mib(row))),
+        ("launches", _number(row.launches, "d")),
         ("parameters, M", _number(row.parameters / 1e6, ".2f")),
     ]
 
@@ -173,6 +174,7 @@ def _values(comparison: Comparison, row: Row) -> Mapping[str, object]:
     values["images per second in batches"] = row.throughput
     values["speed-up in batches"] = comparison.batched_speedup(row)
     values["peak memory"] = row.peak_memory
+    values["launches"] = row.launches
     return values
 
 

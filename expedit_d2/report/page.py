@@ -143,6 +143,7 @@ def _cells(comparison: Comparison, row: Row) -> dict[str, _Cell]:
     cells["images a second, in batches"] = _cell(row.throughput, "{:.2f}", faster)
     memory = None if row.peak_memory is None else row.peak_memory / 2**20
     cells["peak memory, MiB"] = _cell(memory, "{:.1f}")
+    cells["kernel launches"] = _cell(row.launches, "{:d}")
     return cells
 
 
