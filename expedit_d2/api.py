@@ -73,7 +73,7 @@ def expedite(
     if not checked.alphas:
         fused = fuse_attention(model) if checked.fused_attention else Handle(lambda: None)
         return Expedited(checked, None, fused.remove)
-    if checked.scope not in host.scopes:
+    if checked.method not in OFF_GRID and checked.scope not in host.scopes:
         raise ValueError(
             f"SCOPE must be one of {host.scopes} for {type(host.owner).__name__}, got "
             f"{checked.scope!r}"
@@ -81,8 +81,8 @@ def expedite(
 
     if checked.method in OFF_GRID and not host.off_grid:
         raise ValueError(
-            f"METHOD {checked.method} needs global attention in every block, which "
-            f"{type(host.owner).__name__} has not; METHOD expedit keeps a grid"
+            f"METHOD {checked.method} leaves tokens on no grid, and there are convolutions between "
+            f"the blocks of this {type(host.owner).__name__}; METHOD expedit keeps a grid"
         )
     host, first = host.stage_of(checked.alphas)
     original = host.blocks

@@ -9,14 +9,25 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
-from .operators import in_graph, shape_of
+from .tracing import in_graph, shape_of
 
-__all__ = ["Term", "attend", "grid_terms", "key_bias", "position_term", "relative_positions"]
+__all__ = [
+    "MasksAsChannels",
+    "Term",
+    "attend",
+    "attend_without_mask",
+    "grid_terms",
+    "key_bias",
+    "position_term",
+    "relative_positions",
+]
 
 #: Added to the logits: a tensor that broadcasts to (B, heads, N, M) or (B, heads, N, h, w), or two,
 #: (B, heads, N, K) and (B, heads, K, M), whose product is.
@@ -34,28 +45,25 @@ def attend(
     v: Tensor,
     scale: float,
     terms: Sequence[Term] = (),
-    votes: Tensor | None = None,
+    bias: Tensor | None = None,
     dropout: float = 0.0,
 ) -> Tensor:
-    """Scaled dot-product attention, softmax(scale * q k^T + terms + log votes) v.
+    """Scaled dot-product attention, softmax(scale * q k^T + terms + bias) v.
 
     Args:
         q, k, v: (B, heads, N or M, D).
         scale: of the products.
         terms: added to the logits; all of them have keys M, or all h x w.
-        votes: (B, M) or (B, h, w), how many keys each one stands for; see `key_bias`.
+        bias: (B, M) or (B, h, w), added to the logits of each key; see `key_bias`.
         dropout: share of the weights that are dropped.
 
     Returns:
         (B, heads, N, D).
     """
-    if votes is not None:
-        bias = key_bias(votes).to(q.dtype)
+    if bias is not None:
+        bias = bias.to(q.dtype)
         if not terms and q.is_cuda:
-            channels = shape_of(v)[-1]
-            q, k, v = with_key_bias(q, k, v, bias.flatten(1), scale)
-            out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=scale)
-            return out[..., :channels]
+            return attend_without_mask(q, k, v, bias.flatten(1), scale, dropout)
         terms = (*terms, bias[:, None, None])
     if not terms:
         return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=scale)
@@ -101,30 +109,63 @@ def _part(term: Term, axis: int, start: int, length: int) -> Term:
     return term.narrow(axis, start, min(length, term.shape[axis] - start))
 
 
-def with_key_bias(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """A key bias as one more channel of the heads, for kernels that take no mask.
+def attend_without_mask(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float | None, dropout: float = 0.0
+) -> Tensor:
+    """Attention with a key bias, for kernels that take no mask, such as flash attention.
 
-    The query has 1 / scale there, the key its bias and the value nothing; more zeros keep the
-    number of channels a multiple of 8. The same ``scale`` is to be used, and the channels of the
-    output beyond those of ``v`` are zero.
+    The bias is one more channel of the heads: the query has 1 / scale there, the key its bias and
+    the value nothing. More zeros keep the number of channels a multiple of 8.
 
     Args:
         q, k, v: (B, heads, N or M, D).
-        bias: (B, M), to be added to the logits of each key.
-        scale: of the products.
+        bias: (B or 1, M), added to the logits of each key.
+        scale: of the products; None: D^-1/2.
+        dropout: share of the weights that are dropped.
+
+    Returns:
+        (B, heads, N, D).
     """
-    channels = shape_of(q)[-1]
-    total = -(-(channels + 1) // 8) * 8
-    one = q.new_full((*shape_of(q)[:-1], 1), 1 / scale)
-    bias = bias[:, None, :, None].to(k.dtype).expand(-1, shape_of(k)[1], -1, -1)
-    more = (0, total - channels - 1)
-    return (
-        F.pad(torch.cat([q, one], dim=-1), more),
-        F.pad(torch.cat([k, bias], dim=-1), more),
-        F.pad(v, (0, total - channels)),
-    )
+    batch, heads, queries, channels = shape_of(q)
+    scale = channels**-0.5 if scale is None else scale
+    more = -(-(channels + 1) // 8) * 8 - channels
+    zeros = v.new_zeros(1, 1, 1, more)
+    keys = shape_of(k)[2]
+    # One small tensor for all heads; what is added to the values is nothing anyway.
+    tail = F.pad(bias[:, None, :, None].to(k.dtype), (0, more - 1))
+    first = F.pad(q.new_full((1, 1, 1, 1), 1 / scale), (0, more - 1))
+    q = torch.cat([q, first.expand(batch, heads, queries, -1)], dim=-1)
+    k = torch.cat([k, tail.expand(batch, heads, keys, -1)], dim=-1)
+    v = torch.cat([v, zeros.expand(batch, heads, keys, -1)], dim=-1)
+    out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=scale)
+    return out[..., :channels]
+
+
+class MasksAsChannels(TorchFunctionMode):
+    """Attention that is called inside with a mask of keys alone runs on kernels without a mask.
+
+    For blocks that take an additive mask and hand it to `scaled_dot_product_attention`: a mask
+    (B or 1, 1, 1, M) becomes one more channel of the heads; see `attend_without_mask`.
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        if func is F.scaled_dot_product_attention:
+            names = ("query", "key", "value", "attn_mask", "dropout_p")
+            values = dict(zip(names, args, strict=False)) | kwargs
+            mask = values.get("attn_mask")
+            if mask is not None and mask.dim() == 4 and shape_of(mask)[1:3] == (1, 1):
+                return attend_without_mask(
+                    values["query"],
+                    values["key"],
+                    values["value"],
+                    mask[:, 0, 0],
+                    values.get("scale"),
+                    values.get("dropout_p", 0.0),
+                )
+        return func(*args, **kwargs)
 
 
 def key_bias(sizes: Tensor) -> Tensor:

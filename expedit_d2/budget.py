@@ -1,10 +1,11 @@
 """``BUDGET``: from a share of the blocks' GFLOPs to alpha and counts, by rules that were measured.
 
-- Attention that is global in every block: METHOD "merge" before each of the first three quarters,
-  with a falling schedule, for the share of tokens that meets the budget.
-- Windows, or a method that leaves a grid: few clusters late keep more than many clusters early,
-  until they become too few. So alpha is the latest one at which the budget is met with clusters
-  not fewer than a share of the tokens that the family bears (`Host.latest`, `Host.least`).
+- METHOD "merge": a few merges in the first blocks (`Host.merges`), for the share of tokens that
+  meets the budget. Four with two rounds of matching keep as much as one before each of the first
+  three quarters of the blocks, with far fewer kernels.
+- Methods that leave a grid: few clusters late keep more than many clusters early, until they become
+  too few. So alpha is the latest one at which the budget is met with clusters not fewer than a
+  share of the tokens that the family bears (`Host.latest`, `Host.least`).
 
 Costs are those of products, by shapes alone and the operators' about, at the size that the
 transformer was made for. On larger images attention has a larger part, and somewhat more is saved.
@@ -12,7 +13,8 @@ transformer was made for. On larger images attention has a larger part, and some
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -24,8 +26,8 @@ from .settings import OFF_GRID, Settings, spread_share
 __all__ = ["Costs", "within_budget"]
 
 
-# Part of the blocks that merge: in the last ones a merge costs about what it saves.
-_MERGED = 0.75
+# Tokens that one is matched with, about: half of a run, in two rounds.
+_MATCHED = 256
 # Clusters that a token is reckoned to meet: 8 x 8 cells and their rim. Tiles of 4 x 4, as
 # expedit_d2.operators has them, meet fewer, so what is chosen costs a little less than its budget.
 _NEAR = 144
@@ -40,14 +42,20 @@ class Costs:
         attention: those of its attention, of ``linear``.
         channels: width of its attention.
         tokens: of the map.
-        windows: tokens in each block's attention windows; all tokens where it is global.
+        windows: tokens in each block's attention windows; None where it is global.
+        padded: tokens of the map with the padding of the windows.
+        size: (H, W) of the map.
+        heads: of attention with decomposed relative positions; 0 without these.
     """
 
     linear: int
     attention: int
     channels: int
-    tokens: float
-    windows: tuple[float, ...]
+    tokens: int
+    windows: tuple[int | None, ...]
+    padded: int
+    size: tuple[int, int]
+    heads: int = 0
 
     @classmethod
     def of(cls, host: Host) -> Costs:
@@ -58,46 +66,81 @@ class Costs:
         def weights(module: nn.Module) -> int:
             return sum(m.weight.numel() for m in module.modules() if isinstance(m, nn.Linear))
 
-        sides = (getattr(b, "window_size", 0) for b in host.blocks.children())
+        sides = [getattr(b, "window_size", 0) for b in host.blocks.children()]
+        side = host.window or 1
         return cls(
             linear=weights(block),
             attention=weights(block.attn),
             channels=block.attn.proj.in_features,
             tokens=tokens,
-            windows=tuple(min(side * side or tokens, tokens) for side in sides),
+            windows=tuple(side * side if side else None for side in sides),
+            padded=math.prod(-(-n // side) * side for n in host.size),
+            size=host.size,
+            heads=block.attn.num_heads if getattr(block.attn, "use_rel_pos", False) else 0,
         )
-
-    def block(self, index: int, entering: float, share: float) -> float:
-        """One block, whose attention runs on a share of the tokens and whose MLP on another."""
-        keys = self.windows[index] * entering
-        attention = entering * (self.attention + 2 * keys * self.channels)
-        return self.tokens * (attention + share * (self.linear - self.attention))
 
     @property
     def total(self) -> float:
-        return sum(self.block(index, 1, 1) for index in range(len(self.windows)))
+        return sum(self._block(window, 1, 1) for window in self.windows)
+
+    def _block(self, window: int | None, entering: float, share: float) -> float:
+        """A block on a grid; its attention runs on a share of the tokens, its MLP on another."""
+        tokens = (self.padded if window else self.tokens) * entering
+        keys = entering * (window or self.tokens)
+        attention = tokens * (self.attention + 2 * keys * self.channels)
+        if self.heads:  # a product with the rows of both tables
+            attention += tokens * self._sides(window) * self.channels
+        return attention + self.tokens * share * (self.linear - self.attention)
+
+    def _slots(self, window: int | None, entering: float, share: float) -> float:
+        """The same off the grid, where windows keep a place for every token."""
+        linear = entering * self.attention + share * (self.linear - self.attention)
+        tokens, keys = self.padded, window
+        if window is None:
+            tokens = keys = self.tokens * entering
+        attention = 2 * keys * self.channels
+        if self.heads:  # see `expedit_d2.attention.position_term`
+            attention += self._sides(window) * (2 * self.channels + keys * self.heads)
+        return self.tokens * linear + tokens * attention
+
+    def _sides(self, window: int | None) -> float:
+        """Rows and columns of an attention, added up."""
+        return 2 * window**0.5 if window else sum(self.size)
 
     def clustered(self, alpha: int, share: float, products: float) -> float:
-        """Blocks from alpha on run on a share of the tokens.
+        """Blocks from alpha on run on a share of the tokens, on a grid.
 
         Args:
             products: of the operators, for each token and channel.
         """
         shares = [1 if index < alpha else share for index in range(len(self.windows))]
-        blocks = sum(self.block(index, s, s) for index, s in enumerate(shares))
+        blocks = sum(self._block(w, s, s) for w, s in zip(self.windows, shares, strict=True))
         return blocks + products * self.tokens * self.channels
 
-    def merged(self, keep: float, merges: int, spread: str, inside: bool) -> float:
-        """A merge in each of the first blocks, before it or inside of it; matching included."""
+    def merged(
+        self, keep: float, alphas: Sequence[int], spread: str, inside: bool, matched: int | None
+    ) -> float:
+        """A merge before each of some blocks, or inside of it; matching included.
+
+        Args:
+            keep: share of the tokens that is left in the end.
+            alphas: the blocks that merge.
+            spread: see `Settings.count`.
+            inside: whether tokens are merged between attention and MLP.
+            matched: keys that a token is compared with; None: half of all.
+        """
         dim = self.channels // 12 or 1  # of a head, about; matching is a percent
-        total, entering = 0.0, 1.0
-        for index in range(len(self.windows)):
+        total, entering, before = 0.0, 1.0, True
+        for index, window in enumerate(self.windows):
             left = entering
-            if index < merges:
-                left = spread_share(keep, index, merges, spread)
+            if index in alphas:
+                before = False
+                left = spread_share(keep, alphas.index(index), len(alphas), spread)
                 tokens = self.tokens * entering
-                total += tokens * dim * (self.channels + tokens / 4)
-            total += self.block(index, entering if inside else left, left)
+                pairs = tokens / 2 * (matched or tokens / 2)
+                total += dim * (tokens * self.channels + pairs)
+            cost = self._block if before or (inside and entering == 1) else self._slots
+            total += cost(window, entering if inside else left, left)
             entering = left
         return total
 
@@ -121,36 +164,46 @@ def within_budget(settings: Settings, host: Host) -> Settings:
     Raises:
         ValueError: if no setting meets the budget; names the least one that can be met.
     """
-    off_grid = host.off_grid if settings.method is None else settings.method in OFF_GRID
-    if off_grid and settings.method != "density":
-        return _merging(settings, host)
-    return _clustering(settings, host, off_grid)
+    method = settings.method or ("merge" if host.off_grid else "expedit")
+    if method in ("merge", "tome"):
+        return _merging(settings, host, method)
+    return _clustering(settings, host, method)
 
 
-def _merging(settings: Settings, host: Host) -> Settings:
-    method = settings.method or "merge"
-    costs = Costs.of(host)
+def _merging(settings: Settings, host: Host, method: str) -> Settings:
+    stage, first = host.longest_stage
+    costs, elsewhere, whole = _costs(host, stage)
     inside = method == "tome"
-    spread = "numbers" if inside else settings.schedule
     depth = len(costs.windows)
-    merges = depth if inside else max(1, round(_MERGED * depth))
+    parts, schedule = stage.merges
+    schedule = settings.schedule or schedule
+    spread = "numbers" if inside else schedule
+    alphas = range(depth) if inside else sorted({round(depth * part) for part in parts})
 
     def share(keep: float) -> float:
-        return costs.merged(keep, merges, spread, inside) / costs.total
+        matched = None if inside else _MATCHED
+        return (elsewhere + costs.merged(keep, alphas, spread, inside, matched)) / whole
 
     keep = _least(lambda keep: share(keep) <= settings.budget)
     if keep * costs.tokens < 1:
         raise _too_small(settings, share(1 / costs.tokens))
-    return _chosen(settings, method, tuple(range(merges)), keep=round(keep, 4))
+    alphas = tuple(first + alpha for alpha in alphas)
+    if not inside:
+        settings = replace(settings, schedule=schedule)
+    return _chosen(settings, method, alphas, keep=round(keep, 4))
 
 
-def _clustering(settings: Settings, host: Host, off_grid: bool) -> Settings:
-    stage, first = host.longest_stage
+def _costs(host: Host, stage: Host) -> tuple[Costs, float, float]:
+    """Costs of the stage that reduces, of the others together, and of all."""
     own = Costs.of(stage)
     whole = sum(Costs.of(other).total for other in host.stages or (host,))
-    limit = settings.budget * whole - (whole - own.total)
+    return own, whole - own.total, whole
 
-    method = settings.method or "expedit"
+
+def _clustering(settings: Settings, host: Host, method: str) -> Settings:
+    stage, first = host.longest_stage
+    own, elsewhere, whole = _costs(host, stage)
+    limit = settings.budget * whole - elsewhere
     # A token meets the clusters around its own: twice a step, and twice to be rebuilt.
     meetings = 2 * settings.iterations + 2 if method in ("expedit", "hard") else 0
     near = min(own.tokens, stage.window**2) if stage.window else own.tokens
@@ -162,7 +215,7 @@ def _clustering(settings: Settings, host: Host, off_grid: bool) -> Settings:
     latest = min(int(host.latest * len(own.windows)), len(own.windows) - 1)
     for alpha in range(latest, -1, -1):
         meets = partial(fits, alpha)
-        if off_grid:
+        if method in OFF_GRID:
             share = _least(lambda share, meets=meets: meets(share**0.5))
             counts, sides, smallest = {"keep": round(share, 4)}, share**0.5, share * own.tokens >= 1
         elif stage.window:
@@ -174,7 +227,7 @@ def _clustering(settings: Settings, host: Host, off_grid: bool) -> Settings:
             counts, smallest = {"ratio": round(sides, 3)}, sides * min(stage.size) >= 1
         if smallest and (sides >= host.least[alpha < latest] or alpha == 0):
             return _chosen(settings, method, first + alpha, **counts)
-    least = whole - own.total + own.clustered(0, 1 / own.tokens, 0)
+    least = elsewhere + own.clustered(0, 1 / own.tokens, 0)
     raise _too_small(settings, least / whole)
 
 

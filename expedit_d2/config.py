@@ -45,10 +45,11 @@ def add_expedit_config(cfg: CN) -> None:
             # share of all in (0, 1] or a number, or one value for each ALPHA.
             "KEEP": None,
             # How METHOD merge spreads one KEEP over several ALPHAs: the share that is merged is
-            # "falling" from the first to the last, or "equal".
-            "SCHEDULE": "falling",
+            # "falling" from the first to the last, or "equal". None: falling, and with BUDGET what
+            # is best for the transformer.
+            "SCHEDULE": None,
             # Rounds of bipartite matching in each merge of METHOD merge.
-            "ROUNDS": 1,
+            "ROUNDS": 2,
             # "map": cluster the whole map. "window": each attention window for itself.
             "SCOPE": "map",
             # Soft k-means steps (the paper's kappa).
@@ -72,8 +73,8 @@ def add_expedit_config(cfg: CN) -> None:
             # Relative positions follow the "clusters", or a regular "grid" (the published code).
             "POSITIONS": "clusters",
             # Rebuild the change (refined - clusters) on top of the original tokens; the paper
-            # replaces the tokens.
-            "RESIDUAL": True,
+            # replaces the tokens. None: as it is best for METHOD, for those on a grid True.
+            "RESIDUAL": None,
             # "backbone": rebuild the tokens behind the last block. "head": run a head that can do
             # so (Segmenter's) on the clusters and rebuild its class logits, as published.
             "RECONSTRUCT_AT": "backbone",

@@ -8,7 +8,7 @@ is kept between them. The model, its blocks and its state-dict keys are untouche
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -24,9 +24,9 @@ Rebuild = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class _State:
-    """What one block leaves to the next; ``tokens`` is None before the first reduction."""
+    """What one block leaves to the next; ``x`` and ``tokens`` are None before a reduction."""
 
-    prefix: Tensor | None = None
+    x: Tensor | None = None
     tokens: Tokens | None = None
     records: tuple[tuple[nn.Module, Any], ...] = ()
 
@@ -57,30 +57,36 @@ class _Pass:
         self, index: int, block: nn.Module, method: Method | None, x: Tensor, *args, **kwargs
     ) -> Tensor:
         state = self.states.get(index - 1, self.states[-1])
-        prefix, tokens, records = state.prefix, state.tokens, state.records
-        if method is not None:
-            if tokens is None:
-                prefix, tokens = self.layout.split(x)
-        if tokens is None:
+        tokens, records, layout = state.tokens, state.records, self.layout
+        if tokens is None and method is None:
             return block(x, *args, **kwargs)
-        if getattr(method, "inside", False):
-            prefix, tokens, record = self.layout.run_reducing(
-                block, prefix, tokens, method.reduce, *args, **kwargs
+        if tokens is None:
+            tokens = layout.split(x)
+        else:
+            x = state.x
+        if method is None:
+            x = layout.run(block, x, tokens, *args, **kwargs)
+        elif getattr(method, "inside", False):
+            x, tokens, record = layout.run_reducing(
+                block, x, tokens, method.reduce, *args, **kwargs
             )
         else:
-            if method is not None:
-                tokens, record = method.reduce(tokens, lambda x: self.layout.keys(block, x))
-            prefix, tokens = self.layout.run(block, prefix, tokens, *args, **kwargs)
+            tokens, record = method.reduce(tokens, lambda x: layout.keys(block, x))
+            x = layout.join(x, tokens.features)
+            tokens = replace(tokens, context=layout.prepare(x, tokens))
+            x = layout.run(block, x, tokens, *args, **kwargs)
         if method is not None:
             records = _appended(records, method.rebuild, record)
-        self.states[index] = _State(prefix, tokens, records)
+        tokens = layout.split(x, tokens)
+        self.states[index] = _State(x, tokens, records)
         if not torch.is_grad_enabled() and index > 0:
             self.states.pop(index - 1, None)  # nobody will run this block again
+        if self.outputs is not None and index not in self.outputs:
+            return x
         features = tokens.features
-        if self.outputs is None or index in self.outputs:
-            for rebuild, record in reversed(records):
-                features = rebuild(features, record)
-        return self.layout.join(prefix, features)
+        for rebuild, record in reversed(records):
+            features = rebuild(features, record)
+        return layout.join(x, features)
 
 
 class _Step:

@@ -34,7 +34,8 @@ class Settings:
         method: a name in `expedit_d2.methods.METHODS`; None: "merge" with keep, "expedit" with
             grid or ratio, and with budget what is best for the transformer.
         schedule: how method "merge" spreads one ``keep`` over several alphas: the share that it
-            merges is "falling" linearly from the first to the last, or "equal".
+            merges is "falling" linearly from the first to the last, or "equal". None: "falling",
+            and with budget what is best for the transformer.
         rounds: of bipartite matching in each merge.
         iterations: soft k-means steps.
         temperature: multiplies squared distances; "auto" (or None) follows the features.
@@ -47,7 +48,8 @@ class Settings:
         size_aware: add log(cluster size) to the attention logits of each key.
         positions: relative positions by the clusters' mean positions, "clusters", or as if they
             lay on a regular grid, "grid" (as published).
-        residual: rebuild the change of the clusters on top of the original tokens.
+        residual: rebuild the change of the clusters on top of the original tokens. None: for
+            methods that leave a grid, which gain by it.
         reconstruct_at: "backbone" rebuilds the tokens behind the last block; "head" lets a head
             that can do so (Segmenter's) run on the clusters, and rebuilds its class logits.
 
@@ -62,8 +64,8 @@ class Settings:
     budget: float | None = None
     scope: str = "map"
     method: str | None = None
-    schedule: str = "falling"
-    rounds: int = 1
+    schedule: str | None = None
+    rounds: int = 2
     iterations: int = 5
     temperature: float | str | None = AUTO
     window: int = 5
@@ -73,7 +75,7 @@ class Settings:
     fused_attention: bool = False
     size_aware: bool = True
     positions: str = "clusters"
-    residual: bool = True
+    residual: bool | None = None
     reconstruct_at: str = "backbone"
 
     def __post_init__(self) -> None:
@@ -100,7 +102,7 @@ class Settings:
             if self.method is None:
                 fix("method", "expedit" if self.keep is None else "merge")
             self._check_counts()
-        if self.schedule not in SCHEDULES:
+        if self.schedule is not None and self.schedule not in SCHEDULES:
             raise ValueError(f"SCHEDULE must be one of {SCHEDULES}, got {self.schedule!r}")
         if self.grid is not None:
             _keyed("GRID", check_grid, self.grid)

@@ -29,8 +29,12 @@ class Tokens:
             are padded.
         sizes: (B, *shape) fp32, how many original tokens each one stands for; None: one each.
         positions: (B, *shape, 2) fp32, mean row and column in the original map; None: where the
-            grid has them.
+            grid has them, or unknown.
+        tracked: whether the blocks read positions of tokens off the grid.
         valid: (B, *shape) bool, False for grid places that only hold padding; None: all valid.
+        places: (B, M) of tokens off the grid, the place in the original map, counted row by row,
+            of one of the tokens that each one stands for; None where nobody asks.
+        context: what the layout makes of all this, once a reduction; see `Layout.prepare`.
     """
 
     features: Tensor
@@ -38,7 +42,10 @@ class Tokens:
     span: tuple[int, int]
     sizes: Tensor | None = None
     positions: Tensor | None = None
+    tracked: bool = False
     valid: Tensor | None = None
+    places: Tensor | None = None
+    context: Any = None
 
 
 class Method(Protocol):
@@ -55,32 +62,37 @@ class Method(Protocol):
 
 
 class Layout(Protocol):
-    """How one family of transformers looks to the hook. One small class a family."""
+    """How one family of transformers looks to the hook. One small class a family.
+
+    Below, ``x`` is what the model passes from block to block: the spatial tokens, in the family's
+    form, and class and register tokens if it has them.
+    """
 
     def begin(self) -> Layout:
         """The layout for one run through the blocks, called before the first of them."""
 
-    def split(self, x: Tensor) -> tuple[Tensor | None, Tokens]:
-        """What a block is given, taken apart: class and register tokens (or None), and the map."""
+    def split(self, x: Tensor, tokens: Tokens | None = None) -> Tokens:
+        """The spatial tokens of ``x``: of a whole map, or reduced ones as ``tokens`` are."""
 
-    def join(self, prefix: Tensor | None, features: Tensor) -> Tensor:
-        """The opposite: what the next block, or the model behind the blocks, expects."""
+    def join(self, x: Tensor, features: Tensor) -> Tensor:
+        """``x`` with other spatial tokens, features (B, *shape, C)."""
+
+    def prepare(self, x: Tensor, tokens: Tokens) -> Any:
+        """The context of reduced tokens: what every later block needs, made once."""
 
     def keys(self, block: nn.Module, features: Tensor) -> Tensor:
         """What a block compares the tokens it is given by: features (B, N, C) to (B, N, d)."""
 
-    def run(
-        self, block: nn.Module, prefix: Tensor | None, tokens: Tokens, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor | None, Tokens]:
+    def run(self, block: nn.Module, x: Tensor, tokens: Tokens, *args: Any, **kwargs: Any) -> Tensor:
         """Run a block on reduced tokens; further arguments are those the model passed to it."""
 
     def run_reducing(
         self,
         block: nn.Module,
-        prefix: Tensor | None,
+        x: Tensor,
         tokens: Tokens,
         reduce: nn.Module,
         *args: Any,
         **kwargs: Any,
-    ) -> tuple[Tensor | None, Tokens, Any]:
+    ) -> tuple[Tensor, Tokens, Any]:
         """The same, reducing the tokens between attention and MLP; their record comes third."""

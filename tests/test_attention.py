@@ -5,6 +5,7 @@ from __future__ import annotations
 import oracles
 import pytest
 import torch
+import torch.nn.functional as F
 from detectron2.modeling.backbone.utils import (
     add_decomposed_rel_pos,
     get_rel_pos,
@@ -12,14 +13,16 @@ from detectron2.modeling.backbone.utils import (
     window_unpartition,
 )
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from expedit_d2 import attention
 from expedit_d2.attention import (
+    MasksAsChannels,
     attend,
+    attend_without_mask,
     key_bias,
     position_term,
     relative_positions,
-    with_key_bias,
 )
 from expedit_d2.operators import grid_positions
 from expedit_d2.windows import partition, unpartition
@@ -126,7 +129,7 @@ def test_attend_adds_every_kind_of_term(entries, monkeypatch):
     pairs, heads = torch.randn(3, 2, 10, 12), torch.randn(1, 2, 1, 12)
     query, key = torch.randn(3, 2, 10, 5), torch.randn(3, 1, 5, 12)
     votes = torch.rand(3, 12) * 4 + 0.2
-    actual = attend(q, k, v, 0.3, [pairs, heads, (query, key)], votes)
+    actual = attend(q, k, v, 0.3, [pairs, heads, (query, key)], votes.log())
     bias = pairs + heads + query @ key + votes.log()[:, None, None]
     torch.testing.assert_close(actual, explicit(q, k, v, bias, 0.3))
 
@@ -138,7 +141,7 @@ def test_attend_takes_keys_on_a_grid(entries, monkeypatch):
     rows, cols = torch.randn(3, 2, 10, 3, 1), torch.randn(3, 2, 10, 1, 4)
     votes = torch.rand(3, 3, 4) * 4 + 0.2
     bias = (rows + cols + votes.log()[:, None, None]).flatten(3)
-    actual = attend(q, k, v, 0.3, [rows, cols], votes)
+    actual = attend(q, k, v, 0.3, [rows, cols], votes.log())
     torch.testing.assert_close(actual, explicit(q, k, v, bias, 0.3))
 
 
@@ -147,8 +150,21 @@ def test_attend_without_terms():
     torch.testing.assert_close(attend(q, k, v, 0.3), explicit(q, k, v, torch.zeros(()), 0.3))
     votes = torch.rand(3, 3, 4) * 4 + 0.2
     bias = votes.log().flatten(1)[:, None, None]
-    actual = attend(q, k, v, 0.3, votes=votes)
+    actual = attend(q, k, v, 0.3, bias=votes.log())
     torch.testing.assert_close(actual, explicit(q, k, v, bias, 0.3))
+
+
+class _Recorded(TorchFunctionMode):
+    """Notes how attention was called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is F.scaled_dot_product_attention:
+            self.calls.append((args[0].shape[-1], (kwargs or {}).get("attn_mask")))
+        return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("channels,padded", [(12, 16), (7, 8), (8, 16), (64, 72)])
@@ -157,11 +173,19 @@ def test_key_bias_as_a_channel_is_a_key_bias(channels, padded):
     q, k, v = queries_keys_values(channels)
     bias = key_bias(torch.rand(3, 12) * 4 + 0.2)
     scale = channels**-0.5
-    wider = with_key_bias(q, k, v, bias, scale)
-    assert all(x.shape[-1] == padded for x in wider)
-    out = torch.nn.functional.scaled_dot_product_attention(*wider, scale=scale)
-    torch.testing.assert_close(out[..., :channels], explicit(q, k, v, bias[:, None, None], scale))
-    assert not out[..., channels:].any()
+    expected = explicit(q, k, v, bias[:, None, None], scale)
+    with _Recorded() as record:
+        out = attend_without_mask(q, k, v, bias, scale)
+        torch.testing.assert_close(out, expected)
+        with MasksAsChannels():
+            mask = bias[:, None, None]
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+            torch.testing.assert_close(out, expected)
+            pairs = torch.randn(3, 1, 10, 12)
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=pairs)
+            torch.testing.assert_close(out, explicit(q, k, v, pairs, scale))
+    assert [call[0] for call in record.calls] == [padded, padded, channels]
+    assert [call[1] is None for call in record.calls] == [True, True, False]
 
 
 # --- positions anywhere ----------------------------------------------------------------------

@@ -40,6 +40,7 @@ def row(name, ap, after, seconds, settings=None, agreement=97.0):
         throughput=4.0,
         baseline_throughput=2.0,
         peak_memory=5 * 2**20,
+        launches=300,
     )
 
 
@@ -130,7 +131,7 @@ def test_markdown_has_every_part(comparison):
     cells = [cell.strip() for cell in tables[6].splitlines()[5].split("|")[1:-1]]
     assert cells == (
         ["ours", "1.50×", "1.18×", "2.50", "400.0 (360.0-440.0)", "8.00", "2.00×", "5.0 MiB"]
-        + ["3.00 M"]
+        + ["300", "3.00 M"]
     )
     assert "`alpha=0-2 keep=0.5`" in text
     parts = [cell.strip() for cell in tables[4].splitlines()[5].split("|")[1:-1]]

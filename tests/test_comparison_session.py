@@ -79,6 +79,7 @@ def test_comparison_of_a_real_detector(subject):
     for row in comparison.rows:
         assert row.latency.median > 0 and row.baseline.median > 0 and row.throughput > 0
         assert row.peak_memory > 64 * 64 * 4
+    assert 0 < plain.launches < half.launches
     assert comparison.speedup(plain) == comparison.batched_speedup(plain) == 1.0
     now = comparison.conditions
     assert (now.timed_images, now.batch, now.threads) == (2, 3, torch.get_num_threads())
@@ -178,7 +179,7 @@ def test_interruption_leaves_a_table_and_the_next_run_goes_on(
     forwards.clear()
     resumed = compare(subject, SETTINGS, QUIET, Store(tmp_path))
     assert resumed.rows == whole.rows and not resumed.unfinished
-    assert forwards == ["ExpeditedBlocks"] * 5  # four images, and one more to count FLOPs
+    assert forwards == ["ExpeditedBlocks"] * 7  # four images, and three to count FLOPs and launches
 
 
 def test_interrupted_before_anything_is_finished(subject, monkeypatch):

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from expedit_d2 import expedite
 from expedit_d2.analysis.flops import count_flops
-from expedit_d2.methods.matching import match
+from expedit_d2.methods import matching
+from expedit_d2.methods.matching import cluster_means, cluster_sizes, match, snake_order
 from expedit_d2.settings import Settings
 
 TOKENS = SIZE[0] * SIZE[1]
@@ -25,68 +26,101 @@ def seed():
 
 
 def plain_matching(
-    keys: Tensor, sizes: Tensor, count: int, rounds: int, shape, ward: float = 0.0
+    keys: Tensor, sizes: Tensor, count: int, rounds: int, ward: float = 0.0, groups=None
 ) -> list[set[int]]:
     """Clusters of one image, as sets of tokens: one pair at a time, in float64."""
     clusters = [{i} for i in range(len(keys))]
     keys, sizes = list(keys.double()), sizes.double().tolist()
+    groups = [0] * len(keys) if groups is None else groups.tolist()
     while len(clusters) > count:
         now = len(clusters)
-        if len(shape) == 2:
-            side = [(i // shape[1] + i % shape[1]) % 2 for i in range(now)]
-        else:
-            side = [i % 2 for i in range(now)]
-        left = [i for i in range(now) if not side[i]]
-        right = [i for i in range(now) if side[i]]
-        if len(left) < len(right):  # the larger half is matched
-            left, right = right, left
-        number = min(-(-(now - count) // max(rounds, 1)), len(left), len(right))
-        rounds, shape = rounds - 1, (0,)
+        left, right = range(0, now // 2 * 2, 2), range(1, now, 2)
+        number = min(-(-(now - count) // max(rounds, 1)), now // 2)
+        rounds -= 1
         best = []
         for i in left:
-            distances = [(keys[i] - keys[j]).square().sum().item() for j in right]
-            j = right[distances.index(min(distances))]
+            others = [j for j in right if groups[j] == groups[i]]
+            if not others:
+                continue
+            distances = [(keys[i] - keys[j]).square().sum().item() for j in others]
+            j = others[distances.index(min(distances))]
             weight = (sizes[i] * sizes[j] / (sizes[i] + sizes[j])) ** ward
             best.append((min(distances) * weight, i, j))
-        pairs = sorted(best)[:number]
-        gone = {i for _, i, _ in pairs}
-        order = [i for i in left if i not in gone] + right
-        new = {i: (set(clusters[i]), keys[i] * sizes[i], sizes[i]) for i in order}
-        for _, i, j in pairs:
+        into = {i: j for _, i, j in sorted(best)[:number]}
+        new = {i: (set(clusters[i]), keys[i] * sizes[i], sizes[i]) for i in range(now)}
+        for i, j in into.items():
             members, total, size = new[j]
             new[j] = (members | clusters[i], total + keys[i] * sizes[i], size + sizes[i])
+        order = [i for i in range(now) if i not in into]
         clusters = [new[i][0] for i in order]
         keys = [new[i][1] / new[i][2] for i in order]
         sizes = [new[i][2] for i in order]
+        groups = [groups[i] for i in order]
     return clusters
 
 
-@pytest.mark.parametrize("shape", [(6, 8), (3, 5), (31,)])
+@pytest.mark.parametrize("tokens", [48, 31])
 @pytest.mark.parametrize("share, rounds", [(0.9, 1), (0.7, 2), (0.5, 3), (0.3, 2), (0.1, 1)])
 @pytest.mark.parametrize("ward", [0.0, 0.25, 1.0])
-def test_matching_is_that_of_a_plain_loop(shape, share, rounds, ward):
-    tokens = torch.Size(shape).numel()
+def test_matching_is_that_of_a_plain_loop(tokens, share, rounds, ward):
     keys, sizes = torch.randn(2, tokens, 5), torch.randint(1, 5, (2, tokens)).float()
     count = max(1, round(share * tokens))
-    merging = match(keys, sizes, count, rounds, shape, ward)
-    index = merging.index()
+    index = match(keys, sizes, count, rounds, ward)
     assert index.shape == (2, tokens)
     for image in range(2):
-        expected = plain_matching(keys[image], sizes[image], count, rounds, shape, ward)
+        expected = plain_matching(keys[image], sizes[image], count, rounds, ward)
         found = [set((index[image] == c).nonzero().flatten().tolist()) for c in range(count)]
-        assert sorted(map(sorted, found)) == sorted(map(sorted, expected))
+        assert found == expected
     features = torch.randn(2, tokens, 3)
-    means, totals = merging.mean(features, sizes), merging.sizes(sizes)
+    totals, shares = cluster_sizes(sizes, index, count)
+    means = cluster_means(features, index, shares, count)
     for cluster in range(count):
         member = (index[0] == cluster)[:, None] * sizes[0][:, None]
         assert torch.allclose(totals[0, cluster], member.sum())
         mean = (features[0] * member).sum(0) / member.sum()
         assert torch.allclose(means[0, cluster], mean, atol=1e-5)
+        if (index[0] == cluster).sum() == 1:  # exactly: nothing was merged
+            assert torch.equal(means[0, cluster], features[0][index[0] == cluster][0])
+
+
+def test_tokens_of_different_windows_are_not_merged():
+    keys, groups = torch.randn(2, 60, 4), (torch.arange(60) // 13).expand(2, -1)
+    index = match(keys, None, 35, 2, 0.25, groups)
+    for image in range(2):
+        ones = torch.ones(60)
+        expected = plain_matching(keys[image], ones, 35, 2, 0.25, groups[image])
+        found = [set((index[image] == c).nonzero().flatten().tolist()) for c in range(35)]
+        assert found == expected
+        assert all(len({i // 13 for i in cluster}) == 1 for cluster in found)
+
+
+def test_matching_of_many_tokens_is_in_runs_and_ranked_over_all(monkeypatch):
+    """Two runs: one of tokens that are all alike, which takes nearly all of the merges."""
+    monkeypatch.setattr(matching, "_RUN", 20)
+    keys = torch.cat([torch.randn(1, 20, 4), 0.01 * torch.randn(1, 20, 4)], dim=1)
+    index = match(keys, None, 30)
+    alike = index[0, 20:].unique().numel()
+    assert alike == 10 and index[0, :20].unique().numel() == 20
+    assert not set(index[0, :20].tolist()) & set(index[0, 20:].tolist())
+
+
+@pytest.mark.parametrize("size, window", [((6, 8), (3, 4)), ((7, 9), (4, 4)), ((5, 5), (14, 14))])
+def test_tokens_are_listed_to_and_fro_in_each_window(size, window):
+    order, back = snake_order(size, window, torch.device("cpu"))
+    expected = []
+    for top in range(0, size[0], window[0]):
+        for left in range(0, size[1], window[1]):
+            for row in range(top, min(top + window[0], size[0])):
+                cols = list(range(left, min(left + window[1], size[1])))
+                cols = cols if (row - top) % 2 == 0 else cols[::-1]
+                expected += [row * size[1] + col for col in cols]
+    assert order.tolist() == expected
+    assert torch.equal(order[back], torch.arange(size[0] * size[1]))
 
 
 def test_a_count_of_all_merges_nothing():
-    merging = match(torch.randn(1, 12, 4), torch.ones(1, 12), 12, 2, (3, 4))
-    assert merging.index().tolist() == [list(range(12))]
+    index = match(torch.randn(1, 12, 4), torch.ones(1, 12), 12, 2)
+    assert index.tolist() == [list(range(12))]
 
 
 # --- the whole of a ViT ------------------------------------------------------------------------
@@ -122,7 +156,9 @@ def test_one_merge_of_a_vit():
         prefix, tokens = before[0][:, :2], before[0][0, 2:]
         block = vit.blocks[2]
         heads = block.attn.qkv(block.norm1(tokens)).unflatten(1, (3, 4, 8))[:, 1]
-        groups = plain_matching(heads.mean(1), torch.ones(TOKENS), 40, 2, SIZE, ward=0.25)
+        order, _ = snake_order(SIZE, (14, 14), tokens.device)
+        found = plain_matching(heads.mean(1)[order], torch.ones(TOKENS), 40, 2, ward=0.25)
+        groups = [{int(order[i]) for i in group} for group in found]
         clusters = torch.stack([tokens[sorted(group)].mean(0) for group in groups])
         votes = torch.tensor([1.0, 1.0] + [len(group) for group in groups]).log()
         y = torch.cat([prefix, clusters[None]], dim=1)
@@ -250,8 +286,9 @@ def test_settings_that_do_not_fit(settings, message):
         Settings(alpha=1, **settings)
 
 
-def test_windows_need_a_grid():
+def test_convolutions_between_blocks_need_a_grid():
     from test_hook import detectron2_vit
 
-    with pytest.raises(ValueError, match="METHOD merge needs global attention .* ViT has not"):
-        expedite(detectron2_vit(), 1, method="merge", keep=0.5)
+    vit = detectron2_vit(residual_block_indexes=[1])
+    with pytest.raises(ValueError, match="METHOD merge leaves tokens on no grid.*convolutions"):
+        expedite(vit, 1, method="merge", keep=0.5)

@@ -15,6 +15,7 @@ from torch import Tensor
 from expedit_d2 import expedite
 from expedit_d2.methods import METHODS, build_method
 from expedit_d2.methods.density import density_peaks
+from expedit_d2.methods.matching import snake_order
 from expedit_d2.settings import OFF_GRID, Settings
 from expedit_d2.tokens import Tokens
 
@@ -137,7 +138,11 @@ def test_tome_is_merging_inside_of_every_block():
             keys = F.normalize(keys, dim=-1)
             y = y + block.ls1(block.attn(block.norm1(y), attn_mask=votes.log()[None, None, None]))
             count = round(H * W * (1 - 0.5 * (number + 1) / 4))
-            merged = plain_matching(keys, votes[1:], count, 1, (len(groups),))
+            if number == 0:  # in the order of the method: to and fro
+                order, _ = snake_order(SIZE, (14, 14), keys.device)
+                keys, y = keys[order], torch.cat([y[:, :1], y[:, 1:][:, order]], dim=1)
+                groups = [groups[i] for i in order.tolist()]
+            merged = plain_matching(keys, votes[1:], count, 1)
             rows = []
             for group in merged:
                 members = sorted(group)

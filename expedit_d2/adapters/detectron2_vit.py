@@ -6,17 +6,20 @@ their mean positions, or on the regular grid by resampling the tables.
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..attention import attend, grid_terms, position_term, relative_positions
-from ..operators import grid_positions, on_device, shape_of
+from ..attention import attend, grid_terms, key_bias, position_term, relative_positions
+from ..operators import grid_positions, on_device
 from ..tokens import Tokens
-from ..windows import partition, unpartition
-from .host import Host, is_class
+from ..tracing import shape_of
+from ..windows import from_slots, partition, slot_rows, to_slots, unpartition
+from .host import WINDOWED_MERGES, Host, is_class, mean_keys
 
 FAMILY = "Detectron2's ViT (ViTDet)"
 
@@ -30,10 +33,17 @@ def adapt(vit: nn.Module) -> Host:
     return Host(
         owner=vit,
         attribute="blocks",
-        layout=_Layout,
+        layout=partial(
+            _Layout,
+            window=window,
+            relative=any(block.attn.use_rel_pos for block in vit.blocks),
+        ),
         window=window or None,
         outputs=(len(vit.blocks) - 1,),
         fused=_attend,
+        # A convolution between blocks needs a grid.
+        off_grid=not any(block.use_residual_block for block in vit.blocks),
+        merges=WINDOWED_MERGES if window else Host.merges,
         size=_size(vit),
         latest=0.75,
         least=(0.375, 0.6),
@@ -53,31 +63,82 @@ def _size(vit: nn.Module) -> tuple[int, int]:
 _MARGIN = 3
 
 
+@dataclass(frozen=True)
+class _Keys:
+    """What the attention of a kind of block needs to know of reduced tokens.
+
+    Attributes:
+        bias: added to the logits of each key, (B, *shape), in windows (B * windows, ...).
+        positions: (..., 2) in tokens, from the corner of the map or window; None: regular.
+        window: height and width of the windows on the smaller grid.
+        rows: (B * M,) of tokens off the grid, where each one stands in the windows of all images.
+    """
+
+    bias: Tensor | None
+    positions: Tensor | None
+    window: tuple[int, int] = (0, 0)
+    rows: Tensor | None = None
+
+
 class _Layout:
-    def __init__(self, size_aware: bool) -> None:
+    def __init__(self, size_aware: bool, window: int = 0, relative: bool = True) -> None:
+        """``window``: side of the attention windows; ``relative``: positions are read."""
         self.size_aware = size_aware
+        self.window = window
+        self.relative = relative
 
     def begin(self) -> _Layout:
         return self
 
-    def split(self, x: Tensor) -> tuple[None, Tokens]:
+    def split(self, x: Tensor, tokens: Tokens | None = None) -> Tokens:
+        if tokens is not None:
+            return replace(tokens, features=x)
         size = shape_of(x)[1:3]
-        return None, Tokens(x, size=size, span=size)
+        return Tokens(x, size=size, span=size, tracked=self.relative)
 
-    def join(self, prefix: None, features: Tensor) -> Tensor:
+    def join(self, x: Tensor, features: Tensor) -> Tensor:
         return features
 
-    def run(self, block: nn.Module, prefix: None, tokens: Tokens) -> tuple[None, Tokens]:
-        x = tokens.features
+    def keys(self, block: nn.Module, features: Tensor) -> Tensor:
+        return mean_keys(block.attn.qkv, block.attn.num_heads, block.norm1(features))
+
+    def prepare(self, x: Tensor, tokens: Tokens) -> dict[str, _Keys]:
+        # Padding is not part of the stock model's global attention: it has no vote here.
+        sizes = self._sizes(tokens, padding=0.0)
+        context = {"map": _Keys(None if sizes is None else key_bias(sizes), _places(tokens))}
+        if self.window:
+            cut = self._slots if tokens.places is not None else self._grid_windows
+            context["window"] = cut(x, tokens)
+        return context
+
+    def run(self, block: nn.Module, x: Tensor, tokens: Tokens) -> Tensor:
         attend = self._windowed if block.window_size > 0 else self._global
         x = x + block.drop_path(attend(block, block.norm1(x), tokens))
         x = x + block.drop_path(block.mlp(block.norm2(x)))
         if block.use_residual_block:
             x = x + _convolve(block.residual, x, tokens.valid)
-        return None, replace(tokens, features=x)
+        return x
 
-    def _votes(self, tokens: Tokens, padding: float) -> Tensor | None:
-        """Votes of each key (B, h, w), or None for one each; padding has ``padding`` of them."""
+    def run_reducing(
+        self, block: nn.Module, x: Tensor, tokens: Tokens, reduce: nn.Module
+    ) -> tuple[Tensor, Tokens, Any]:
+        if tokens.context is None:
+            tokens = replace(tokens, context=self.prepare(x, tokens))
+        attend = self._windowed if block.window_size > 0 else self._global
+        normed = block.norm1(x)
+        x = x + block.drop_path(attend(block, normed, tokens))
+        keys = mean_keys(block.attn.qkv, block.attn.num_heads, normed)
+
+        def keys_of(features: Tensor) -> Tensor:
+            return keys if keys.dim() == 3 else keys.flatten(1, 2)
+
+        tokens, record = reduce(replace(tokens, features=x), keys_of)
+        x = tokens.features
+        tokens = replace(tokens, context=self.prepare(x, tokens))
+        return x + block.drop_path(block.mlp(block.norm2(x))), tokens, record
+
+    def _sizes(self, tokens: Tokens, padding: float) -> Tensor | None:
+        """What each key stands for (B, *shape), or None for one each; padding for ``padding``."""
         sizes = tokens.sizes if self.size_aware else None
         if tokens.valid is None:
             return sizes
@@ -85,35 +146,64 @@ class _Layout:
         return torch.where(tokens.valid, sizes, padding)
 
     def _global(self, block: nn.Module, x: Tensor, tokens: Tokens) -> Tensor:
-        # Padding is not part of the stock model's global attention: it has no vote here.
-        votes = self._votes(tokens, padding=0.0)
-        return _attend(block.attn, x, votes, tokens.positions, tokens.span, tokens.size)
+        keys = tokens.context["map"]
+        return _attend(block.attn, x, keys.bias, keys.positions, tokens.span, tokens.size)
 
     def _windowed(self, block: nn.Module, x: Tensor, tokens: Tokens) -> Tensor:
+        keys, side = tokens.context["window"], (block.window_size,) * 2
+        if keys.rows is not None:
+            return _attend_slots(block.attn, x, keys, side)
         size = shape_of(x)[1:3]
-        side = block.window_size
+        if tokens.valid is not None:
+            x = x * tokens.valid[..., None]
+        x = partition(x, keys.window)
+        return unpartition(
+            _attend(block.attn, x, keys.bias, keys.positions, side, side, _MARGIN), size
+        )
+
+    def _grid_windows(self, x: Tensor, tokens: Tokens) -> _Keys:
+        """Windows that shrink with the grid."""
+        size, side = shape_of(x)[1:3], self.window
         window = tuple(
             max(1, round(side * cells / span))
             for cells, span in zip(size, tokens.span, strict=True)
         )
-        # The stock model pads with zeros behind the norm, and these take part in its windows.
+        # The stock model pads with zeros after the norm, and these take part in its windows.
         # One place on the smaller grid stands for as many of them as it does for tokens.
         per_place = side * side / (window[0] * window[1]) if self.size_aware else 1.0
-        votes = self._votes(tokens, padding=per_place)
-        if tokens.valid is not None:
-            x = x * tokens.valid[..., None]
+        sizes = self._sizes(tokens, padding=per_place)
         padded = size[0] % window[0] or size[1] % window[1]
-        if votes is None and padded and per_place != 1:
-            votes = x.new_ones(x.shape[:3])
-        if votes is not None:
-            votes = partition(votes[..., None], window, value=per_place)[..., 0]
+        if sizes is None and padded and per_place != 1:
+            sizes = x.new_ones(shape_of(x)[:3])
+        if sizes is not None:
+            sizes = partition(sizes[..., None], window, value=per_place)[..., 0]
         positions = tokens.positions
         if positions is not None:
             positions = _in_windows(positions, window, tokens.span)
-        out = _attend(
-            block.attn, partition(x, window), votes, positions, (side, side), (side, side), _MARGIN
-        )
-        return unpartition(out, size)
+        return _Keys(None if sizes is None else key_bias(sizes), positions, window)
+
+    def _slots(self, x: Tensor, tokens: Tokens) -> _Keys:
+        """Windows of the whole map, in which the tokens that are left keep a place."""
+        side = (self.window,) * 2
+        sizes = tokens.sizes if self.size_aware else None
+        rows, bias = slot_rows(tokens.places, sizes, tokens.size, side)
+        positions = tokens.positions
+        if positions is not None:
+            columns = tokens.size[1]
+            place = torch.stack([tokens.places // columns, tokens.places % columns], dim=-1)
+            positions = (positions - place // self.window * self.window).flatten(0, 1)
+            regular = grid_positions(*side, x.device).flatten(1, 2)
+            regular = regular.repeat(shape_of(bias)[0], 1, 1).flatten(0, 1)
+            positions = regular.index_copy(0, rows, positions).unflatten(0, shape_of(bias))
+        return _Keys(bias, positions, side, rows)
+
+
+def _places(tokens: Tokens) -> Tensor | None:
+    """Mean positions, or where they are not kept those of the tokens' own places."""
+    if tokens.positions is None and tokens.places is not None and tokens.tracked:
+        columns = tokens.size[1]
+        return torch.stack([tokens.places // columns, tokens.places % columns], dim=-1).float()
+    return tokens.positions
 
 
 def _convolve(residual: nn.Module, x: Tensor, valid: Tensor | None) -> Tensor:
@@ -144,34 +234,58 @@ def _in_windows(positions: Tensor, window: tuple[int, int], span: tuple[int, int
 def _attend(
     attn: nn.Module,
     x: Tensor,
-    votes: Tensor | None = None,
+    bias: Tensor | None = None,
     positions: Tensor | None = None,
     span: tuple[int, int] | None = None,
     size: tuple[int, int] | None = None,
     margin: int = 0,
 ) -> Tensor:
-    """The attention layer on a grid (B, h, w, C).
+    """The attention layer on tokens (B, *shape, C).
 
     Args:
-        votes: (B, h, w) of the keys; None: one each.
-        positions: (B, h, w, 2) in tokens of the original attention; None: on a regular grid.
+        bias: (B, *shape), added to the logits of each key.
+        positions: (B, *shape, 2) in tokens of the original attention; None: on a regular grid.
         span: tokens of the original map, or window, that a regular grid spreads over; None: the
             grid is that of the tokens.
         size: tokens along the sides of the original attention; None: those of the grid.
         margin: how far positions may lie outside of it.
     """
-    batch, height, width, _ = shape_of(x)
-    span, size = span or (height, width), size or (height, width)
-    qkv = attn.qkv(x).reshape(batch, height * width, 3, attn.num_heads, -1).permute(2, 0, 3, 1, 4)
-    q, k, v = qkv.unbind(0)  # (B, heads, N, D)
+    shape = shape_of(x)[1:-1]
+    out = _products(attn, attn.qkv(x).flatten(1, -2), shape, bias, positions, span, size, margin)
+    return attn.proj(out.unflatten(1, shape))
+
+
+def _attend_slots(attn: nn.Module, x: Tensor, keys: _Keys, window: tuple[int, int]) -> Tensor:
+    """The attention layer on tokens (B, M, C) at their places in windows."""
+    qkv = to_slots(attn.qkv(x), attn.qkv.bias, keys.rows, shape_of(keys.bias))
+    out = _products(attn, qkv, window, keys.bias, keys.positions, window, window)
+    return attn.proj(from_slots(out, keys.rows, shape_of(x)[0]))
+
+
+def _products(
+    attn: nn.Module,
+    qkv: Tensor,
+    shape: tuple[int, ...],
+    bias: Tensor | None,
+    positions: Tensor | None,
+    span: tuple[int, int] | None,
+    size: tuple[int, int] | None,
+    margin: int = 0,
+) -> Tensor:
+    """The products of the layer, (B, N, 3 C) to (B, N, C); see `_attend`."""
+    q, k, v = qkv.unflatten(-1, (3, attn.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
     terms = ()
     if attn.use_rel_pos and positions is not None:
         tables = (attn.rel_pos_h, attn.rel_pos_w)
-        terms = (position_term(q, tables, positions.flatten(1, 2), size, margin),)
-        votes = None if votes is None else votes.flatten(1)
+        terms = (position_term(q, tables, positions.flatten(1, -2), size, margin),)
+        bias = None if bias is None else bias.flatten(1)
     elif attn.use_rel_pos:
-        row = relative_positions(attn.rel_pos_h, height, span[0], size[0])
-        col = relative_positions(attn.rel_pos_w, width, span[1], size[1])
+        span, size = span or shape, size or shape
+        row = relative_positions(attn.rel_pos_h, shape[0], span[0], size[0])
+        col = relative_positions(attn.rel_pos_w, shape[1], span[1], size[1])
         terms = grid_terms(q, row, col)
-    out = attend(q, k, v, attn.scale, terms, votes)
-    return attn.proj(out.transpose(1, 2).reshape(batch, height, width, -1))
+        bias = None if bias is None else bias.unflatten(1, shape) if bias.dim() == 2 else bias
+    elif bias is not None:
+        bias = bias.flatten(1)
+    out = attend(q, k, v, attn.scale, terms, bias)
+    return out.transpose(1, 2).flatten(2)

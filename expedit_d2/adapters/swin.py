@@ -12,18 +12,19 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..attention import attend
-from ..operators import grid_positions, on_device, shape_of
+from ..attention import attend, key_bias
+from ..operators import grid_positions, on_device
 from ..tokens import Tokens
-from ..windows import partition, shifted_mask, unpartition
-from .host import Host, is_class
+from ..tracing import shape_of
+from ..windows import from_slots, partition, shifted_mask, slot_rows, to_slots, unpartition
+from .host import WINDOWED_MERGES, Host, is_class, mean_keys
 
 FAMILY = "Swin (Mask2Former's, Detectron2's)"
 
@@ -55,7 +56,9 @@ def adapt(swin: nn.Module) -> Host:
         host = Host(
             owner=layer,
             attribute="blocks",
-            layout=partial(_Layout, flat=flat),
+            layout=partial(_Layout, window=layer.window_size, flat=flat),
+            off_grid=True,
+            merges=WINDOWED_MERGES,
             window=layer.window_size,
             outputs=(len(layer.blocks) - 1,),
             size=(256 >> index, 256 >> index),
@@ -67,6 +70,7 @@ def adapt(swin: nn.Module) -> Host:
         attribute="layers",
         layout=_Layout,
         scopes=("window",),
+        off_grid=True,
         fused=_fused,
         latest=1.0,
         least=(0.6, 0.6),
@@ -81,9 +85,14 @@ def _remember_size(layer: nn.Module, args: tuple[Tensor, int, int]) -> None:
 
 class _Layout:
     def __init__(
-        self, size_aware: bool, flat: bool = False, size: tuple[int, int] | None = None
+        self,
+        size_aware: bool,
+        window: int = 0,
+        flat: bool = False,
+        size: tuple[int, int] | None = None,
     ) -> None:
-        """``flat``: blocks take tokens (B, H * W, C), of a map of ``size``; else (B, H, W, C)."""
+        """``window``: side; ``flat``: blocks take (B, H * W, C) of a map of ``size``."""
+        self.window = window
         self.size_aware = size_aware
         self.flat = flat
         self.size = size
@@ -91,57 +100,117 @@ class _Layout:
     def begin(self) -> _Layout:
         if not self.flat:
             return self
-        return _Layout(self.size_aware, True, getattr(_call, "size", None))
+        return _Layout(self.size_aware, self.window, True, getattr(_call, "size", None))
 
-    def split(self, x: Tensor) -> tuple[None, Tokens]:
+    def split(self, x: Tensor, tokens: Tokens | None = None) -> Tokens:
+        if tokens is not None:
+            shape = shape_of(tokens.features)[1:-1]
+            return replace(tokens, features=x.unflatten(1, shape) if self.flat else x)
         if self.flat:
             x = x.unflatten(1, self.size)
         size = shape_of(x)[1:3]
-        return None, Tokens(x, size=size, span=size)
+        return Tokens(x, size=size, span=size)
 
-    def join(self, prefix: None, features: Tensor) -> Tensor:
-        return features.flatten(1, 2) if self.flat else features
+    def join(self, x: Tensor, features: Tensor) -> Tensor:
+        return features.flatten(1, -2) if self.flat else features
+
+    def keys(self, block: nn.Module, features: Tensor) -> Tensor:
+        return mean_keys(block.attn.qkv, block.attn.num_heads, block.norm1(features))
+
+    def prepare(self, x: Tensor, tokens: Tokens) -> dict[bool, _Windows]:
+        """What regular and shifted windows need to know, by whether they are shifted."""
+        cut = self._slots if tokens.places is not None else self._grid_windows
+        return {shifted: cut(tokens, shifted) for shifted in (False, True)}
 
     def run(
-        self, block: nn.Module, prefix: None, tokens: Tokens, mask: Tensor | None = None
-    ) -> tuple[None, Tokens]:
+        self, block: nn.Module, x: Tensor, tokens: Tokens, mask: Tensor | None = None
+    ) -> Tensor:
         # The mask that the model passes is for the windows of all tokens.
-        x = tokens.features
+        shape = shape_of(x)
+        if self.flat:
+            x = x.unflatten(1, shape_of(tokens.features)[1:-1])
         x = x + block.drop_path(self._windowed(block, block.norm1(x), tokens))
         x = x + block.drop_path(block.mlp(block.norm2(x)))
-        return None, replace(tokens, features=x)
+        return x.view(shape) if self.flat else x
 
     def _windowed(self, block: nn.Module, x: Tensor, tokens: Tokens) -> Tensor:
-        size, side = shape_of(x)[1:3], block.window_size
+        windows = tokens.context[block.shift_size > 0]
+        if windows.rows is not None:
+            return _attend_slots(block.attn, x, windows)
+        if tokens.valid is not None:
+            x = x * tokens.valid[..., None]
+        size, attn = shape_of(x)[1:3], block.attn
+        bias = _position_bias(attn, windows.positions)
+        out = _attend(attn, windows.cut(x), bias, windows.mask, windows.bias)
+        return windows.join(out, size)
+
+    def _grid_windows(self, tokens: Tokens, shifted: bool) -> _Windows:
+        """Windows, and their shift, that shrink with the grid."""
+        size, side = shape_of(tokens.features)[1:3], self.window
         # Each window of the model keeps its cells, those of padding included: none are missing.
         window = tuple(side * n // span for n, span in zip(size, tokens.span, strict=True))
-        shift = tuple(round(block.shift_size * cells / side) for cells in window)
-        votes = tokens.sizes if self.size_aware else None
+        shift = tuple(round(side // 2 * cells / side) for cells in window) if shifted else (0, 0)
+        sizes = tokens.sizes if self.size_aware else None
         if tokens.valid is not None:
-            # The stock model pads with zeros behind the norm, and these take part in its windows.
+            # The stock model pads with zeros after the norm, and these take part in its windows.
             # A cell stands for as many of them as it does for tokens.
             per_cell = side * side / (window[0] * window[1]) if self.size_aware else 1.0
-            votes = tokens.valid.float() if votes is None else votes
-            votes = torch.where(tokens.valid, votes, per_cell)
-            x = x * tokens.valid[..., None]
-
-        def cut(t: Tensor) -> Tensor:
-            """(B, h, w, D) to (B * windows, cells, D), shifted."""
-            if any(shift):
-                t = t.roll((-shift[0], -shift[1]), dims=(1, 2))
-            return partition(t, window).flatten(1, 2)
-
+            sizes = tokens.valid.float() if sizes is None else sizes
+            sizes = torch.where(tokens.valid, sizes, per_cell)
+        device = tokens.features.device
+        windows = _Windows(window, shift)
         if tokens.positions is None:  # those of a regular grid, the same in every window
-            places = grid_positions(*window, x.device).flatten(1, 2)
+            places = grid_positions(*window, device).flatten(1, 2)
             positions = places * on_device(tuple(side / cells for cells in window), places)
         else:
-            positions = cut(tokens.positions)
-        bias = _position_bias(block.attn, positions)
-        mask = shifted_mask(size, window, shift, x.device) if any(shift) else None
-        votes = None if votes is None else cut(votes[..., None])[..., 0]
-        out = _attend(block.attn, cut(x), bias, mask, votes)
-        out = unpartition(out.unflatten(1, window), size)
-        return out.roll(shift, dims=(1, 2)) if any(shift) else out
+            positions = windows.cut(tokens.positions)
+        return replace(
+            windows,
+            positions=positions,
+            mask=shifted_mask(size, window, shift, device) if any(shift) else None,
+            bias=None if sizes is None else key_bias(windows.cut(sizes[..., None])[..., 0]),
+        )
+
+    def _slots(self, tokens: Tokens, shifted: bool) -> _Windows:
+        """Windows of the whole map, in which the tokens that are left keep a place."""
+        window, device = (self.window,) * 2, tokens.features.device
+        shift = (self.window // 2,) * 2 if shifted else (0, 0)
+        sizes = tokens.sizes if self.size_aware else None
+        rows, bias = slot_rows(tokens.places, sizes, tokens.size, window, shift)
+        padded = tuple(-(-side // self.window) * self.window for side in tokens.size)
+        mask = shifted_mask(padded, window, shift, device) if shifted else None
+        return _Windows(window, shift, mask=mask, bias=bias, rows=rows)
+
+
+@dataclass(frozen=True)
+class _Windows:
+    """Attention windows of reduced tokens, regular or shifted ones.
+
+    Attributes:
+        window, shift: height and width, in cells.
+        positions: (W or 1, N, 2), of each cell; None: those of the model's own windows.
+        mask: (windows, N, N) of shifted ones.
+        bias: (B * windows, N), added to the logits of each key.
+        rows: (B * M,) of tokens off the grid, where each one stands in the windows of all images.
+    """
+
+    window: tuple[int, int]
+    shift: tuple[int, int]
+    positions: Tensor | None = None
+    mask: Tensor | None = None
+    bias: Tensor | None = None
+    rows: Tensor | None = None
+
+    def cut(self, x: Tensor) -> Tensor:
+        """(B, h, w, D) to (B * windows, cells, D)."""
+        if any(self.shift):
+            x = x.roll((-self.shift[0], -self.shift[1]), dims=(1, 2))
+        return partition(x, self.window).flatten(1, 2)
+
+    def join(self, x: Tensor, size: tuple[int, int]) -> Tensor:
+        """The opposite, for a map of that size."""
+        x = unpartition(x.unflatten(1, self.window), size)
+        return x.roll(self.shift, dims=(1, 2)) if any(self.shift) else x
 
 
 def _position_bias(attn: nn.Module, positions: Tensor) -> Tensor:
@@ -168,20 +237,45 @@ def _attend(
     x: Tensor,
     bias: Tensor,
     mask: Tensor | None = None,
-    votes: Tensor | None = None,
+    sizes: Tensor | None = None,
 ) -> Tensor:
     """The attention layer on the windows (B * W, N, C) of B images.
 
     Args:
         bias: (B * W or 1, heads, N, N), by relative position.
         mask: (W, N, N) of shifted windows.
-        votes: (B * W, N) of the keys.
+        sizes: (B * W, N), added to the logits of each key.
     """
-    qkv = attn.qkv(x).unflatten(-1, (3, attn.num_heads, -1)).permute(2, 0, 3, 1, 4)
-    q, k, v = qkv.unbind(0)  # (B * W, heads, N, D)
+    return _finish(attn, _products(attn, attn.qkv(x), bias, mask, sizes))
+
+
+def _attend_slots(attn: nn.Module, x: Tensor, windows: _Windows) -> Tensor:
+    """The attention layer on tokens (B, M, C) at their places in windows."""
+    bias = windows.bias
+    qkv = to_slots(attn.qkv(x), attn.qkv.bias, windows.rows, shape_of(bias))
+    out = _products(attn, qkv, _own_bias(attn), windows.mask, bias)
+    return _finish(attn, from_slots(out, windows.rows, shape_of(x)[0]))
+
+
+def _own_bias(attn: nn.Module) -> Tensor:
+    """The layer's relative-position bias in the windows it was made for, (1, heads, N, N)."""
+    sides = shape_of(attn.relative_position_index)
+    bias = attn.relative_position_bias_table[attn.relative_position_index.flatten()]
+    return bias.t().contiguous().unflatten(1, sides)[None]
+
+
+def _finish(attn: nn.Module, x: Tensor) -> Tensor:
+    return attn.proj_drop(attn.proj(x))
+
+
+def _products(
+    attn: nn.Module, qkv: Tensor, bias: Tensor, mask: Tensor | None, sizes: Tensor | None
+) -> Tensor:
+    """The products of the layer, (B * W, N, 3 C) to (B * W, N, C); see `_attend`."""
+    q, k, v = qkv.unflatten(-1, (3, attn.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
     bias = bias.to(q.dtype)
     dropout = attn.attn_drop.p if attn.training else 0.0
-    total = shape_of(x)[0]
+    total = shape_of(q)[0]
     # The mask is the same in every image: one image at a time needs no copies of it.
     windows = total if mask is None else shape_of(mask)[0]
     shifted = [] if mask is None else [mask[:, None].to(q.dtype)]
@@ -190,17 +284,15 @@ def _attend(
             *(t[start : start + windows] for t in (q, k, v)),
             attn.scale,
             [bias if shape_of(bias)[0] == 1 else bias[start : start + windows], *shifted],
-            None if votes is None else votes[start : start + windows],
+            None if sizes is None else sizes[start : start + windows],
             dropout,
         )
         for start in range(0, total, windows)
     ]
     out = images[0] if len(images) == 1 else torch.cat(images)
-    return attn.proj_drop(attn.proj(out.transpose(1, 2).flatten(2)))
+    return out.transpose(1, 2).flatten(2)
 
 
 def _fused(attn: nn.Module, x: Tensor, mask: Tensor | None = None) -> Tensor:
     """The layer as it is, on windows (B * W, N, C); the mask (W, N, N) is that of shifted ones."""
-    sides = shape_of(attn.relative_position_index)
-    bias = attn.relative_position_bias_table[attn.relative_position_index.flatten()]
-    return _attend(attn, x, bias.t().contiguous().unflatten(1, sides)[None], mask)
+    return _attend(attn, x, _own_bias(attn), mask)

@@ -12,14 +12,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..operators import grid_positions, on_device, shape_of
+from ..operators import grid_positions, on_device
 from ..tokens import Tokens
+from ..tracing import shape_of
 from .host import Host, is_class
 from .timm_vit import PrefixLayout, host_of
 
@@ -41,6 +42,14 @@ def adapt(eva: nn.Module) -> Host:
     return host_of(eva, layout)
 
 
+@dataclass(frozen=True)
+class _Context:
+    """The mask of cluster sizes, and sin and cos of the positions where all blocks share them."""
+
+    mask: Tensor | None
+    rotation: Tensor | None
+
+
 @dataclass(frozen=True, eq=False)
 class _Layout(PrefixLayout):
     """Attributes: ``rope``, the model's module of rotary positions, or None; ``blocks``."""
@@ -48,12 +57,23 @@ class _Layout(PrefixLayout):
     rope: nn.Module | None = None
     blocks: tuple[nn.Module, ...] = ()
 
-    def run(
-        self, block: nn.Module, prefix: Tensor, tokens: Tokens, **kwargs: Any
-    ) -> tuple[Tensor, Tokens]:
+    @property
+    def reads_positions(self) -> bool:
+        return self.rope is not None
+
+    def prepare(self, x: Tensor, tokens: Tokens) -> _Context:
+        rotation = None
+        if self.rope is not None and type(self.rope).__name__ not in _BY_BLOCK:
+            rotation = self._rotation(self.blocks[0], tokens)
+        return _Context(super().prepare(x, tokens), rotation)
+
+    def run(self, block: nn.Module, x: Tensor, tokens: Tokens, **kwargs: Any) -> Tensor:
         if self.rope is not None:
-            kwargs["rope"] = self._rotation(block, tokens).to(kwargs["rope"].dtype)
-        return super().run(block, prefix, tokens, **kwargs)
+            rotation = tokens.context.rotation
+            if rotation is None:
+                rotation = self._rotation(block, tokens)
+            kwargs["rope"] = rotation.to(kwargs["rope"].dtype)
+        return super().run(block, x, replace(tokens, context=tokens.context.mask), **kwargs)
 
     def _rotation(self, block: nn.Module, tokens: Tokens) -> Tensor:
         """What the attention of a block takes for these tokens: sin and cos (B, nH, N, 2 D)."""
@@ -133,3 +153,6 @@ _ANGLES: dict[str, _Angles] = {
     "RotaryEmbeddingMixed": _mixed_angles,
     "RotaryEmbeddingMRope": _multimodal_angles,
 }
+
+#: Kinds whose angles differ from block to block.
+_BY_BLOCK = frozenset({"RotaryEmbeddingMixed"})

@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 import threading
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,10 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..attention import key_bias
-from ..operators import shape_of
+from ..attention import MasksAsChannels, key_bias
 from ..tokens import Tokens
-from .host import Host, is_class
+from ..tracing import shape_of
+from .host import Host, is_class, mean_keys
 
 FAMILY = "timm's VisionTransformer"
 
@@ -100,69 +101,80 @@ class PrefixLayout:
     def begin(self) -> PrefixLayout:
         return replace(self, size=_call.size)
 
-    def split(self, x: Tensor) -> tuple[Tensor, Tokens]:
+    def split(self, x: Tensor, tokens: Tokens | None = None) -> Tokens:
+        features = x[:, self.prefix :]
+        if tokens is not None:
+            return replace(tokens, features=features.unflatten(1, shape_of(tokens.features)[1:-1]))
         size = self.size
-        tokens = x[:, self.prefix :]
-        if tokens.shape[1] != size[0] * size[1]:
+        if features.shape[1] != size[0] * size[1]:
             raise ValueError(
-                f"expected a map of {size[0]} x {size[1]} tokens, got {tokens.shape[1]}; "
+                f"expected a map of {size[0]} x {size[1]} tokens, got {features.shape[1]}; "
                 "dropping patches is not supported"
             )
-        return x[:, : self.prefix], Tokens(tokens.unflatten(1, size), size=size, span=size)
+        return Tokens(
+            features.unflatten(1, size), size=size, span=size, tracked=self.reads_positions
+        )
 
-    def join(self, prefix: Tensor, features: Tensor) -> Tensor:
-        return torch.cat([prefix, features.flatten(1, -2)], dim=1)
+    @property
+    def reads_positions(self) -> bool:
+        """Whether blocks need to know where tokens are."""
+        return False
+
+    def join(self, x: Tensor, features: Tensor) -> Tensor:
+        return torch.cat([x[:, : self.prefix], features.flatten(1, -2)], dim=1)
+
+    def prepare(self, x: Tensor, tokens: Tokens) -> Tensor | None:
+        """The additive mask (B, 1, 1, N) of cluster sizes, in the type of ``x``."""
+        if not self.size_aware or tokens.sizes is None:
+            return None
+        sizes = tokens.sizes
+        # Off the grid every token stands for one at least.
+        bias = sizes.log() if sizes.dim() == 2 else key_bias(sizes).flatten(1)
+        # Class and register tokens count one each: their logarithm is zero.
+        bias = F.pad(bias, (self.prefix, 0))
+        return bias[:, None, None].to(x.dtype)
 
     def keys(self, block: nn.Module, features: Tensor) -> Tensor:
         """Its keys, averaged over the heads: linear in the tokens, so one small product."""
-        attention = block.attn
+        attention, normed = block.attn, block.norm1(features)
         if getattr(attention, "qkv", None) is not None:
-            weight, bias = attention.qkv.weight, attention.qkv.bias
-            rows = shape_of(weight)[0] // 3
-            weight, bias = weight[rows : 2 * rows], None if bias is None else bias[rows : 2 * rows]
-        else:
-            weight, bias = attention.k_proj.weight, attention.k_proj.bias
+            return mean_keys(attention.qkv, attention.num_heads, normed)
+        weight, bias = attention.k_proj.weight, attention.k_proj.bias
         weight = weight.unflatten(0, (attention.num_heads, -1)).mean(0)
         if bias is not None:
             bias = bias.unflatten(0, (attention.num_heads, -1)).mean(0)
-        return F.linear(block.norm1(features), weight, bias)
+        return F.linear(normed, weight, bias)
 
-    def run(
-        self, block: nn.Module, prefix: Tensor, tokens: Tokens, **kwargs
-    ) -> tuple[Tensor, Tokens]:
-        x = self.join(prefix, tokens.features)
-        return self._taken_apart(block(x, **self._weighed(x, tokens, kwargs)), tokens)
+    def run(self, block: nn.Module, x: Tensor, tokens: Tokens, **kwargs: Any) -> Tensor:
+        with self._masks(x):
+            return block(x, **self._weighed(tokens, kwargs))
 
     def run_reducing(
-        self, block: nn.Module, prefix: Tensor, tokens: Tokens, reduce: nn.Module, **kwargs
+        self, block: nn.Module, x: Tensor, tokens: Tokens, reduce: nn.Module, **kwargs: Any
     ) -> tuple[Tensor, Tokens, Any]:
         if not all(hasattr(block, name) for name in ("ls1", "ls2", "drop_path1", "drop_path2")):
             raise ValueError(
                 f"METHOD tome needs timm's Block, to work inside of it; got {type(block).__name__}"
             )
-        x = self.join(prefix, tokens.features)
-        kwargs = self._weighed(x, tokens, kwargs)
-        attended = x + block.drop_path1(block.ls1(block.attn(block.norm1(x), **kwargs)))
+        with self._masks(x):
+            attended = block.attn(block.norm1(x), **self._weighed(tokens, kwargs))
+        attended = x + block.drop_path1(block.ls1(attended))
         before = tokens.features.flatten(1, -2)
-        prefix, tokens = self._taken_apart(attended, tokens)
         # The keys are those of this attention, whatever came out of it.
-        tokens, record = reduce(tokens, lambda _: self.keys(block, before))
-        x = self.join(prefix, tokens.features)
-        x = x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
-        return *self._taken_apart(x, tokens), record
+        tokens, record = reduce(self.split(attended, tokens), lambda _: self.keys(block, before))
+        x = self.join(attended, tokens.features)
+        tokens = replace(tokens, context=self.prepare(x, tokens))
+        return x + block.drop_path2(block.ls2(block.mlp(block.norm2(x)))), tokens, record
 
-    def _weighed(self, x: Tensor, tokens: Tokens, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """Arguments of a block, with the votes of each token of ``x``."""
+    def _weighed(self, tokens: Tokens, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Arguments of a block, with the sizes of the tokens."""
         if kwargs.get("attn_mask") is not None or kwargs.get("is_causal"):
             raise ValueError("a model with Expedit takes no attn_mask: it is for all tokens")
-        if not self.size_aware or tokens.sizes is None:
+        if tokens.context is None:
             return kwargs
-        # Class and register tokens count one each.
-        ones = tokens.sizes.new_ones(x.shape[0], self.prefix)
-        votes = torch.cat([ones, tokens.sizes.flatten(1)], dim=1)
-        return {**kwargs, "attn_mask": key_bias(votes)[:, None, None].to(x.dtype)}
+        return {**kwargs, "attn_mask": tokens.context}
 
-    def _taken_apart(self, x: Tensor, tokens: Tokens) -> tuple[Tensor, Tokens]:
-        shape = shape_of(tokens.features)[1:-1]
-        features = x[:, self.prefix :].unflatten(1, shape)
-        return x[:, : self.prefix], replace(tokens, features=features)
+    @staticmethod
+    def _masks(x: Tensor) -> AbstractContextManager:
+        """On a GPU, flash attention takes no mask."""
+        return MasksAsChannels() if x.is_cuda else nullcontext()

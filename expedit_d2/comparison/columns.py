@@ -217,6 +217,13 @@ def _cost(comparison: Comparison) -> Iterator[Column]:
         where=_ALL,
     )
     yield column(
+        "launches",
+        lambda row: row.launches,
+        head="launches",
+        form="d",
+        where=_FULL,
+    )
+    yield column(
         "parameters",
         lambda row: row.parameters,
         head="parameters",

@@ -54,6 +54,7 @@ class Row:
         batched_ratio: the same in batches.
         not_finite: images on which the output is NaN or infinite somewhere.
         worst: the image that agrees least with the plain model, and its agreement in percent.
+        launches: kernels that one forward on the first image launches; None if not counted.
     """
 
     name: str
@@ -72,6 +73,7 @@ class Row:
     batched_ratio: Ratio | None = None
     not_finite: int = 0
     worst: tuple[int | str, float] | None = None
+    launches: int | None = None
 
     @property
     def lowest_agreement(self) -> float | None:

@@ -21,6 +21,7 @@ from torch import nn
 from tqdm import tqdm
 
 from ..analysis.flops import count_flops
+from ..analysis.launches import count_launches
 from ..analysis.memory import peak_memory
 from ..analysis.timing import Ratio, processor, rounds, summarize
 from ..api import expedite
@@ -239,7 +240,10 @@ class Session:
             results = self._run(name, model, Agreement(self._reference()))
         outputs = results["outputs"]
         image = outputs["worst_image"]
+        with self._forwarding():
+            launches = count_launches(model, self._inputs(1)[0]).total()
         return {
+            "launches": launches,
             "metrics": main_metrics(results),
             "agreement": results["agreement"],
             "not_finite": outputs["not_finite"],

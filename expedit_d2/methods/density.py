@@ -8,14 +8,12 @@ Every token joins the centre that is nearest, and is rebuilt from it alone.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
-from ..operators import shape_of
 from ..settings import Settings
-from .off_grid import OffGridMethod
+from ..tracing import shape_of
+from .off_grid import OffGridMethod, Windows
 
 __all__ = ["Density", "density_peaks"]
 
@@ -49,26 +47,6 @@ def density_peaks(keys: Tensor, count: int, neighbors: int = _NEIGHBORS) -> Tens
     return index.scatter(1, centres, clusters)
 
 
-@dataclass(frozen=True)
-class _Assignment:
-    """Clusters by the index of each token (B, n); see `Clustering`."""
-
-    of: Tensor
-    count: int
-
-    def sizes(self, sizes: Tensor) -> Tensor:
-        return sizes.new_zeros(shape_of(sizes)[0], self.count).scatter_add(1, self.of, sizes)
-
-    def mean(self, x: Tensor, sizes: Tensor) -> Tensor:
-        shares = sizes / self.sizes(sizes).gather(1, self.of)
-        weighted = x.float() * shares[..., None]
-        sums = weighted.new_zeros(shape_of(x)[0], self.count, shape_of(x)[2])
-        return sums.scatter_add(1, self.of[..., None].expand_as(weighted), weighted).to(x.dtype)
-
-    def index(self) -> Tensor:
-        return self.of
-
-
 class Density(OffGridMethod):
     """Density peaks before each alpha."""
 
@@ -76,6 +54,6 @@ class Density(OffGridMethod):
 
     @staticmethod
     def choose(
-        settings: Settings, keys: Tensor, sizes: Tensor, count: int, shape: tuple[int, ...]
-    ) -> _Assignment:
-        return _Assignment(density_peaks(keys, count), count)
+        settings: Settings, keys: Tensor, sizes: Tensor | None, count: int, windows: Windows | None
+    ) -> tuple[Tensor, int]:
+        return density_peaks(keys, count), count

@@ -119,7 +119,8 @@ class _Rebuilding(nn.Module):
         self.operator = operator
 
     def forward(self, features: Tensor, record: Record, residual: bool | None = None) -> Tensor:
-        residual = self.settings.residual if residual is None else residual
+        if residual is None:
+            residual = self.settings.residual is not False
         grid = shape_of(record.clusters)[1:3]
         refined = features if shape_of(features)[1:3] == grid else partition(features, grid)
         if residual:

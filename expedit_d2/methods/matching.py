@@ -1,145 +1,187 @@
 """Bipartite matching: which tokens to merge with which (ToMe, arXiv 2210.09461, section 3.1).
 
-Half of the tokens look for the nearest one in the other half, and the nearest pairs are merged.
-Several rounds find merges of more than two, and of two in the same half.
+Tokens come in an order in which neighbours on the map are near each other, `snake_order`, and are
+cut into runs of some hundred. Every second token of a run looks for the nearest one among the
+others of its run, and the nearest pairs of the whole image are merged. So matching costs a fixed
+amount for each token, at any size of image. A second round finds merges of more than two tokens,
+and of two from the same side.
+
+Shorthand: B images, n tokens, k clusters, d channels of the keys.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
-from ..operators import shape_of
+from ..tracing import cached, shape_of
 
-__all__ = ["Merging", "match", "take_rows"]
+__all__ = ["cluster_means", "cluster_sizes", "match", "snake_order", "take_rows"]
+
+#: Tokens that are matched with each other. Runs of 144 and of 1728 find equally good pairs.
+_RUN = 256
 
 
-@dataclass(frozen=True)
-class Merging:
-    """Which of n tokens become which of k clusters.
+@cached
+def snake_order(
+    size: tuple[int, int], window: tuple[int, int], device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Places of a map window by window, and in a window to and fro, row by row.
 
-    Attributes:
-        kept: (B, k) index of the first token of each cluster.
-        merged: (B, n - k) index of the other tokens.
-        into: (B, n - k) cluster of each of these.
+    Every second place in this order is a checkerboard in each window, as one wants it for two sides
+    of which each token looks for a partner on the other.
+
+    Args:
+        size: (H, W).
+        window: its height and width; those at the bottom and right may be smaller.
+        device: of the result.
+
+    Returns:
+        The places (H * W,), row by row numbers, in their order; and the opposite, where each place
+        stands in it.
     """
-
-    kept: Tensor
-    merged: Tensor
-    into: Tensor
-
-    def sizes(self, sizes: Tensor) -> Tensor:
-        """What the clusters stand for (B, k), of what the tokens do (B, n)."""
-        return sizes.gather(1, self.kept).scatter_add(1, self.into, sizes.gather(1, self.merged))
-
-    def mean(self, x: Tensor, sizes: Tensor) -> Tensor:
-        """Means over the clusters, weighted by ``sizes`` (B, n): (B, n, D) to (B, k, D).
-
-        A cluster's first token is moved by the others, so only these cost anything; with one
-        merge in every block they are few.
-        """
-        first, others = take_rows(x, self.kept), take_rows(x, self.merged)
-        shares = sizes.gather(1, self.merged) / self.sizes(sizes).gather(1, self.into)
-        moves = (others - take_rows(first, self.into)) * shares[..., None]
-        return _add_rows(first, self.into, moves.to(x.dtype))
-
-    def index(self) -> Tensor:
-        """(B, n): the cluster of each token."""
-        count = shape_of(self.kept)[1]
-        clusters = torch.arange(count, device=self.kept.device).expand_as(self.kept)
-        tokens = torch.cat([self.kept, self.merged], dim=1)
-        index = torch.cat([clusters, self.into], dim=1)
-        return torch.empty_like(tokens).scatter(1, tokens, index)
-
-
-def _add_rows(x: Tensor, index: Tensor, rows: Tensor) -> Tensor:
-    """x (B, n, D) with rows (B, k, D) added at index (B, k)."""
-    return x.flatten(0, 1).index_add(0, _flat(index, x), rows.flatten(0, 1)).view_as(x)
+    row = torch.arange(size[0], device=device)[:, None]
+    col = torch.arange(size[1], device=device)[None]
+    in_row, in_col = row % window[0], col % window[1]
+    in_col = torch.where(in_row % 2 == 1, window[1] - 1 - in_col, in_col)
+    columns = -(-size[1] // window[1])
+    which = row // window[0] * columns + col // window[1]
+    order = ((which * window[0] + in_row) * window[1] + in_col).flatten().argsort()
+    return order, order.argsort()
 
 
 def take_rows(x: Tensor, index: Tensor) -> Tensor:
     """x (B, n, D) at index (B, k): (B, k, D)."""
     # Whole rows: several times as fast as a gather of single numbers.
-    rows = x.flatten(0, 1).index_select(0, _flat(index, x))
+    rows = x.flatten(0, 1).index_select(0, _flat(index, shape_of(x)[1]))
     return rows.unflatten(0, shape_of(index))
 
 
-def _flat(index: Tensor, x: Tensor) -> Tensor:
-    """An index (B, k) into the rows of each image as one (B * k,) into the rows of all."""
-    batch, total, _ = shape_of(x)
+def cluster_means(x: Tensor, index: Tensor, shares: Tensor, count: int) -> Tensor:
+    """Weighted sums of the tokens of each cluster; a token with share 1 stays as it is, exactly.
+
+    Args:
+        x: (B, n, D).
+        index: (B, n) cluster of each token, 0 to ``count`` - 1.
+        shares: (B, n) fp32, of each token in its cluster; they sum to one.
+        count: number of clusters.
+
+    Returns:
+        (B, count, D) in the type of ``x``.
+    """
+    batch, _, channels = shape_of(x)
+    weighted = x * shares[..., None]  # in fp32
+    sums = weighted.new_zeros(batch * count, channels)
+    sums = sums.index_add(0, _flat(index, count), weighted.flatten(0, 1))
+    return sums.unflatten(0, (batch, count)).to(x.dtype)
+
+
+def cluster_sizes(sizes: Tensor | None, index: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """What clusters stand for (B, count), and the share (B, n) that each token has in its own.
+
+    Args:
+        sizes: (B, n) fp32, what the tokens stand for; None: one each.
+        index: (B, n) cluster of each token, 0 to ``count`` - 1.
+        count: number of clusters.
+    """
+    if sizes is None:
+        sizes = _one(index.device).expand_as(index)
+    total = sizes.new_zeros(shape_of(index)[0], count).scatter_add(1, index, sizes)
+    return total, sizes / total.gather(1, index)
+
+
+@cached
+def _one(device: torch.device) -> Tensor:
+    return torch.ones((), device=device)
+
+
+def _flat(index: Tensor, total: int) -> Tensor:
+    """An index (B, m) into the rows of each image as one (B * m,) into the rows of all."""
+    batch = shape_of(index)[0]
     if batch > 1:
-        index = index + torch.arange(batch, device=x.device)[:, None] * total
+        index = index + torch.arange(batch, device=index.device)[:, None] * total
     return index.flatten()
-
-
-def _halves(count: int, shape: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
-    """The two sides of a matching: a checkerboard on a grid, every second token off it."""
-    index = torch.arange(count, device=device)
-    odd = index % 2
-    if len(shape) == 2:
-        odd = (index // shape[1] + index % shape[1]) % 2
-    # A stable sort by side has a length that does not depend on values.
-    order = odd.argsort(stable=True)
-    return order[: (count + 1) // 2], order[(count + 1) // 2 :]
 
 
 def match(
     keys: Tensor,
-    sizes: Tensor,
+    sizes: Tensor | None,
     count: int,
-    rounds: int,
-    shape: tuple[int, ...],
+    rounds: int = 1,
     ward: float = 0.0,
-) -> Merging:
+    groups: Tensor | None = None,
+    everywhere: bool = False,
+) -> Tensor:
     """Choose n - count merges, in rounds of about the same number.
 
     Args:
-        keys: (B, n, d), compared by squared distance; of unit length that is their angle.
-        sizes: (B, n) what the tokens stand for: weights of the means that are the keys of clusters
-            in the next round.
+        keys: (B, n, d) in an order in which near tokens are near, such as `snake_order`; compared
+            by squared distance.
+        sizes: (B, n) what the tokens stand for, weights of the means that are the keys of clusters
+            in the next round; None: one each.
         count: clusters to leave. A round merges half of the tokens at most.
         rounds: at least 1; more where a round's half does not do.
-        shape: (H, W) of a map, (n,) off the grid.
         ward: pairs are ranked by distance x (product of their sizes / sum)^ward. With 1 that is
             what merging adds to the squared error (Ward, 1963); less lets large clusters grow.
+        groups: (B, n); tokens of different groups are not merged. None: one group.
+        everywhere: look for partners among all tokens, not in runs of them.
+
+    Returns:
+        (B, n): the cluster of each token. Clusters are in the order of the tokens that the others
+        of their cluster were merged into, so near ones stay near.
     """
-    batch, tokens, _ = shape_of(keys)
-    kept = torch.arange(tokens, device=keys.device).expand(batch, -1)
-    merged, into = [], []
     keys = keys.float()
-    sizes = sizes.float()
-    now = tokens
+    index = None
+    now = shape_of(keys)[1]
     while now > count:
-        left, right = _halves(now, shape, keys.device)
-        number = min(-(-(now - count) // max(rounds, 1)), now // 2)
+        runs = 1 if everywhere else max(1, now // _RUN)
+        number = min(-(-(now - count) // max(rounds, 1)), runs * (now // (2 * runs)))
         rounds -= 1
-        a, b = keys[:, left], keys[:, right]
-        # The nearest is that of the largest a b - |b|^2 / 2: one product and one look at it.
-        closeness = torch.baddbmm(b.square().sum(-1)[:, None] / -2, a, b.transpose(1, 2))
-        closeness, partner = closeness.max(-1)
-        cost = (a.square().sum(-1) - 2 * closeness).clamp_min(0)
-        if ward:
-            mine, theirs = sizes[:, left], sizes[:, right].gather(1, partner)
-            cost = cost * (mine * theirs / (mine + theirs)) ** ward
-        order = cost.argsort(dim=-1)
-        # In their order, so that neighbours stay on different sides of the next matching.
-        chosen, rest = order[:, :number], order[:, number:].sort(-1).values
-        step = Merging(
-            kept=torch.cat([left[rest], right.expand(batch, -1)], dim=1),
-            merged=left[chosen],
-            into=partner.gather(1, chosen) + ((now + 1) // 2 - number),
-        )
-        if merged:
-            index = step.index()
-            into = [index.gather(1, earlier) for earlier in into]
-        into.append(step.into)
-        merged.append(kept.gather(1, step.merged))
-        kept = kept.gather(1, step.kept)
+        step = _match_once(keys, sizes, number, runs, ward, groups)
+        index = step if index is None else step.gather(1, index)
         now -= number
         if now > count:
-            keys, sizes = step.mean(keys, sizes), step.sizes(sizes)
-        shape = (now,)
-    nothing = kept[:, :0]
-    return Merging(kept, torch.cat([*merged, nothing], dim=1), torch.cat([*into, nothing], dim=1))
+            sizes, shares = cluster_sizes(sizes, step, now)
+            keys = cluster_means(keys, step, shares, now)
+            if groups is not None:
+                groups = groups.new_empty(shape_of(sizes)).scatter_(1, step, groups)
+    if index is None:
+        index = torch.arange(now, device=keys.device).expand(shape_of(keys)[0], -1)
+    return index
+
+
+def _match_once(
+    keys: Tensor, sizes: Tensor | None, number: int, runs: int, ward: float, groups: Tensor | None
+) -> Tensor:
+    """One round of ``number`` merges, in ``runs`` runs of the tokens; see `match`."""
+    batch, total, _ = shape_of(keys)
+    pairs = total // (2 * runs)
+    matched = 2 * runs * pairs  # a few tokens at the end may have no place in a run
+
+    def sides(x: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, n, ...) to those that look and those that are looked at, (B * runs, pairs, ...)."""
+        x = x[:, :matched].reshape(batch * runs, pairs, 2, *shape_of(x)[2:])
+        return x[:, :, 0], x[:, :, 1]
+
+    a, b = sides(keys)
+    norm_a, norm_b = sides(keys.square().sum(-1))
+    # The nearest is that of the largest a b - |b|^2 / 2: one product and one look at it.
+    closeness = torch.baddbmm(norm_b[:, None], a, b.transpose(1, 2), beta=-0.5)
+    if groups is not None:
+        group_a, group_b = sides(groups)
+        closeness = closeness.masked_fill(group_a[:, :, None] != group_b[:, None], -torch.inf)
+    closeness, partner = closeness.max(-1)
+    cost = torch.sub(norm_a, closeness, alpha=2)
+    if ward and sizes is not None:
+        inverse_a, inverse_b = sides(sizes.reciprocal())
+        cost = cost * (inverse_a + inverse_b.gather(1, partner)) ** -ward
+    # Of the whole image, whatever the run.
+    chosen = cost.view(batch, -1).topk(number, largest=False, sorted=False).indices
+    # What is left is numbered in its order; what was merged takes the number of its partner.
+    stays = keys.new_ones(batch, total, dtype=torch.long)
+    stays[:, :matched:2].scatter_(1, chosen, 0)
+    rank = stays.cumsum(1).sub_(1)
+    second = rank[:, :matched].unflatten(1, (runs, pairs, 2))[..., 1]
+    of_partner = second.gather(2, partner.view(batch, runs, pairs)).flatten(1)
+    rank[:, :matched:2].scatter_(1, chosen, of_partner.gather(1, chosen))
+    return rank

@@ -12,8 +12,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from ..settings import Settings
-from .matching import Merging, match
-from .off_grid import OffGridMethod
+from .matching import match
+from .off_grid import OffGridMethod, Windows
 
 __all__ = ["Merge"]
 
@@ -27,6 +27,7 @@ class Merge(OffGridMethod):
 
     @staticmethod
     def choose(
-        settings: Settings, keys: Tensor, sizes: Tensor, count: int, shape: tuple[int, ...]
-    ) -> Merging:
-        return match(keys, sizes, count, settings.rounds, shape, _WARD)
+        settings: Settings, keys: Tensor, sizes: Tensor | None, count: int, windows: Windows | None
+    ) -> tuple[Tensor, int]:
+        groups = None if windows is None else windows.of
+        return match(keys, sizes, count, settings.rounds, _WARD, groups), count

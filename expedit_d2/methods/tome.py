@@ -7,13 +7,14 @@ the map gets its cluster's output, as the authors do for dense prediction (arXiv
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..operators import shape_of
 from ..settings import Settings
-from .matching import Merging, match
-from .off_grid import OffGridMethod
+from ..tracing import shape_of
+from .matching import match
+from .off_grid import OffGridMethod, Windows
 
 __all__ = ["ToMe"]
 
@@ -26,10 +27,23 @@ class ToMe(OffGridMethod):
 
     @staticmethod
     def choose(
-        settings: Settings, keys: Tensor, sizes: Tensor, count: int, shape: tuple[int, ...]
-    ) -> Merging:
-        total = shape_of(keys)[1]
+        settings: Settings, keys: Tensor, sizes: Tensor | None, count: int, windows: Windows | None
+    ) -> tuple[Tensor, int]:
+        number = 1
+        if windows is not None:
+            if not windows.whole:
+                raise ValueError(
+                    "METHOD tome merges equally many tokens in every attention window, so these "
+                    "must divide the map; METHOD merge takes any map"
+                )
+            number = windows.number
+        batch, total, _ = shape_of(keys)
+        each = total // number
         # One matching cannot merge more than half of the tokens.
-        count = max(count, (total + 1) // 2)
+        left = max(count // number, (each + 1) // 2)
         unit = F.normalize(keys, dim=-1)  # compared by the cosine of their angle
-        return match(unit, sizes, count, rounds=1, shape=(total,))
+        unit = unit.reshape(batch * number, each, -1)
+        sizes = None if sizes is None else sizes.reshape(batch * number, each)
+        index = match(unit, sizes, left, everywhere=True).view(batch, number, each)
+        first = torch.arange(number, device=index.device)[:, None] * left
+        return (index + first).flatten(1), left * number

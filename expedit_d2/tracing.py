@@ -1,0 +1,62 @@
+"""Helpers for code that is also traced, compiled and exported; needs torch and nothing else."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable
+from functools import wraps
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+__all__ = ["cached", "in_graph", "is_exporting", "shape_of"]
+
+_R = TypeVar("_R")
+
+#: Results that `cached` keeps for each function.
+_KEPT = 64
+
+
+def shape_of(x: Tensor) -> tuple[int, ...]:
+    """The shape in numbers, also while torch.jit traces, where sizes are tensors."""
+    return tuple(int(n) if isinstance(n, Tensor) else n for n in x.shape)
+
+
+def in_graph() -> bool:
+    """Whether a graph is recorded, in which every turn of a loop would be a copy of its body."""
+    # torch before 2.3 does not say whether it compiles.
+    compiling = getattr(torch.compiler, "is_compiling", lambda: False)()
+    return compiling or torch.jit.is_tracing()
+
+
+def is_exporting() -> bool:
+    """Whether torch.export traces, which torch before 2.7 does not say."""
+    return getattr(torch.compiler, "is_exporting", lambda: False)()
+
+
+def cached(function: Callable[..., _R]) -> Callable[..., _R]:
+    """Keep the latest results of a function of sizes and a device.
+
+    For index tensors and masks that depend on nothing else, so that a forward pass does not make
+    them again. While a graph is recorded, or where tensors are not real ones (FakeTensorMode, meta
+    devices), nothing is taken from the cache and nothing is put there.
+
+    Args:
+        function: its positional arguments are hashable and say everything.
+    """
+    kept: OrderedDict[tuple, _R] = OrderedDict()
+
+    @wraps(function)
+    def run(*args: object) -> _R:
+        if in_graph() or type(torch.empty(0)) is not Tensor:
+            return function(*args)
+        result = kept.get(args)
+        if result is None:
+            with torch.inference_mode(False):  # it may be used where gradients are recorded
+                result = kept[args] = function(*args)
+            while len(kept) > _KEPT:
+                kept.popitem(last=False)
+        return result
+
+    return run
