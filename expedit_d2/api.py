@@ -97,7 +97,7 @@ def expedite(
         checked.reconstruct_at == "backbone",
     )
     blocks.train(original.training)
-    detach = host.attach()
+    detach, unguard = host.attach(model), blocks.guard()
     fused = fuse_attention(model) if checked.fused_attention else Handle(lambda: None)
     setattr(host.owner, host.attribute, blocks)
 
@@ -105,6 +105,7 @@ def expedite(
         fused.remove()
         original.training = blocks.training
         setattr(host.owner, host.attribute, original)
+        unguard()
         detach()
 
     return Expedited(checked, blocks, undo)

@@ -57,8 +57,14 @@ class Method(Protocol):
 class Layout(Protocol):
     """How one family of transformers looks to the hook. One small class a family."""
 
-    def begin(self) -> Layout:
-        """The layout for one run through the blocks, called before the first of them."""
+    def begin(self, x: Tensor, block: nn.Module, size: tuple[int, int] | None) -> Layout:
+        """The layout for one run through the blocks, which begins now.
+
+        Args:
+            x: what the first block is given.
+            block: that block, with the attributes that the model has set for this run.
+            size: (H, W) of the map, if whoever runs the blocks has said it.
+        """
 
     def split(self, x: Tensor) -> tuple[Tensor | None, Tokens]:
         """What a block is given, taken apart: class and register tokens (or None), and the map."""

@@ -328,7 +328,7 @@ def with_method(vit: nn.Module, methods: dict[int, nn.Module], size_aware: bool 
     """What `expedite` does, for methods that have no name."""
     host = find_host(vit)
     blocks = ExpeditedBlocks(host.blocks, host.layout(size_aware), methods, host.outputs)
-    host.attach()
+    host.attach(vit)
     setattr(host.owner, host.attribute, blocks)
     return blocks
 

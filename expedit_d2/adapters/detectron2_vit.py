@@ -57,7 +57,7 @@ class _Layout:
     def __init__(self, size_aware: bool) -> None:
         self.size_aware = size_aware
 
-    def begin(self) -> _Layout:
+    def begin(self, x: Tensor, block: nn.Module, size: tuple[int, int] | None) -> _Layout:
         return self
 
     def split(self, x: Tensor) -> tuple[None, Tokens]:

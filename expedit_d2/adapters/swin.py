@@ -10,9 +10,7 @@ Serves the ``D2SwinTransformer`` of this package and the official code, which De
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -35,10 +33,6 @@ _OFFICIAL = (
     "detectron2.modeling.backbone.swin",
 )
 
-# The size of a stage's map, known to its layer and needed where its blocks begin. Written and read
-# within one forward, by one thread.
-_call = threading.local()
-
 
 def matches(module: nn.Module) -> bool:
     official = any(is_class(module, "SwinTransformer", name) for name in _OFFICIAL)
@@ -49,10 +43,7 @@ def adapt(swin: nn.Module) -> Host:
     flat = not is_class(swin, "D2SwinTransformer", _OURS)
 
     def stage(index: int, layer: nn.Module) -> Host:
-        def attach() -> Callable[[], None]:
-            return layer.register_forward_pre_hook(_remember_size).remove
-
-        host = Host(
+        return Host(
             owner=layer,
             attribute="blocks",
             layout=partial(_Layout, flat=flat),
@@ -60,7 +51,6 @@ def adapt(swin: nn.Module) -> Host:
             outputs=(len(layer.blocks) - 1,),
             size=(256 >> index, 256 >> index),
         )
-        return replace(host, attach=attach) if flat else host
 
     return Host(
         owner=swin,
@@ -74,24 +64,19 @@ def adapt(swin: nn.Module) -> Host:
     )
 
 
-def _remember_size(layer: nn.Module, args: tuple[Tensor, int, int]) -> None:
-    _, height, width = args
-    _call.size = (height, width)
-
-
+@dataclass(frozen=True)
 class _Layout:
-    def __init__(
-        self, size_aware: bool, flat: bool = False, size: tuple[int, int] | None = None
-    ) -> None:
-        """``flat``: blocks take tokens (B, H * W, C), of a map of ``size``; else (B, H, W, C)."""
-        self.size_aware = size_aware
-        self.flat = flat
-        self.size = size
+    """``flat``: blocks take tokens (B, H * W, C), of a map of ``size``; else (B, H, W, C)."""
 
-    def begin(self) -> _Layout:
+    size_aware: bool
+    flat: bool = False
+    size: tuple[int, int] | None = None
+
+    def begin(self, x: Tensor, block: nn.Module, size: tuple[int, int] | None) -> _Layout:
         if not self.flat:
             return self
-        return _Layout(self.size_aware, True, getattr(_call, "size", None))
+        # The official layer sets the size of its map on each block before it calls that.
+        return replace(self, size=size or (block.H, block.W))
 
     def split(self, x: Tensor) -> tuple[None, Tokens]:
         if self.flat:

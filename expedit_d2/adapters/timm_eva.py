@@ -41,7 +41,7 @@ def adapt(eva: nn.Module) -> Host:
     return host_of(eva, layout)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class _Layout(PrefixLayout):
     """Attributes: ``rope``, the model's module of rotary positions, or None; ``blocks``."""
 
