@@ -82,11 +82,12 @@ class MapSizes:
     def of(self, x: Tensor, prefix: int) -> Size | None:
         """The size of the map of tokens (B, prefix + H * W, C), or None."""
         known = getattr(x, _LABEL, None)
-        if known is not None or in_graph():
+        if in_graph():
             return known or _only(self._forward())
-        count = shape_of(x)[1] - prefix
-        known = self._remembered(x)
         if known is None:
+            known = self._remembered(x)
+        if known is None:
+            count = shape_of(x)[1] - prefix
             here = {size for size in self._forward() if size[0] * size[1] == count}
             known = _only(here or self._ever.get(count, ()))
         if known is not None:
@@ -98,8 +99,8 @@ class MapSizes:
         sizes = [f"{h} x {w}" for h, w in sorted(self._ever.get(count, ()))]
         seen = f"the model has made maps of {' and '.join(sizes)}" if sizes else "none was made"
         return ValueError(
-            f"the size of a map of {count} tokens is not known where the blocks begin ({seen}): run "
-            "the model as a whole, or loop over "
+            f"the size of a map of {count} tokens is not known where the blocks begin ({seen}): "
+            "run the model as a whole, or loop over "
             "expedit_d2.sized_blocks(blocks, (rows, columns)) instead of its blocks"
         )
 
@@ -142,8 +143,9 @@ class MapSizes:
 
     def _remember(self, x: Tensor, size: Size) -> None:
         if x.requires_grad:
-            for memory in [memory for memory in self._memory if memory.expired()]:
-                del self._memory[memory]
+            for memory in list(self._memory):  # other threads may do the same
+                if memory.expired():
+                    self._memory.pop(memory, None)
             self._memory[StorageWeakRef(x.untyped_storage())] = (x._version, size)
 
 

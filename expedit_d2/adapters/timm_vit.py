@@ -88,7 +88,7 @@ class PrefixLayout:
         if tokens.shape[1] != size[0] * size[1]:
             raise ValueError(
                 f"expected a map of {size[0]} x {size[1]} tokens, got {tokens.shape[1]}; "
-                "dropping patches is not supported"
+                "dropping patches and adding tokens are not supported"
             )
         return x[:, : self.prefix], Tokens(tokens.unflatten(1, size), size=size, span=size)
 
