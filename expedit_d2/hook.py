@@ -204,7 +204,7 @@ _running = threading.local()
 
 
 def _refuse_alone(index: int, first: int, module: nn.Module, args: tuple[Any, ...]) -> None:
-    """Forward pre-hook of block ``index`` and of its parts, which only a pass may call."""
+    """Forward pre-hook of block ``index`` and of its first layer, which only a pass may call."""
     if getattr(_running, "block", None) is None:
         raise ValueError(
             f"block {index}, or its {type(module).__name__}, was called by itself, past the loop "
@@ -331,9 +331,9 @@ class ExpeditedBlocks(nn.Module):
         hooks = []
         for index in range(self.first_alpha, len(self)):
             block = self[index]
-            # What has no weights may be shared with other parts of the model.
-            parts = (part for part in block.children() if next(part.parameters(), None) is not None)
-            for module in (block, *parts):
+            # Who takes a block apart runs its first layer first. One without weights may be shared.
+            first = next((m for m in block.children() if any(True for _ in m.parameters())), block)
+            for module in dict.fromkeys((block, first)):
                 hook = partial(_refuse_alone, index, self.first_alpha)
                 hooks.append(module.register_forward_pre_hook(hook))
 
