@@ -424,7 +424,6 @@ def test_adding_keys_keeps_existing_ones(add: Any, name: str, key: str, value: A
         ("GRID", "[24, 16]", "grid", (24, 16)),
         ("ALPHA", "3", "alpha", 3),
         ("ALPHA", "(0,3)", "alpha", (0, 3)),
-        ("ALPHA", "None", "alpha", None),
         ("RATIO", "0.7", "ratio", 0.7),
         ("SCOPE", "window", "scope", "window"),
         ("SIZE_AWARE", "False", "size_aware", False),
@@ -434,7 +433,9 @@ def test_adding_keys_keeps_existing_ones(add: Any, name: str, key: str, value: A
 def test_command_line_forms(key: str, text: str, field: str, value: Any) -> None:
     cfg = get_cfg()
     if key == "ALPHA":
-        cfg.MODEL.EXPEDIT.GRID = (8, 8)  # wanted as soon as there is an alpha
+        cfg.MODEL.EXPEDIT.GRID = (8, 8)  # each wants the other
+    if key in ("GRID", "RATIO"):
+        cfg.MODEL.EXPEDIT.ALPHA = 1
     cfg.merge_from_list(["MODEL.EXPEDIT.ENABLED", "True", f"MODEL.EXPEDIT.{key}", text])
     settings = Settings.from_node(cfg.MODEL.EXPEDIT)
     assert getattr(settings, field) == value
