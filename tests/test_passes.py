@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from expedit_d2 import expedite, sized_blocks
 from expedit_d2.hook import run_reduced
+from projects.DPT.modeling.encoder import Encoder
 
 LANDSCAPE, PORTRAIT = (8, 16), (16, 8)
 SETTING = {"alpha": 1, "ratio": 0.5}
@@ -180,6 +181,23 @@ def test_tokens_that_were_never_embedded_are_an_error():
     vit = vit_tiny()
     with expedite(vit, **SETTING), pytest.raises(ValueError, match="36 tokens .*none was made"):
         looped(vit, torch.randn(1, 37, 192))
+
+
+@torch.no_grad()
+def test_the_encoder_of_dpt_follows_its_own_maps():
+    a, b = images(LANDSCAPE), images(PORTRAIT)
+
+    def make() -> nn.Module:
+        return Encoder(vit_tiny(), blocks=(0, 1, 2, 3))
+
+    def run(encoder: nn.Module, x: Tensor) -> Tensor:
+        return torch.cat([level.features.flatten() for level in encoder(x)])
+
+    expected = [alone(make, lambda encoder, x=x: run(encoder, x)) for x in (a, b)]
+    torch.manual_seed(0)
+    encoder = make()
+    with expedite(encoder.vit, **SETTING):  # whose own forward is not run
+        assert all(torch.equal(run(encoder, x), y) for x, y in zip((a, b), expected, strict=True))
 
 
 @torch.no_grad()
