@@ -216,6 +216,8 @@ class Segmenter(nn.Module):
                 )
             else:  # the same, but that the blocks leave clusters behind
                 tokens = vit._pos_embed(vit.patch_embed(images))
-                tokens, rebuild = run_reduced(vit.blocks, vit.norm_pre(vit.patch_drop(tokens)))
+                size = tuple(side // self.patch for side in shape_of(images)[2:])
+                tokens = vit.norm_pre(vit.patch_drop(tokens))
+                tokens, rebuild = run_reduced(vit.blocks, tokens, size)
                 tokens = vit.norm(tokens)
         return tokens[:, vit.num_prefix_tokens :], rebuild
