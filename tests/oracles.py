@@ -117,6 +117,7 @@ def cluster_image(
         allowed = allowed & (filled_cells(weights, grid) | (counts == 0)[:, None])
     places = coordinates(size) if positions is None else positions.double().flatten(0, 1)
     clusters = pool(tokens, weights, grid)
+    centers = pool(places.unflatten(0, size), torch.ones_like(weights), grid)
     for _ in range(iterations):
         distances = squared_distances(x, clusters)
         if temperature == "auto":
@@ -129,10 +130,9 @@ def cluster_image(
         empty = sizes < 1e-30
         means = affinity.T @ x / sizes.masked_fill(empty, 1.0)[:, None]
         clusters = torch.where(empty[:, None], clusters, means)
-    means = affinity.T @ places / sizes.masked_fill(empty, 1.0)[:, None]
-    pooled = pool(places.unflatten(0, size), torch.ones_like(weights), grid)
-    places = torch.where(empty[:, None], pooled, means)
-    return tuple(result.unflatten(0, grid) for result in (clusters, sizes, places))
+        means = affinity.T @ places / sizes.masked_fill(empty, 1.0)[:, None]
+        centers = torch.where(empty[:, None], centers, means)
+    return tuple(result.unflatten(0, grid) for result in (clusters, sizes, centers))
 
 
 def rebuild_image(

@@ -101,7 +101,7 @@ _RESIZING = ("upsample_bicubic2d", "_upsample_bicubic2d_aa", "upsample_bilinear2
 # Without products: element-wise, comparing, moving. Not counted, as in fvcore; anything that is
 # in neither table is reported as uncounted.
 _FREE = frozenset(
-    "abs add add_ all alias amax any arange argmax argsort bitwise_and bitwise_or cat ceil "
+    "abs add add_ addcdiv all alias amax any arange argmax argsort bitwise_and bitwise_or cat ceil "
     "broadcast_to clamp clamp_max clamp_min clone constant_pad_nd cumsum detach div div_ eq exp "
     "empty_like expand_as fill_ floor gather gelu ge glu gt index index_put index_select "
     "index_copy isfinite le leaky_relu lift_fresh log log2 logical_and logical_not logical_or "

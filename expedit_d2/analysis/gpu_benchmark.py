@@ -1,0 +1,236 @@
+"""Speed of expedited backbones on a GPU, within a limit of time: the most important first.
+
+A *unit* is a model at a batch size and a type, eager or compiled, with settings that are timed in
+turns with the plain model. Compiling takes long, so a compiled unit has a single setting. Units are
+ordered by what is asked most; each is written as it is finished.
+"""
+
+from __future__ import annotations
+
+import copy
+import gc
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from itertools import product
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from ..api import expedite
+from ..methods import METHODS
+from .gpu_models import Subject
+from .launches import count_launches
+from .memory import peak_memory
+from .timing import interleaved, synchronize
+
+__all__ = ["BATCHES", "DTYPES", "PLAIN", "Unit", "check", "measure", "plan", "settings", "table"]
+
+PLAIN = "plain"
+BUDGETS = (0.5, 0.7)
+#: The published operator.
+PUBLISHED = {
+    "method": "expedit",
+    "temperature": 0.02,
+    "normalize": "l2",
+    "size_aware": False,
+    "residual": False,
+    "neighbor_window": 0,
+}
+# The most important first.
+BATCHES = (1, 8, 32)
+DTYPES = ("bfloat16", "float16", "float32")
+
+# Seconds for one unit's timed rounds, and the number of rounds.
+_SECONDS = 4.0
+_ROUNDS = (3, 20)
+
+
+def settings() -> dict[str, dict[str, Any]]:
+    """What is compared with the plain model, by name, the most important first."""
+    named = {}
+    for budget in BUDGETS:
+        for method in sorted(METHODS, key=lambda name: name != "merge"):
+            named[f"{method} {budget}"] = {"budget": budget, "method": method}
+        named[f"published {budget}"] = {"budget": budget, **PUBLISHED}
+    return named
+
+
+@dataclass(frozen=True)
+class Unit:
+    """What is timed in turns: the plain model and ``names`` of `settings`."""
+
+    model: str
+    batch: int
+    dtype: str
+    compiled: bool
+    names: tuple[str, ...]
+
+    def __str__(self) -> str:
+        mode = "compiled" if self.compiled else "eager"
+        names = "" if len(self.names) > 1 else f", {self.names[0]}"
+        return f"{self.model}, batch {self.batch}, {self.dtype}, {mode}{names}"
+
+
+def plan(
+    models: Sequence[str],
+    batches: Sequence[int] = BATCHES,
+    dtypes: Sequence[str] = DTYPES,
+    names: Sequence[str] | None = None,
+    modes: Sequence[bool] = (False, True),
+) -> list[Unit]:
+    """All units, the most important first.
+
+    How far down each of its properties is in its list says how unimportant a unit is.
+
+    Args:
+        models, batches, dtypes, names: the most important first.
+        modes: whether compiled.
+    """
+    names = tuple(settings() if names is None else names)
+    ranked = []
+    for (i, model), (j, batch), (k, dtype) in product(*map(enumerate, (models, batches, dtypes))):
+        if False in modes:
+            ranked.append((i + j + 3 * k, Unit(model, batch, dtype, False, names)))
+        if True in modes:
+            ranked += (
+                (i + j + 3 * k + 1 + 2 * place, Unit(model, batch, dtype, True, (name,)))
+                for place, name in enumerate(names)
+            )
+    return [unit for _, unit in sorted(ranked, key=lambda item: item[0])]
+
+
+def _shared_copy(model: nn.Module) -> nn.Module:
+    """A copy with the same weights, not with copies of them."""
+    tensors = (*model.parameters(), *model.buffers())
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
+
+
+def _prepared(
+    subject: Subject, model: nn.Module, names: Sequence[str]
+) -> tuple[dict[str, nn.Module], dict[str, str]]:
+    """The plain model and expedited ones by name, and why others cannot be."""
+    models, refused = {PLAIN: model}, {}
+    for name in names:
+        expedited = _shared_copy(model)
+        try:
+            expedite(expedited, outputs=(subject.depth - 1,), **settings()[name])
+            models[name] = expedited
+        except ValueError as error:
+            refused[name] = str(error)
+    return models, refused
+
+
+def _gflops(model: nn.Module, x: Tensor) -> float:
+    with FlopCounterMode(display=False) as counter:
+        model(x)
+    return counter.get_total_flops() / 2e9  # one FLOP is one multiply-add
+
+
+def _first(out: Any) -> Tensor:
+    return next(iter(out.values())) if isinstance(out, dict) else out
+
+
+@torch.inference_mode()
+def measure(subject: Subject, unit: Unit, device: torch.device) -> Iterator[dict[str, Any]]:
+    """Rows of one unit, the plain model's first.
+
+    Each says what it is of, and either ``seconds`` (median, low and high), ``speed_up`` over the
+    plain model, ``gflops``, ``gflops_ratio`` (plain through this: what arithmetic alone would
+    give), ``memory`` in bytes and, where not compiled, ``launches``; or ``error``, the reason why
+    there are none.
+    """
+    head = {name: value for name, value in asdict(unit).items() if name != "names"}
+    torch.manual_seed(0)
+    plain = subject.build().eval().to(device, getattr(torch, unit.dtype))
+    models, refused = _prepared(subject, plain, unit.names)
+    x = torch.randn(unit.batch, 3, subject.size, subject.size, device=device)
+    x = x.to(getattr(torch, unit.dtype))
+    if unit.compiled:
+        torch.compiler.reset()  # what earlier units compiled
+    rows: dict[str, dict[str, Any]] = {}
+    calls: dict[str, Callable[[], object]] = {}
+    for name, model in models.items():
+        try:
+            rows[name] = {"gflops": _gflops(model, x[:1]) * unit.batch}
+            if unit.compiled:
+                model = torch.compile(model)
+            call = partial(model, x)
+            call()
+            synchronize()
+            rows[name]["memory"] = peak_memory(call, device)
+            if not unit.compiled:
+                rows[name]["launches"] = count_launches(model, x).total()
+            calls[name] = call
+        except Exception as error:  # one setting that fails must not cost the others
+            refused[name] = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
+    times = {}
+    if PLAIN in calls:
+        began = time.perf_counter()
+        interleaved(calls, 1, warmup=1)
+        once = (time.perf_counter() - began) / 2
+        rounds = min(max(int(_SECONDS / once), _ROUNDS[0]), _ROUNDS[1])
+        times = interleaved(calls, rounds, warmup=0)
+    for name in (PLAIN, *unit.names):
+        row = {**head, "name": name}
+        if name in times:
+            row |= rows[name]
+            row["seconds"] = asdict(times[name])
+            row["speed_up"] = times[PLAIN].median / times[name].median
+            row["gflops_ratio"] = rows[PLAIN]["gflops"] / rows[name]["gflops"]
+        else:
+            row["error"] = refused.get(name, f"the plain model failed: {refused.get(PLAIN)}")
+        yield row
+    models.clear()
+    calls.clear()
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+@torch.inference_mode()
+def check(
+    label: str, subject: Subject, device: torch.device, names: Sequence[str] | None = None
+) -> Iterator[dict[str, Any]]:
+    """How far the outputs on a device are from those on the CPU, both in fp32.
+
+    ``error`` is that of all but the worst hundredth of the tokens, relative to their lengths: where
+    two clusters are equally near, another one may be taken on another device.
+    """
+    torch.manual_seed(0)
+    model = subject.build().eval()
+    x = torch.randn(2, 3, subject.size, subject.size)
+    models, _ = _prepared(subject, model, tuple(settings() if names is None else names))
+    for name, model in models.items():
+        expected = _first(model(x)).double()
+        found = _first(copy.deepcopy(model).to(device)(x.to(device))).double().cpu()
+        axis = 1 if expected.dim() == 4 else -1
+        errors = (found - expected).norm(dim=axis) / expected.norm(dim=axis)
+        yield {"model": label, "name": name, "deviation": errors.flatten().quantile(0.99).item()}
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Rows of `measure` as a Markdown table."""
+    head = ("model", "batch", "type", "", "setting", "ms", "speed-up", "by GFLOPs", "memory, MiB")
+    lines = [
+        "| " + " | ".join((*head, "launches")) + " |",
+        "|" + "---|" * 5 + "---:|" * 5,
+    ]
+    for row in rows:
+        mode = "compiled" if row["compiled"] else "eager"
+        cells = [row["model"], row["batch"], row["dtype"], mode, row["name"]]
+        if "error" in row:
+            cells += ["", "", "", "", row["error"].replace("|", "/")]
+        else:
+            cells += [
+                f"{1e3 * row['seconds']['median']:.2f}",
+                f"{row['speed_up']:.2f}",
+                f"{row['gflops_ratio']:.2f}",
+                f"{row['memory'] / 2**20:.0f}",
+                row.get("launches", ""),
+            ]
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join(lines)
