@@ -11,7 +11,7 @@ from torch import nn
 
 from expedit_d2 import backbones as _  # noqa: F401  only registration
 from expedit_d2.config import add_expedit_config, add_timm_config, add_vit_config
-from expedit_d2.engine import Trainer, add_solver_config, choose_device, load_weights
+from expedit_d2.engine import Trainer, add_solver_config, choose_device, load_weights, merge_yaml
 
 from .DPT import DPTTrainer, add_dpt_config
 from .Mask2Former import MaskFormerTrainer, add_maskformer2_config
@@ -53,8 +53,8 @@ def load_model(cfg: CfgNode) -> nn.Module:
     Weights to start training from (``MODEL.TIMM``) are not looked for.
 
     Raises:
-        ValueError: for a wrong config, or if weights are missing or have another shape.
-        FileNotFoundError: if there is no such file.
+        ValueError: for a wrong config, or weights that `load_weights` refuses.
+        OSError: if there is no such file, or it cannot be downloaded.
     """
     cfg = cfg.clone()
     cfg.defrost()
@@ -73,11 +73,12 @@ def load_cfg(path: str | Path, opts: Sequence[str] = ()) -> CfgNode:
 
     Raises:
         FileNotFoundError: if there is no such file.
+        ValueError: if a tag in it would make a Python object.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"there is no config file {str(path)!r}")
     cfg = get_cfg()
-    cfg.merge_from_file(str(path))
+    merge_yaml(cfg, str(path))
     cfg.merge_from_list(list(opts))
     cfg.MODEL.DEVICE = choose_device(cfg.MODEL.DEVICE)
     # A relative path means the repository, wherever this is started from.

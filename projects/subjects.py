@@ -9,7 +9,7 @@ from functools import partial, reduce
 from operator import getitem
 from pathlib import Path
 
-from detectron2.config import CfgNode, LazyCall, instantiate
+from detectron2.config import CfgNode, LazyCall
 from detectron2.data import get_detection_dataset_dicts
 from omegaconf import DictConfig, OmegaConf
 
@@ -17,7 +17,8 @@ from expedit_d2.comparison import Subject, describe, register_images
 from expedit_d2.comparison.spelling import changes_tokens
 from expedit_d2.comparison.winner import to_overrides, to_yaml
 from expedit_d2.data import register_by_path
-from expedit_d2.engine import load_lazy_config, load_lazy_model
+from expedit_d2.engine import load_lazy_config, load_lazy_model, merge_yaml
+from expedit_d2.engine.lazy_data import build_lazy_evaluator, build_lazy_loader
 from expedit_d2.settings import Settings
 
 from . import get_cfg, load_cfg, load_model, trainer_of
@@ -80,7 +81,7 @@ def subject_of(
     cfg.MODEL.EXPEDIT = get_cfg().MODEL.EXPEDIT
     cfg.MODEL.EXPEDIT.FUSED_ATTENTION = fused
     if images is not None:
-        dataset = register_images(images)
+        dataset = register_images(images, limit)
     elif dataset is None:
         dataset = cfg.DATASETS.TEST[0]
     register_by_path([dataset])
@@ -104,11 +105,10 @@ def _lazy_subject(cfg: DictConfig, name: str, images: str | None, limit: int | N
     data = cfg.dataloader
     if images is not None:
         data.test.dataset = LazyCall(get_detection_dataset_dicts)(
-            names=register_images(images), filter_empty=False
+            names=register_images(images, limit), filter_empty=False
         )
     names = data.test.dataset.get("names", "test")
     dataset = names if isinstance(names, str) else ", ".join(names)
-    register_by_path([names] if isinstance(names, str) else names)
     if images is None and "evaluator" not in data:
         raise ValueError("dataloader.evaluator is missing in the config; give images instead")
     told = OmegaConf.to_container(cfg)
@@ -117,8 +117,8 @@ def _lazy_subject(cfg: DictConfig, name: str, images: str | None, limit: int | N
         name=name,
         model=load_lazy_model(cfg),
         dataset=dataset,
-        loader=instantiate(data.test),
-        make_evaluator=None if images else lambda: instantiate(data.evaluator),
+        loader=build_lazy_loader(cfg, "test"),
+        make_evaluator=None if images else partial(build_lazy_evaluator, cfg),
         config=json.dumps(told, sort_keys=True, default=_qualified),
         color=cfg.model.get("input_format", "BGR"),
         limit=limit,
@@ -176,7 +176,7 @@ def write_winner(
         file.write_text("\n".join(overrides) + "\n", encoding="utf-8")
         return file, f"{evaluate} {shlex.join([str(config_file), *overrides])}"
     base = get_cfg()
-    base.merge_from_file(str(config_file))
+    merge_yaml(base, str(config_file))
     merged = base.clone()
     merged.merge_from_list(list(opts))
     given = [

@@ -488,15 +488,14 @@ def test_labels_that_are_no_classes_are_refused(folder, tmp_path):
     with pytest.raises(ValueError, match="has the label 3, but .* has 2 classes"):
         known = {k: [s for s in scene if s.category < 2] for k, scene in SCENES.items()}
         evaluate(str(folder), known, 2, tmp_path, ("SEMANTIC",))
-    (folder / "classes.txt").unlink()
-    register_by_path([f"{folder}@{tmp_path}/images/val"])
-    with pytest.raises(ValueError, match="has 4 classes, but the model has 9 .*NUM_CLASSES"):
-        evaluate(f"{folder}@{tmp_path}/images/val", SCENES, 9, tmp_path, ("SEMANTIC",))
+    with pytest.raises(ValueError, match="has 2 classes, but the model has 9 .*NUM_CLASSES"):
+        evaluate(str(folder), SCENES, 9, tmp_path, ("SEMANTIC",))
 
 
 def test_broken_folders_are_named(folder, tmp_path):
     def refuses(name, error, match):
-        with pytest.raises(error, match=f"DATASETS.TEST or DATASETS.TRAIN.*{match}.*valid are"):
+        valid = ".*valid are" if error is FileNotFoundError else ""
+        with pytest.raises(error, match=f"DATASETS.TEST or DATASETS.TRAIN.*{match}{valid}"):
             register_by_path([name])
 
     refuses(f"{tmp_path}/nothing@images", FileNotFoundError, "nothing does not exist")
@@ -768,6 +767,7 @@ def test_cityscapes_says_what_to_install(official, tmp_path, monkeypatch):
         with pytest.raises(ModuleNotFoundError, match=f"{name}.*: pip install {packages}$"):
             evaluate(name, scenes, 19, tmp_path, outputs)
     cfg = config(name, 8, tmp_path, ("INSTANCE",))
+    cfg.INPUT.DATASET_MAPPER_NAME = "mask_former_instance"
     (tmp_path / "config.yaml").write_text(cfg.dump())
     with pytest.raises(SystemExit, match="^train_net.py: the data set .* pip install"):
         load_tool("train_net").run(["--config-file", str(tmp_path / "config.yaml")])

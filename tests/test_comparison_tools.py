@@ -175,5 +175,5 @@ def test_slim_checkpoint_keeps_the_weights_and_overwrites_nothing(tmp_path):
     torch.testing.assert_close(kept["model"]["weight"].float(), model.weight, atol=1e-3, rtol=1e-3)
     with pytest.raises(SystemExit, match="is there already"):
         slim.run([source, target])
-    with pytest.raises(SystemExit, match="there is no checkpoint"):
+    with pytest.raises(SystemExit, match="there is no file"):
         slim.run([str(tmp_path / "none.pth"), str(tmp_path / "other.pth")])

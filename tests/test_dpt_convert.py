@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import load_tool
+from conftest import EMBEDDED, load_tool
 from detectron2.modeling import build_model
 from torch import Tensor, nn
 
 from expedit_d2.engine import load_weights
 from projects import DPT, load_cfg
-from projects.DPT.convert import convert_checkpoint, convert_state, read_checkpoint
+from projects.DPT.convert import convert_checkpoint, convert_state
 
 CONFIGS = Path(DPT.__file__).parent / "configs"
 Shapes = dict[str, tuple[int, ...]]
@@ -230,7 +230,8 @@ def test_tool_converts_and_the_model_loads(kind, config, state, source, tmp_path
 def test_weights_beside_an_optimizer(config, state, tmp_path):
     path = tmp_path / "training.pt"
     torch.save({"model": state, "optimizer": {"lr": 0.1}}, path)
-    assert set(read_checkpoint(str(path))) == set(state)
+    conversion = convert_checkpoint(str(path), str(tmp_path / "out.pth"), build_on_meta(config))
+    assert {*conversion.renamed, *conversion.unused} == set(state)
 
 
 def test_unknown_keys_are_reported(config, state):
@@ -248,7 +249,7 @@ def test_missing_keys_write_nothing(config, state, tmp_path):
     del state[lost]
     source, target = tmp_path / "lost.pth", tmp_path / "out.pth"
     torch.save(state, source)
-    with pytest.raises(ValueError, match=r"1 missing[\s\S]*missing: head.layers.1.weight"):
+    with pytest.raises(ValueError, match="has nothing for head.layers.1.weight of the model; is"):
         convert_checkpoint(str(source), str(target), build_on_meta(config))
     assert not target.exists()
 
@@ -272,6 +273,21 @@ def test_weights_of_the_encoder_are_not_fetched(config, source, tmp_path):
     assert target.is_file()
 
 
+def test_another_model_is_refused(config, state, source, tmp_path):
+    tool, target = load_tool("convert_dpt"), tmp_path / "out.pth"
+    with pytest.raises(SystemExit, match="META_ARCHITECTURE is 'GeneralizedRCNN', not 'DPT'"):
+        tool.run(["--config-file", EMBEDDED, str(source), str(target)])
+    deeper = next(key for key in state if ".blocks.0." in key).replace(".blocks.0.", ".blocks.9.")
+    torch.save(state | {deeper: torch.ones(1)}, source)
+    with pytest.raises(SystemExit, match=f"{deeper} is not in the model; is this the right"):
+        tool.run(["--config-file", str(config), str(source), str(target)])
+    key = next(key for key in state if key.endswith("blocks.1.attn.qkv.weight"))
+    torch.save(state | {key: state[key] / 0}, source)
+    with pytest.raises(SystemExit, match=r"blocks.1.attn.qkv.weight is not finite"):
+        tool.run(["--config-file", str(config), str(source), str(target)])
+    assert not target.exists()
+
+
 class _Harmful:
     def __reduce__(self):
         return (exec, ("raise SystemExit('executed')",))
@@ -285,16 +301,16 @@ def test_files_that_are_refused(config, source, tmp_path):
             tool.run(["--config-file", str(config), str(file), str(target)])
         assert not target.exists()
 
-    refused(tmp_path / "none.pth", "there is no checkpoint '.*none.pth'")
+    refused(tmp_path / "none.pth", "the checkpoint: there is no file '.*none.pth'")
     other = tmp_path / "other.pth"
     torch.save({"layer.weight": torch.ones(1)}, other)
     refused(other, "no checkpoint of DPT or Depth Anything V2.*'layer.weight'")
     torch.save([1, 2], other)
-    refused(other, "no state dict")
+    refused(other, "must hold weights by name, got a list")
     torch.save({"scratch.x": _Harmful()}, other)
-    refused(other, "no checkpoint of tensors alone")
+    refused(other, "holds .*exec beside tensors, and reading that can run any code")
     other.write_bytes(b"nothing")
-    refused(other, "no checkpoint of tensors alone")
+    refused(other, "is no file of weights, or is damaged")
     target.write_text("mine")
     with pytest.raises(SystemExit, match="is there already"):
         tool.run(["--config-file", str(config), str(source), str(target)])

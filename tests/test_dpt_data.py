@@ -59,6 +59,7 @@ def test_lists_are_read(tmp_path):
     (tmp_path / "depths").mkdir()
     for folder in ("images", "depths"):
         scene(tmp_path / folder, "a")
+    scene(tmp_path / "images", "b")
     text = "/a.png /a_depth.png 721.5\na.png None 721.5\n\nb.png a_depth.png\n"
     (tmp_path / "list.txt").write_text(text)
     records = load_depth_list(tmp_path / "list.txt", tmp_path / "images", tmp_path / "depths")
@@ -76,6 +77,10 @@ def test_lists_that_cannot_be_read(tmp_path):
         load_depth_list(file, tmp_path, tmp_path)
     file.write_text("a.png a_depth.png\n")
     with pytest.raises(FileNotFoundError, match=r"list.txt names .*a.png, which is not there"):
+        load_depth_list(file, tmp_path, tmp_path)
+    scene(tmp_path, "a")
+    file.write_text("a.png a_depth.png\na.png b_depth.png\na.png c_depth.png\n")
+    with pytest.raises(FileNotFoundError, match=r"b_depth.png.*: 2 of its 3 depths are missing"):
         load_depth_list(file, tmp_path, tmp_path)
 
 

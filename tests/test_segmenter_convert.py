@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
 import pytest
@@ -11,6 +10,7 @@ import yaml
 from conftest import load_tool
 from detectron2.modeling import build_model
 from test_segmenter_model import CLASSES, CONFIGS, PATCH, SIDE, images, predict, tiny_model
+from torch import nn
 
 from expedit_d2.engine import load_weights
 from projects import load_cfg
@@ -174,6 +174,32 @@ def test_settings_of_a_linear_model():
     assert patch8.MODEL.TIMM.NAME == "vit_base_patch8_224"
 
 
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        ({"inference_kwargs": None}, "inference_kwargs must be a mapping, got None"),
+        ({"inference_kwargs": {"im_size": None}}, "im_size must be a positive .* got None"),
+        ({"inference_kwargs": {"window_size": "a"}}, "window_size must be a positive .* got 'a'"),
+        ({"dataset_kwargs": 3}, "dataset_kwargs must be a mapping, got 3"),
+    ],
+)
+def test_sections_that_do_not_fit(section, message):
+    with pytest.raises(ValueError, match=message):
+        config_of(VARIANT | section)
+
+
+@pytest.mark.parametrize(
+    ("name", "side"), [("ade20k", 640), ("cityscapes", 1024), ("pascal_context", 520)]
+)
+def test_images_are_resized_as_in_our_configs(name, side):
+    """Which are the official data settings: longest side 4, 2 and 8 times the shortest."""
+    theirs = load_cfg(CONFIGS / name / "segmenter_vit_l_mask.yaml").INPUT
+    sizes = {"dataset_kwargs": {"dataset": name}, "inference_kwargs": {"im_size": side}}
+    ours = config_of(VARIANT | sizes).INPUT
+    assert (ours.MIN_SIZE_TEST, ours.MAX_SIZE_TEST) == (side, theirs.MAX_SIZE_TEST)
+    assert theirs.MIN_SIZE_TEST == side
+
+
 def test_report_of_what_does_not_fit():
     model = tiny_model()
     weights = official(model)
@@ -192,9 +218,23 @@ def test_weights_that_do_not_fit_are_not_written(tmp_path):
     del weights["encoder.norm.bias"]
     weights["decoder.cls_emb"] = torch.zeros(1, 9, 64)
     source = write(tmp_path, weights)
-    with pytest.raises(ValueError, match="missing in the checkpoint: encoder.norm.bias") as error:
+    shapes = r"decoder.cls_emb is \(1, 9, 64\) in the checkpoint and \(1, 7, 64\) .*, and 1 more"
+    with pytest.raises(ValueError, match=shapes):
         convert_checkpoint(source, tmp_path / "out.pth")
-    assert "decoder.cls_emb is (1, 9, 64) in the checkpoint and (1, 7, 64)" in str(error.value)
+    weights = official(tiny_model())
+    del weights["encoder.norm.bias"]
+    source = write(tmp_path, weights)
+    with pytest.raises(ValueError, match="encoder.norm.bias is missing in the checkpoint$"):
+        convert_checkpoint(source, tmp_path / "out.pth")
+    weights = official(tiny_model()) | {"encoder.blocks.6.norm1.bias": torch.zeros(64)}
+    source = write(tmp_path, weights)
+    with pytest.raises(ValueError, match="encoder.blocks.6.norm1.bias is not in the model"):
+        convert_checkpoint(source, tmp_path / "out.pth")
+    weights = official(tiny_model())
+    weights["decoder.cls_emb"][0, 0, 0] = float("inf")
+    source = write(tmp_path, weights)
+    with pytest.raises(ValueError, match="decoder.cls_emb is not finite"):
+        convert_checkpoint(source, tmp_path / "out.pth")
     assert not list(tmp_path.glob("out.*"))
 
 
@@ -217,6 +257,13 @@ def test_nothing_is_overwritten(tmp_path, name):
         ({"normalization": "none"}, r"normalization must be one of \['deit', 'vit'\]"),
         ({"decoder": {"name": "deeplab_dec"}}, "linear or mask_transformer, got 'deeplab_dec'"),
         ({"decoder": "linear"}, "the name of decoder must be linear or .*, got None"),
+        ({"decoder": {"name": ["linear"]}}, "the name of decoder must be .*, got \\['linear'\\]"),
+        ({"image_size": None}, "image_size must be a square, in pixels, got None"),
+        ({"image_size": "32"}, "image_size must be a square, in pixels, got '32'"),
+        ({"patch_size": None}, "patch_size must be a positive whole number, got None"),
+        ({"n_cls": 0}, "n_cls must be a positive whole number, got 0"),
+        ({"backbone": None}, "backbone must be a name of timm's, got None"),
+        ({"drop_path_rate": None}, r"drop_path_rate must be a number in \[0, 1\), got None"),
     ],
 )
 def test_settings_that_do_not_fit(tmp_path, net, message):
@@ -241,21 +288,21 @@ def test_files_that_are_something_else(tmp_path):
         convert_checkpoint(source, target)
     write(tmp_path, {})
     torch.save({"weights": {}}, source)
-    with pytest.raises(ValueError, match="no checkpoint of Segmenter"):
+    with pytest.raises(ValueError, match="must hold tensors by name.*but 'weights' is a dict"):
         convert_checkpoint(source, target)
     source.write_text("text")
-    with pytest.raises(ValueError, match="no checkpoint"):
+    with pytest.raises(ValueError, match="is no file of weights, or is damaged"):
         convert_checkpoint(source, target)
     source.unlink()
-    with pytest.raises(FileNotFoundError, match="there is no checkpoint"):
+    with pytest.raises(FileNotFoundError, match="the checkpoint: there is no file"):
         convert_checkpoint(source, target)
     assert not target.exists()
 
 
 def test_objects_are_not_unpickled(tmp_path):
     source = write(tmp_path, {})
-    torch.save({"model": {}, "args": argparse.Namespace(lr=1)}, source)
-    with pytest.raises(ValueError, match="objects besides tensors and plain values"):
+    torch.save({"model": {}, "args": nn.Linear(1, 1)}, source)
+    with pytest.raises(ValueError, match="holds torch.nn.modules.linear.Linear beside tensors"):
         convert_checkpoint(source, tmp_path / "out.pth")
 
 

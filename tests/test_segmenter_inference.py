@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import itertools
+import math
+
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from detectron2.modeling import build_model
+from PIL import Image
 from test_segmenter_model import CLASSES, SIDE, error, tiny_cfg, tiny_model
 from torch import Tensor, nn
 
 from expedit_d2 import expedite
+from projects.Segmenter.data.mapper import fitted_size
 from projects.Segmenter.modeling import sliding_window
+from projects.Segmenter.modeling.inference import enlarged_size
+from projects.Segmenter.trainer import SegmenterTrainer
 
 SIZES = [(32, 32), (32, 33), (70, 32), (45, 90), (33, 64), (64, 64), (95, 41)]
 
@@ -62,6 +70,41 @@ def test_windows_are_those_of_a_naive_loop(size, window, stride):
     image = torch.randn(3, *size)
     (actual,) = sliding_window(Scores(), [image], window, stride)
     assert error(actual, naive(Scores(), image, window, stride)) < 1e-5
+
+
+@pytest.mark.parametrize("window", [480, 512, 768])
+def test_every_enlarged_size_is_the_official_one(window):
+    """The aspect, times the window, without its fraction; all in floating point."""
+    lost = 0
+    for short in range(1, window, 7):
+        for long in range(short, 1200, 3):
+            aspect = np.float64(long) / np.float64(short)
+            side = int(np.trunc(aspect * window))
+            assert enlarged_size((short, long), window) == (window, side)
+            assert enlarged_size((long, short), window) == (side, window)
+            lost += side != long * window // short
+    assert (lost > 0) == (window == 480)  # whole-number arithmetic is not the same
+
+
+@pytest.mark.parametrize(("shorter", "aspect"), [(512, 4), (1024, 2), (520, 8)])
+def test_every_fitted_size_is_the_official_one(shorter, aspect):
+    """One scale, by the side that reaches its limit first; sides rounded half up."""
+    for height, width in itertools.product(range(100, 1100, 10), range(100, 2100, 10)):
+        long, short = max(height, width), min(height, width)
+        scale = min(shorter * aspect / long, shorter / short)
+        expected = tuple(math.floor(side * scale + 0.5) for side in (height, width))
+        assert fitted_size((height, width), shorter, shorter * aspect) == expected
+
+
+def test_test_images_are_resized_by_it(tmp_path):
+    """150 x 1280: the longer side is the limit, and Detectron2's own rule gives 487 rows."""
+    Image.new("RGB", (1280, 150)).save(tmp_path / "wide.png")
+    cfg = tiny_cfg()
+    cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST = 520, 4160
+    record = {"file_name": str(tmp_path / "wide.png")}
+    assert SegmenterTrainer.build_test_mapper(cfg)(record)["image"].shape == (3, 488, 4160)
+    cfg.INPUT.MIN_SIZE_TEST = 0
+    assert SegmenterTrainer.build_test_mapper(cfg)(record)["image"].shape == (3, 150, 1280)
 
 
 @pytest.mark.parametrize("batch", [1, 3, 100])

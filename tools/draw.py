@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 
@@ -26,13 +26,13 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data import transforms as T
-from detectron2.data.detection_utils import read_image
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 from PIL import Image
 from tqdm import tqdm
 
 from expedit_d2.data import register_by_path, register_collage
+from expedit_d2.data.images import MAX_PIXELS, DataError, read_image
 from expedit_d2.engine import launch
 from expedit_d2.settings import Settings
 from expedit_d2.visualize import save_panels, side_by_side
@@ -50,7 +50,10 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--config-file", required=True, help="YAML with MODEL.EXPEDIT")
     parser.add_argument(
-        "--images", nargs="+", help="files, and folders of images; default: of DATASETS.TEST"
+        "--images",
+        nargs="+",
+        help="files, and folders of images, which are reduced if they have more than 2 megapixels; "
+        "default: of DATASETS.TEST",
     )
     parser.add_argument("--count", type=int, default=4, help="images of the data set")
     parser.add_argument("--output", default="output/pictures", help="folder of the pictures")
@@ -78,17 +81,23 @@ def image_files(args: argparse.Namespace, dataset: str) -> list[str]:
     return files
 
 
-def load_inputs(cfg: CfgNode, files: list[str]) -> Iterator[dict]:
-    """Model inputs, resized as for evaluation."""
+def load_inputs(
+    cfg: CfgNode, files: Iterable[tuple[int, str]], unreadable: list[str]
+) -> Iterator[tuple[int, dict]]:
+    """Model inputs, resized as for evaluation, of numbered files; notes those it cannot read."""
     resize = T.ResizeShortestEdge(
         [cfg.INPUT.MIN_SIZE_TEST] * 2, cfg.INPUT.MAX_SIZE_TEST
     )  # a range of one size
-    for path in files:
-        image = read_image(path, cfg.INPUT.FORMAT)
+    for number, path in files:
+        try:
+            image = read_image(path, cfg.INPUT.FORMAT, MAX_PIXELS)
+        except DataError as error:
+            unreadable.append(str(error))
+            continue
         height, width = image.shape[:2]
         image = resize.get_transform(image).apply_image(image)
         pixels = torch.as_tensor(image.transpose(2, 0, 1).copy())
-        yield {"image": pixels, "height": height, "width": width, "file_name": path}
+        yield number, {"image": pixels, "height": height, "width": width, "file_name": path}
 
 
 def main(args: argparse.Namespace) -> list[Path]:
@@ -102,19 +111,25 @@ def main(args: argparse.Namespace) -> list[Path]:
     dataset = cfg.DATASETS.TEST[0]
     files = image_files(args, dataset)
     model = load_model(cfg)
-    pictures = []
+    pictures: list[Path] = []
+    unreadable: list[str] = []
     numbers = range(comm.get_rank(), len(files), comm.get_world_size())
-    items = load_inputs(cfg, [files[number] for number in numbers])
+    items = load_inputs(cfg, [(number, files[number]) for number in numbers], unreadable)
     bar = tqdm(items, total=len(numbers), unit="image", disable=not comm.is_main_process())
-    for number, item in zip(numbers, bar, strict=True):
+    for number, item in bar:
         rows = side_by_side(model, settings, item, MetadataCatalog.get(dataset), cfg.INPUT.FORMAT)
         # Files of the same name may come from several folders.
         path = Path(args.output) / f"{number:03d}_{Path(item['file_name']).stem}.png"
         save_panels(rows, path)
         pictures.append(path)
-    comm.synchronize()
+    skipped = [sentence for part in comm.gather(unreadable) for sentence in part]
     if comm.is_main_process():
-        print(f"{len(files)} pictures in {args.output}")
+        for sentence in skipped:
+            print(f"skipped: {sentence}", file=sys.stderr)
+        if len(skipped) == len(files):
+            raise ValueError(f"none of the {len(files)} images can be read: {skipped[0]}")
+        left_out = f", {len(skipped)} images skipped" if skipped else ""
+        print(f"{len(files) - len(skipped)} pictures in {args.output}{left_out}")
     return pictures
 
 

@@ -38,6 +38,7 @@ from expedit_d2.engine import (
     load_lazy_config,
     train_lazy,
 )
+from expedit_d2.files import add_trust_option, code_in_files
 from expedit_d2.settings import Settings
 from projects import load_cfg, load_model, trainer_of
 from projects.subjects import is_lazy, load_subject, setting_of, subject_of
@@ -99,7 +100,8 @@ def run_lazy(args: argparse.Namespace) -> dict[str, Any]:
 
 def main(args: argparse.Namespace) -> dict[str, Any]:
     register_collage()
-    return run_lazy(args) if is_lazy(args.config_file) else run_yaml(args)
+    with code_in_files(args.run_code_in_files):
+        return run_lazy(args) if is_lazy(args.config_file) else run_yaml(args)
 
 
 def run(arguments: list[str] | None = None) -> None:
@@ -108,6 +110,7 @@ def run(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--compare", action="store_true", help="evaluate without and with Expedit, in one table"
     )
+    add_trust_option(parser)
     args = parser.parse_args(arguments)
     try:
         if not os.path.isfile(args.config_file):

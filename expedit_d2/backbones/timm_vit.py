@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import difflib
 import math
-import os
 from typing import Any
 
 import timm
@@ -16,10 +15,10 @@ import torch.nn.functional as F
 from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, Backbone
-from detectron2.utils.file_io import PathManager
-from timm.models import eva, load_state_dict, vision_transformer
+from timm.models import clean_state_dict, eva, vision_transformer
 from torch import Tensor, nn
 
+from ..files import check_finite, read_weights
 from ..operators import shape_of
 from .pyramid import ViTPyramid
 
@@ -27,6 +26,8 @@ __all__ = ["TimmNet", "TimmViT", "build_timm_vit_backbone", "create_timm_vit"]
 
 #: Families of plain ViTs, and the module of each, which knows the authors' checkpoints.
 _FAMILIES = {vision_transformer.VisionTransformer: vision_transformer, eva.Eva: eva}
+#: Where files of timm's and of the authors' have the weights, averaged ones first.
+_BELOW = ("state_dict_ema", "model_ema", "state_dict", "model", "module")
 
 
 def create_timm_vit(
@@ -55,10 +56,7 @@ def create_timm_vit(
             f"MODEL.TIMM.NAME must be a plain ViT of timm, such as {', '.join(near)}; there is no "
             f"{name!r}"
         )
-    if "://" in checkpoint:
-        checkpoint = PathManager.get_local_path(checkpoint)  # downloads, or says why it cannot
-    if checkpoint and not os.path.isfile(checkpoint):
-        raise FileNotFoundError(f"MODEL.TIMM.CHECKPOINT: there is no file {checkpoint!r}")
+    weights = _read(checkpoint) if checkpoint else {}
     try:
         model = timm.create_model(
             name,
@@ -81,13 +79,17 @@ def create_timm_vit(
         ) from error
     model.prune_intermediate_layers(1)  # all blocks stay; pooling and its norm go
     if checkpoint:
-        _load(model, checkpoint)
+        _load(model, weights, checkpoint)
     return model
 
 
-def _load(model: nn.Module, path: str) -> None:
+def _read(path: str) -> dict[str, Tensor]:
+    """The weights of a file, the averaged ones where it has both."""
+    return clean_state_dict(read_weights(path, "MODEL.TIMM.CHECKPOINT", _BELOW))
+
+
+def _load(model: nn.Module, weights: dict[str, Tensor], path: str) -> None:
     """Load every weight of a timm model, or say what does not fit."""
-    weights = load_state_dict(path)
     wrong = []
     patch = tuple(model.patch_embed.proj.weight.shape[2:])
     for key, value in weights.items():
@@ -116,6 +118,7 @@ def _load(model: nn.Module, path: str) -> None:
         raise ValueError(
             f"MODEL.TIMM.CHECKPOINT {path!r} does not fit MODEL.TIMM.NAME: {wrong[0]}{more}"
         )
+    check_finite({key: weights[key] for key in own}, f"MODEL.TIMM.CHECKPOINT {path!r}")
     model.load_state_dict(weights, strict=False)
 
 

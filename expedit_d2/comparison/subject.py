@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,9 +18,12 @@ from detectron2.evaluation import DatasetEvaluator
 from PIL import Image
 from torch import nn
 
+from ..data.images import DataError, check_image
 from .store import fingerprint
 
 __all__ = ["Subject", "find_images", "register_images"]
+
+logger = logging.getLogger(__name__)
 
 _PACKAGE = Path(__file__).resolve().parent.parent
 #: Code that numbers depend on: results of other versions of it are not taken over.
@@ -104,12 +108,36 @@ def find_images(where: str) -> list[str]:
     return sorted(files)
 
 
-def register_images(where: str) -> str:
-    """Register images without labels as a data set; returns its name, which tells them apart."""
-    files = find_images(where)
+def register_images(where: str, limit: int | None = None) -> str:
+    """Register images without labels as a data set; returns its name, which tells them apart.
+
+    Images that cannot be read are left out and logged, and the name says how many there are.
+
+    Args:
+        where: a folder or a pattern.
+        limit: only the first images that can be read; None: all of them.
+
+    Raises:
+        FileNotFoundError: if there is no image.
+        ValueError: if none can be read.
+    """
+    files: list[str] = []
+    unreadable: list[str] = []
+    for path in find_images(where):
+        if len(files) == limit:
+            break
+        try:
+            check_image(path)
+            files.append(path)
+        except DataError as error:
+            logger.warning("left out: %s", error)
+            unreadable.append(str(error))
+    if not files:
+        raise ValueError(f"no image at {where!r} can be read: {unreadable[0]}")
     records = [{"file_name": path, "image_id": path} for path in files]
     stamps = [(path, Path(path).stat().st_size) for path in files]
-    name = f"{where} ({fingerprint(stamps)[:8]})"
+    left_out = f", {len(unreadable)} unreadable left out" if unreadable else ""
+    name = f"{where} ({fingerprint(stamps)[:8]}{left_out})"
     if name not in DatasetCatalog.list():
         DatasetCatalog.register(name, lambda: [dict(record) for record in records])
     return name

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,8 +27,10 @@ from typing import Any
 import numpy as np
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
-from PIL import Image
 
+from .coco_checks import instances_problem, panoptic_problem
+from .images import DataError, load_labels, read_header
+from .mapper import size_problem
 from .panoptic import class_metadata, load_panoptic, things_path
 
 __all__ = ["register_by_path"]
@@ -41,22 +43,32 @@ _VALID = (
 )
 _IGNORE = 255
 _IMAGES = frozenset((".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp"))
+# Files whose headers are read at once, spread over the data set; mappers check all of them again.
+_CHECKED = 5000
+# Modes of a PNG whose pixels are class ids, and of one whose colours are segment ids.
+_LABEL_MODES = ("L", "P", "1", "I;16")
+_PANOPTIC_MODES = ("RGB", "RGBA")
 
 
-def register_by_path(names: Sequence[str]) -> None:
+def register_by_path(names: Sequence[str], key: str = "DATASETS.TEST or DATASETS.TRAIN") -> None:
     """Registers every name that is a path in one of the spellings above.
 
     Panoptic records have ``pan_seg_file_name``, ``segments_info`` and ``sem_seg_file_name``, the
-    last one drawn on the fly; their metadata give PQ, mask AP (of the things) and mIoU. Names
-    that are registered already, or that are no path, are left alone: a path is a name that ends
-    in ``.json``, contains ``@`` or is a folder.
+    last one drawn on the fly; their metadata give PQ, mask AP (of the things) and mIoU. Metadata of
+    a folder have ``counted_classes``, true where nothing lists its classes. Names that are
+    registered already, or that are no path, are left alone: a path is a name that ends in
+    ``.json``, contains ``@`` or is a folder.
+
+    Files are checked as far as that takes no time: all of a JSON file's content, that every image
+    and label is there, and the sizes in their headers.
 
     Args:
         names: the values of ``DATASETS.TRAIN`` or ``DATASETS.TEST``.
+        key: of the config, for messages.
 
     Raises:
-        FileNotFoundError: when the labels, or the first image or PNG, are not there.
-        ValueError: when they are of another format.
+        FileNotFoundError: when labels, images or PNGs are not there.
+        ValueError: when they are of another format, broken, or do not fit each other.
     """
     for name in names:
         if name in DatasetCatalog.list():
@@ -64,16 +76,21 @@ def register_by_path(names: Sequence[str]) -> None:
         labels, given = _split(name)
         if labels is None:
             continue
-        if labels.suffix == ".json":
-            content = _read_json(name, labels)
-            register = _register_panoptic if _is_panoptic(content) else _register_instances
-            register(name, labels, content, given)
-        else:
-            _register_folder(name, labels, given)
+        try:
+            if labels.suffix == ".json":
+                content = _read_json(labels)
+                register = _register_panoptic if _is_panoptic(content) else _register_instances
+                register(name, labels, content, given)
+            else:
+                _register_folder(name, labels, given)
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"{key} names {name!r}, but {error}; {_VALID}") from error
+        except ValueError as error:
+            raise ValueError(f"{key} names {name!r}, but {error}") from error
 
 
 def _split(name: str) -> tuple[Path | None, str]:
-    """Labels, None when the name is no path, and what follows the first ``@`` behind them."""
+    """Labels, None when the name is no path, and what follows the first ``@`` after them."""
     if ".json@" in name:
         file, given = name.split(".json@", 1)
         return Path(file + ".json").expanduser(), given
@@ -84,10 +101,6 @@ def _split(name: str) -> tuple[Path | None, str]:
     return (Path(folder).expanduser() if at else None), given
 
 
-def _message(name: str, problem: str) -> str:
-    return f"DATASETS.TEST or DATASETS.TRAIN names {name!r}, but {problem}; {_VALID}"
-
-
 def _candidates(labels: Path, given: str, near: Iterable[Path]) -> list[Path]:
     """The given folder, from here or from that of the labels, else those near the labels."""
     if not given:
@@ -95,34 +108,61 @@ def _candidates(labels: Path, given: str, near: Iterable[Path]) -> list[Path]:
     return list(dict.fromkeys([Path(given).expanduser(), labels.parent / given]))
 
 
-def _find(name: str, what: str, first: str, folders: Sequence[Path]) -> Path:
-    """The first folder that holds the file ``first``."""
+def _find(what: str, files: Sequence[str], folders: Sequence[Path]) -> Path:
+    """The first folder that holds the first file; the others must be there as well."""
     for folder in folders:
-        if (folder / first).is_file():
+        if (folder / files[0]).is_file():
+            missing = [file for file in files if not (folder / file).is_file()]
+            if missing:
+                raise FileNotFoundError(
+                    f"{len(missing)} of its {len(files)} {what}s are not in {folder}, {missing[0]} "
+                    "for one"
+                )
             return folder
-    raise FileNotFoundError(
-        _message(name, f"its first {what} {first} is not in {', '.join(map(str, folders))}")
-    )
+    raise FileNotFoundError(f"its first {what} {files[0]} is not in {', '.join(map(str, folders))}")
+
+
+def _check_sizes(records: Sequence[Mapping[str, Any]], modes: Collection[str]) -> None:
+    """By the headers of images and labels; ``modes`` are those that labels may have."""
+    step = -(-len(records) // _CHECKED) or 1
+    for record in records[::step]:
+        for key in ("sem_seg_file_name", "pan_seg_file_name"):
+            if key in record:
+                _check_mode(record[key], modes)
+        problem = size_problem(record)
+        if problem:
+            raise DataError(problem)
+
+
+def _check_mode(file: str | Path, modes: Collection[str]) -> None:
+    mode = read_header(file).mode
+    if mode not in modes:
+        if modes is _PANOPTIC_MODES:
+            raise DataError(f"{file} has no colours (mode {mode}), which must be segment ids")
+        raise DataError(f"{file} has colours ({mode}), where pixels must be class ids")
 
 
 # ---------------------------------------------------------------------------------- COCO files
 
 
-def _read_json(name: str, file: Path) -> dict[str, Any]:
+def _read_json(file: Path) -> dict[str, Any]:
     if not file.is_file():
-        raise FileNotFoundError(_message(name, f"the file {file} does not exist"))
+        raise FileNotFoundError(f"the file {file} does not exist")
     try:
         content = json.loads(file.read_text())
         _ = [content["images"][0][key] for key in ("id", "file_name")]
         content["categories"].sort(key=lambda category: (category["id"], category["name"]))
-    except (ValueError, KeyError, IndexError, TypeError) as error:
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError) as error:
         problem = f"{file} is no COCO instance file or panoptic file with images and categories"
-        raise ValueError(_message(name, problem)) from error
+        raise ValueError(problem) from error
     return content
 
 
 def _is_panoptic(content: Mapping[str, Any]) -> bool:
-    return any("segments_info" in a for a in content.get("annotations", ())[:1])
+    annotations = content.get("annotations")
+    if not isinstance(annotations, list):
+        return False
+    return any(isinstance(a, dict) and "segments_info" in a for a in annotations[:1])
 
 
 def _near(file: Path) -> Iterator[Path]:
@@ -134,9 +174,16 @@ def _near(file: Path) -> Iterator[Path]:
 
 
 def _register_instances(name: str, file: Path, content: Mapping[str, Any], given: str) -> None:
-    images = _find(
-        name, "image", content["images"][0]["file_name"], _candidates(file, given, _near(file))
-    )
+    problem = instances_problem(content)
+    if problem:
+        raise ValueError(f"{file} is no COCO instance file: {problem}")
+    files = [image["file_name"] for image in content["images"]]
+    images = _find("image", files, _candidates(file, given, _near(file)))
+    records = [
+        {"file_name": str(images / i["file_name"]), "height": i["height"], "width": i["width"]}
+        for i in content["images"]
+    ]
+    _check_sizes(records, ())
     # Loading the records tells the same, but models are built before that.
     categories = content["categories"]
     metadata = {
@@ -147,15 +194,26 @@ def _register_instances(name: str, file: Path, content: Mapping[str, Any], given
 
 
 def _register_panoptic(name: str, file: Path, content: Mapping[str, Any], given: str) -> None:
-    problem = _problem(content)
+    problem = panoptic_problem(content)
     if problem:
-        raise ValueError(_message(name, f"{file} is no COCO panoptic file: {problem}"))
-    first = content["annotations"][0]
-    image = next(i["file_name"] for i in content["images"] if i["id"] == first["image_id"])
-    images, _, pngs = given.partition("@")
+        raise ValueError(f"{file} is no COCO panoptic file: {problem}")
+    annotations = content["annotations"]
+    listed = {image["id"]: image for image in content["images"]}
+    files = [listed[a["image_id"]]["file_name"] for a in annotations]
+    pngs = [a["file_name"] for a in annotations]
+    images, _, png_folder = given.partition("@")
     beside = [file.with_suffix(""), file.parent]
-    image_root = _find(name, "image", image, _candidates(file, images, _near(file)))
-    png_root = _find(name, "panoptic PNG", first["file_name"], _candidates(file, pngs, beside))
+    image_root = _find("image", files, _candidates(file, images, _near(file)))
+    png_root = _find("panoptic PNG", pngs, _candidates(file, png_folder, beside))
+    records = [
+        {
+            **listed[a["image_id"]],
+            "file_name": str(image_root / image),
+            "pan_seg_file_name": str(png_root / png),
+        }
+        for a, image, png in zip(annotations, files, pngs, strict=True)
+    ]
+    _check_sizes(records, _PANOPTIC_MODES)
     DatasetCatalog.register(name, partial(load_panoptic, name))
     MetadataCatalog.get(name).set(
         image_root=str(image_root),
@@ -167,55 +225,24 @@ def _register_panoptic(name: str, file: Path, content: Mapping[str, Any], given:
     )
 
 
-def _problem(content: Mapping[str, Any]) -> str | None:
-    """What evaluation would stumble over only at its end."""
-    for category in content["categories"]:
-        if "isthing" not in category:
-            return f"the category {category['name']!r} has no 'isthing'"
-    classes = {c["id"] for c in content["categories"]}
-    images = {image["id"]: image["file_name"] for image in content["images"]}
-    seen: set[str] = set()
-    for annotation in content["annotations"]:
-        image_id = annotation.get("image_id")
-        if image_id not in images:
-            return f"an annotation has image_id {image_id!r}, which is not among the images"
-        for segment in annotation["segments_info"]:
-            for key in ("id", "category_id", "area", "iscrowd"):
-                if key not in segment:
-                    return f"a segment of image {image_id!r} has no {key!r}"
-            if segment["category_id"] not in classes:
-                return (
-                    f"a segment of image {image_id!r} has category_id {segment['category_id']!r}, "
-                    "which is not among the categories"
-                )
-        # Detectron2 writes predictions under these names, into one folder.
-        stem = Path(images[image_id]).stem
-        if stem in seen:
-            return f"two annotations are of images that are named {stem!r}"
-        seen.add(stem)
-    return None
-
-
 # ----------------------------------------------------------------------------- folders of labels
 
 
 def _register_folder(name: str, folder: Path, given: str) -> None:
     if not folder.is_dir():
-        raise FileNotFoundError(_message(name, f"the folder {folder} does not exist"))
+        raise FileNotFoundError(f"the folder {folder} does not exist")
     labels = _files(folder, (".png",))
     if not labels:
-        raise FileNotFoundError(_message(name, f"there is no PNG in the folder {folder}"))
-    first = next(iter(labels.values()))
-    with Image.open(first) as image:
-        if len(image.getbands()) > 1:
-            problem = f"{first} has colours ({image.mode}), where pixels must be class ids"
-            raise ValueError(_message(name, problem))
-    root, images = _find_images(name, folder, given, labels)
+        raise FileNotFoundError(f"there is no PNG in the folder {folder}")
+    _check_mode(next(iter(labels.values())), _LABEL_MODES)
+    root, images = _find_images(folder, given, labels)
     records = [
         {"file_name": str(images[key]), "image_id": key, "sem_seg_file_name": str(label)}
         for key, label in labels.items()
     ]
-    classes = _class_names(name, folder) or _count_classes(name, folder, labels.values())
+    _check_sizes(records, _LABEL_MODES)
+    listed = _class_names(folder)
+    classes = listed or _count_classes(folder, labels.values())
     DatasetCatalog.register(name, lambda: [dict(record) for record in records])
     MetadataCatalog.get(name).set(
         image_root=str(root),
@@ -223,11 +250,12 @@ def _register_folder(name: str, folder: Path, given: str) -> None:
         evaluator_type="sem_seg",
         ignore_label=_IGNORE,
         stuff_classes=classes,
+        counted_classes=listed is None,
     )
 
 
 def _find_images(
-    name: str, folder: Path, given: str, labels: Mapping[str, Path]
+    folder: Path, given: str, labels: Mapping[str, Path]
 ) -> tuple[Path, dict[str, Path]]:
     """The folder that has the images of the labels, and what is in it."""
     near = [folder, folder.parent / "images", folder.parent.parent / "images" / folder.name]
@@ -239,9 +267,9 @@ def _find_images(
             return root, images
         if len(missing) < len(labels):
             problem = f"{root} has no image of {len(missing)} labels, {missing[0]} for one"
-            raise FileNotFoundError(_message(name, problem))
+            raise FileNotFoundError(problem)
     problem = f"no image in {', '.join(map(str, tried))} is named as a label, {missing[0]} for one"
-    raise FileNotFoundError(_message(name, problem))
+    raise FileNotFoundError(problem)
 
 
 def _files(root: Path, suffixes: Iterable[str], without: Iterable[Path] = ()) -> dict[str, Path]:
@@ -251,7 +279,7 @@ def _files(root: Path, suffixes: Iterable[str], without: Iterable[Path] = ()) ->
     return {file.relative_to(root).with_suffix("").as_posix(): file for file in files}
 
 
-def _class_names(name: str, folder: Path) -> list[str] | None:
+def _class_names(folder: Path) -> list[str] | None:
     """Names that ``classes.json`` or ``classes.txt`` lists."""
     file = folder / "classes.json"
     try:
@@ -263,22 +291,21 @@ def _class_names(name: str, folder: Path) -> list[str] | None:
                 return None
             names = [line.strip() for line in file.read_text().rstrip().splitlines()]
     except ValueError as error:
-        raise ValueError(_message(name, f"{file} cannot be read ({error})")) from error
+        raise ValueError(f"{file} cannot be read ({error})") from error
     listed = isinstance(names, list) and all(isinstance(n, str) for n in names)
     if not listed or not 0 < len(names) <= _IGNORE:
         problem = f"{file} does not list 1 to {_IGNORE} names, the first that of class 0"
-        raise ValueError(_message(name, problem))
+        raise ValueError(problem)
     return names
 
 
-def _count_classes(name: str, folder: Path, labels: Iterable[Path]) -> list[str]:
+def _count_classes(folder: Path, labels: Iterable[Path]) -> list[str]:
     """Numbers for names, up to the largest id of all files."""
     logger.info("%s has no classes.txt or classes.json: looking for the largest id", folder)
     largest = -1
     for label in labels:
-        with Image.open(label) as image:
-            ids = np.unique(np.asarray(image))
+        ids = np.unique(load_labels(label))
         largest = max(largest, *map(int, ids[ids < _IGNORE]), -1)
     if largest < 0:
-        raise ValueError(_message(name, f"no pixel in {folder} has an id below {_IGNORE}"))
+        raise ValueError(f"no pixel in {folder} has an id below {_IGNORE}")
     return [str(number) for number in range(largest + 1)]

@@ -27,6 +27,8 @@ from iopath.common.file_io import file_lock
 from PIL import Image
 from pycocotools import mask as mask_util
 
+from .images import load_image
+
 __all__ = [
     "class_metadata",
     "load_panoptic",
@@ -120,8 +122,8 @@ def load_panoptic(name: str) -> list[dict[str, Any]]:
 
 def _read_ids(png: str | os.PathLike) -> np.ndarray:
     """Segment ids (H, W) of a panoptic PNG."""
-    with Image.open(png) as image:
-        red, green, blue = np.moveaxis(np.asarray(image.convert("RGB"), dtype=np.int32), 2, 0)
+    pixels = np.asarray(load_image(png).convert("RGB"), dtype=np.int32)
+    red, green, blue = np.moveaxis(pixels, 2, 0)
     return red + 256 * green + 256**2 * blue
 
 

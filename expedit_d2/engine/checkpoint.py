@@ -1,21 +1,128 @@
-"""Loading weights for evaluation: all of them, or a clear error."""
+"""Loading weights, to evaluate, to start from and to go on with: whole and sound, or an error."""
 
 from __future__ import annotations
 
 import io
 import os
 import zipfile
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+from urllib.parse import parse_qs
 
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
-from detectron2.utils.file_io import PathManager
-from torch import nn
+from torch import Tensor, nn
 
-__all__ = ["load_weights", "slim_checkpoint"]
+from ..files import check_finite, read_checkpoint, read_weights
+from ..files.weights import check_tensors, suffix_of
+
+__all__ = ["Checkpointer", "Slimmed", "load_weights", "slim_checkpoint", "surplus_layers"]
+
+# State that other code bases write into their blocks, and that follows from the settings.
+_NOT_WEIGHTS = {
+    "attn_mask",
+    "num_batches_tracked",
+    "relative_coords_table",
+    "relative_position_index",
+}
 
 
-class _StrictCheckpointer(DetectionCheckpointer):
+class Checkpointer(DetectionCheckpointer):
+    """`DetectionCheckpointer` that runs no code from files and takes no damaged weights.
+
+    It reads the formats of the original, by `expedit_d2.files`.
+    """
+
+    def __init__(
+        self, model: nn.Module, save_dir: str = "", *, key: str = "MODEL.WEIGHTS", **others: Any
+    ) -> None:
+        """
+        Args:
+            model, save_dir: see Detectron2's.
+            key: the config key that gives the path, for messages.
+            **others: ``save_to_disk``, and what is saved beside the model.
+        """
+        super().__init__(model, save_dir, **others)
+        self.key = key
+
+    def load(self, path: str, checkpointables: Sequence[str] | None = None) -> dict[str, Any]:
+        """Load the model, and what was saved beside it.
+
+        Args:
+            path: a file or anything iopath opens; empty loads nothing.
+            checkpointables: names of what is loaded beside the model; None: all.
+
+        Returns:
+            What the file holds beside that.
+
+        Raises:
+            OSError: if there is no such file, or it cannot be downloaded.
+            ValueError: if it is no file of weights, or they are damaged.
+        """
+        return self._load(path, checkpointables, self.key)
+
+    def resume_or_load(self, path: str, *, resume: bool = True) -> dict[str, Any]:
+        """Go on with the last checkpoint in ``save_dir``, if wanted and there; else start anew.
+
+        Raises:
+            OSError, ValueError: as `load`.
+        """
+        if not (resume and self.has_checkpoint()):
+            return self.load(path, checkpointables=[])
+        try:
+            return self._load(self.get_checkpoint_file(), None, "--resume")
+        except (OSError, ValueError) as error:
+            tag = os.path.join(self.save_dir, "last_checkpoint")
+            raise ValueError(
+                f"{error}; to go on from an older checkpoint, write its name into {tag!r}"
+            ) from None
+
+    def _load(self, path: str, checkpointables: Sequence[str] | None, key: str) -> dict[str, Any]:
+        if not path:
+            return super().load(path)  # says that there is nothing to load
+        self.logger.info(f"Loading from {path} ...")
+        content = self._read(path, key)
+        try:
+            incompatible = self._load_model(content)
+            for name in self.checkpointables if checkpointables is None else checkpointables:
+                if name in content:
+                    self.checkpointables[name].load_state_dict(content.pop(name))
+        except ValueError as error:
+            raise ValueError(f"{key} {path!r}: {error}") from None
+        self._log_incompatible_keys(incompatible)
+        left = {*incompatible.missing_keys, *(name for name, *_ in incompatible.incorrect_shapes)}
+        loaded = {name: w for name, w in self.model.state_dict().items() if name not in left}
+        check_finite(loaded, f"{key} {path!r}")
+        return content
+
+    def _read(self, path: str, key: str) -> dict[str, Any]:
+        """The file in the form that Detectron2 loads, which tells where names must be matched."""
+        location, _, query = path.partition("?")
+        matching = parse_qs(query) == {"matching_heuristics": ["True"]}
+        if matching:
+            path = location
+        content = read_checkpoint(path, key)
+        found: dict[str, Any] = {"matching_heuristics": True} if matching else {}
+        if isinstance(content.get("model"), Mapping):
+            found = content | found
+        elif suffix_of(path) == ".pkl":
+            # Caffe2's; models for detection have blobs, those of ImageNet do not.
+            model = _without(content.get("blobs", content), "_momentum")
+            found = {"model": model, "matching_heuristics": True, "__author__": "Caffe2"}
+        elif suffix_of(path) == ".pyth":
+            model = _without(content.get("model_state", content), "num_batches_tracked")
+            found = {"model": model, "matching_heuristics": True, "__author__": "pycls"}
+        else:
+            found["model"] = content
+        check_tensors(found["model"], f"{key} {path!r}")
+        return found
+
+
+def _without(weights: Any, ending: str) -> dict[str, Any]:
+    return {name: w for name, w in dict(weights).items() if not str(name).endswith(ending)}
+
+
+class _StrictCheckpointer(Checkpointer):
     """Raises where the weights and the model do not fit, instead of logging it."""
 
     def _load_model(self, checkpoint: Any) -> Any:
@@ -25,10 +132,41 @@ class _StrictCheckpointer(DetectionCheckpointer):
             for key, found, wanted in incompatible.incorrect_shapes
         ]
         wrong += [f"{key} is not in the file" for key in incompatible.missing_keys]
+        wrong += [
+            f"{key} is not in the model"
+            for key in surplus_layers(self.model, incompatible.unexpected_keys)
+        ]
         if wrong:
             more = f", and {len(wrong) - 1} more" if len(wrong) > 1 else ""
             raise ValueError(f"the weights do not fit the model: {wrong[0]}{more}")
         return incompatible
+
+
+def surplus_layers(model: nn.Module, keys: Iterable[str]) -> list[str]:
+    """Which weights belong to a stack of layers that the model has: without them it is another one.
+
+    That is more blocks than it has, or more in a block. A head that the model lacks altogether, a
+    classifier, or a pixel mean does not change what it computes.
+
+    Args:
+        model: on any device, "meta" too.
+        keys: of a file, that the model does not have.
+    """
+    stacks = {
+        f"{name}."
+        for name, module in model.named_modules()
+        if (children := [child for child, _ in module.named_children()])
+        and all(child.isdigit() for child in children)
+    }
+
+    def belongs(key: str) -> bool:
+        parts = key.split(".")
+        return parts[-1] not in _NOT_WEIGHTS and any(
+            part.isdigit() and f"{'.'.join(parts[:index])}." in stacks
+            for index, part in enumerate(parts)
+        )
+
+    return [key for key in keys if belongs(key)]
 
 
 def load_weights(model: nn.Module, path: str, key: str = "MODEL.WEIGHTS") -> None:
@@ -40,45 +178,55 @@ def load_weights(model: nn.Module, path: str, key: str = "MODEL.WEIGHTS") -> Non
         key: the config key that gave the path, for the message.
 
     Raises:
-        ValueError: if there is no path, or if weights are missing or have another shape.
-        FileNotFoundError: if there is no such file.
+        ValueError: if there is no path, or the file holds something else; if weights are missing,
+            have another shape, are not finite, or are of more layers than the model has.
+        OSError: if there is no such file, or it cannot be downloaded.
     """
     if not path:
         raise ValueError(f"{key} is empty; give the checkpoint to evaluate")
-    if "://" not in path and not os.path.isfile(path):
-        raise FileNotFoundError(f"{key}: there is no file {path!r}")
-    if not PathManager.isfile(path) and "://" in path:
-        PathManager.get_local_path(path)  # downloads, or says why it cannot
-    try:
-        _StrictCheckpointer(model).load(path)
-    except ValueError as error:
-        raise ValueError(f"{key} {path!r}: {error}") from None
+    _StrictCheckpointer(model, key=key).load(path)
 
 
-def slim_checkpoint(source: str, target: str) -> int:
+class Slimmed(NamedTuple):
+    """What `slim_checkpoint` wrote.
+
+    Attributes:
+        size: of the file, in bytes.
+        kept: names of the tensors whose values are too large for fp16; they keep their type.
+    """
+
+    size: int
+    kept: list[str]
+
+
+def _halved(weight: Tensor) -> Tensor:
+    """In fp16, if it is floating-point and no value becomes an infinity."""
+    half = weight.half() if weight.is_floating_point() else weight
+    return half if torch.isfinite(half).all() else weight
+
+
+def slim_checkpoint(source: str, target: str) -> Slimmed:
     """Write a checkpoint's weights alone, compressed, floating-point ones in fp16.
 
-    Returns:
-        the size in bytes.
-
     Raises:
-        FileNotFoundError: if there is no source.
+        OSError: if there is no source, or it cannot be downloaded.
         FileExistsError: if the target is there already.
+        ValueError: if the source is no checkpoint, or has weights that are not finite.
     """
-    if not os.path.isfile(source):
-        raise FileNotFoundError(f"there is no checkpoint {source!r}")
     if os.path.exists(target):
         raise FileExistsError(f"{target!r} is there already; remove it or choose another name")
     # Training checkpoints hold the state of the optimizer and schedule beside the tensors.
-    weights = torch.load(source, map_location="cpu", weights_only=False)["model"]
-    weights = {key: w.half() if w.is_floating_point() else w for key, w in weights.items()}
+    weights = read_weights(source, "the checkpoint")
+    check_finite(weights, f"the checkpoint {source!r}")
+    halves = {key: _halved(w) for key, w in weights.items()}
     # torch.load inflates what is deflated; torch.save does not deflate.
     buffer = io.BytesIO()
-    torch.save({"model": weights}, buffer)
+    torch.save({"model": halves}, buffer)
     with (
         zipfile.ZipFile(buffer) as plain,
         zipfile.ZipFile(target, "x", zipfile.ZIP_DEFLATED, compresslevel=9) as small,
     ):
         for entry in plain.infolist():
             small.writestr(entry.filename, plain.read(entry))
-    return os.path.getsize(target)
+    kept = [key for key, w in halves.items() if w.is_floating_point() and w.dtype != torch.float16]
+    return Slimmed(os.path.getsize(target), kept)

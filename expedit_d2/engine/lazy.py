@@ -9,7 +9,6 @@ from __future__ import annotations
 from dataclasses import fields
 from typing import Any
 
-from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import LazyConfig, instantiate
 from detectron2.engine import AMPTrainer, SimpleTrainer, default_writers, hooks
 from detectron2.engine.defaults import create_ddp_model
@@ -20,8 +19,9 @@ from torch import nn
 
 from ..api import expedite_from_node
 from ..settings import Settings
-from .checkpoint import load_weights
+from .checkpoint import Checkpointer, load_weights
 from .config import choose_device
+from .lazy_data import build_lazy_evaluator, build_lazy_loader, register_lazy_data
 
 __all__ = ["evaluate_lazy", "load_lazy_config", "load_lazy_model", "train_lazy"]
 
@@ -32,7 +32,12 @@ def load_lazy_config(path: str, overrides: list[str]) -> DictConfig:
     Args:
         path: the ``.py`` file.
         overrides: ``key.path=value``, as Detectron2 takes them.
+
+    Raises:
+        ValueError: if it is no ``.py`` file. Detectron2 would read YAML with tags that run code.
     """
+    if not path.endswith(".py"):
+        raise ValueError(f"a LazyConfig is a .py file, got {path!r}")
     cfg = LazyConfig.load(path)
     defaults: dict[str, Any] = {"enabled": False}
     defaults.update({f.name: f.default for f in fields(Settings)})
@@ -54,7 +59,7 @@ def load_lazy_model(cfg: DictConfig) -> nn.Module:
 
     Raises:
         ValueError: if the weights do not fit or the settings are out of range.
-        FileNotFoundError: if there is no such file.
+        OSError: if there is no such file, or it cannot be downloaded.
     """
     model = _build_model(cfg)
     load_weights(model, cfg.train.init_checkpoint, key="train.init_checkpoint")
@@ -62,10 +67,8 @@ def load_lazy_model(cfg: DictConfig) -> nn.Module:
 
 
 def _run_evaluation(cfg: DictConfig, model: nn.Module) -> dict[str, Any]:
-    if "evaluator" not in cfg.dataloader:
-        raise ValueError("dataloader.evaluator is missing in the config; there is nothing to run")
-    loader = instantiate(cfg.dataloader.test)
-    return inference_on_dataset(model, loader, instantiate(cfg.dataloader.evaluator))
+    loader = build_lazy_loader(cfg, "test")
+    return inference_on_dataset(model, loader, build_lazy_evaluator(cfg))
 
 
 def evaluate_lazy(cfg: DictConfig) -> dict[str, Any]:
@@ -75,14 +78,17 @@ def evaluate_lazy(cfg: DictConfig) -> dict[str, Any]:
 
 def train_lazy(cfg: DictConfig, resume: bool) -> dict[str, Any]:
     """Train, with the hooks that Detectron2's own ``lazyconfig_train_net`` has."""
+    register_lazy_data(cfg, "test")  # what is evaluated only at the end
     model = _build_model(cfg)
     cfg.optimizer.params.model = model
     optimizer = instantiate(cfg.optimizer)
     model = create_ddp_model(model, **cfg.train.ddp)
     amp = cfg.train.amp.enabled and cfg.train.device != "cpu"
-    loader = instantiate(cfg.dataloader.train)
+    loader = build_lazy_loader(cfg, "train")
     trainer = (AMPTrainer if amp else SimpleTrainer)(model, loader, optimizer)
-    checkpointer = DetectionCheckpointer(model, cfg.train.output_dir, trainer=trainer)
+    checkpointer = Checkpointer(
+        model, cfg.train.output_dir, key="train.init_checkpoint", trainer=trainer
+    )
     main = comm.is_main_process()
     trainer.register_hooks(
         [

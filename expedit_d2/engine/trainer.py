@@ -3,30 +3,48 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import DatasetCatalog
-from detectron2.engine import DefaultTrainer
+from detectron2.data import (
+    DatasetCatalog,
+    DatasetMapper,
+    build_detection_test_loader,
+    build_detection_train_loader,
+)
+from detectron2.engine import DefaultTrainer, HookBase
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.solver.build import get_default_optimizer_params, maybe_add_gradient_clipping
 from torch import nn
 
 from ..api import expedite_from_node
+from ..data.classes import check_classes, check_labels
+from ..data.mapper import CheckedMapper
 from ..evaluation import build_evaluator
+from ..evaluation.build import predictions_folder
+from .checkpoint import Checkpointer
 
-__all__ = ["Trainer"]
+__all__ = ["Trainer", "missing_data"]
 
 OPTIMIZERS = ("SGD", "ADAMW")
 
+#: MODEL.META_ARCHITECTURE of a detector -> the key that has its number of classes.
+DETECTORS = {
+    "GeneralizedRCNN": "ROI_HEADS",
+    "PanopticFPN": "ROI_HEADS",
+    "RetinaNet": "RETINANET",
+}
+
 
 @contextmanager
-def _missing_data(key: str, names: Iterable[str]) -> Iterator[None]:
+def missing_data(key: str, names: Iterable[str]) -> Iterator[None]:
     """Say which config key named a data set that is not there, and what to do about it."""
     names = list(names)
+    if not names:
+        raise ValueError(f"{key} names no data set")
     unknown = [name for name in names if name not in DatasetCatalog.list()]
     if unknown:
         raise ValueError(
@@ -47,6 +65,9 @@ class Trainer(DefaultTrainer):
     """`DefaultTrainer` with AdamW and with bf16 autocast where there is no GPU."""
 
     def __init__(self, cfg: CfgNode) -> None:
+        for key in ("TRAIN", "TEST"):  # also what is evaluated only at the end
+            for name in cfg.DATASETS[key]:
+                self.check_dataset(cfg, name, f"DATASETS.{key}")
         self._autocast = nullcontext
         if cfg.SOLVER.AMP.ENABLED and cfg.MODEL.DEVICE == "cpu":
             # Detectron2's AMPTrainer insists on CUDA.
@@ -55,6 +76,12 @@ class Trainer(DefaultTrainer):
             cfg.SOLVER.AMP.ENABLED = False
             self._autocast = lambda: torch.autocast("cpu", dtype=torch.bfloat16)
         super().__init__(cfg)
+
+    def build_hooks(self) -> list[HookBase | None]:
+        # The first that Detectron2 does with its own checkpointer is to give it to the hooks.
+        theirs = self.checkpointer
+        self.checkpointer = Checkpointer(theirs.model, theirs.save_dir, **theirs.checkpointables)
+        return super().build_hooks()
 
     def run_step(self) -> None:
         with self._autocast():
@@ -69,18 +96,44 @@ class Trainer(DefaultTrainer):
         return model
 
     @classmethod
+    def check_dataset(cls, cfg: CfgNode, name: str, key: str = "DATASETS.TEST") -> None:
+        """Refuse a registered data set whose labels or classes are not those of the model.
+
+        Args:
+            cfg: of the model.
+            name: of the data set.
+            key: of the config, which names it.
+
+        Raises:
+            ValueError: if it does not fit.
+        """
+        node = DETECTORS.get(cfg.MODEL.META_ARCHITECTURE)
+        if node is not None:
+            check_labels(name, key, "thing")
+            classes = cfg.MODEL[node].NUM_CLASSES
+            check_classes(name, key, "thing", classes, f"MODEL.{node}.NUM_CLASSES")
+
+    @classmethod
     def build_train_loader(cls, cfg: CfgNode) -> Any:
-        with _missing_data("DATASETS.TRAIN", cfg.DATASETS.TRAIN):
-            return super().build_train_loader(cfg)
+        with missing_data("DATASETS.TRAIN", cfg.DATASETS.TRAIN):
+            mapper = CheckedMapper(DatasetMapper(cfg, is_train=True))
+            return build_detection_train_loader(cfg, mapper=mapper)
 
     @classmethod
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> Any:
-        with _missing_data("DATASETS.TEST", [dataset_name]):
-            return super().build_test_loader(cfg, dataset_name)
+        with missing_data("DATASETS.TEST", [dataset_name]):
+            mapper = cls.build_test_mapper(cfg)
+            return build_detection_test_loader(cfg, dataset_name, mapper=mapper)
+
+    @classmethod
+    def build_test_mapper(cls, cfg: CfgNode) -> Callable[[dict], dict]:
+        """What makes the model's input of a record of a test data set."""
+        return CheckedMapper(DatasetMapper(cfg, is_train=False))
 
     @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
-        folder = os.path.join(cfg.OUTPUT_DIR, "inference", dataset_name.replace("/", "_"))
+        cls.check_dataset(cfg, dataset_name)
+        folder = predictions_folder(cfg.OUTPUT_DIR, dataset_name)
         return build_evaluator(dataset_name, folder, masks=cfg.MODEL.MASK_ON)
 
     @classmethod

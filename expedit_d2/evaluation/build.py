@@ -2,11 +2,55 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import logging
+import os
+from collections.abc import Mapping, Sequence
 
 from detectron2.evaluation import COCOEvaluator, DatasetEvaluator
+from pycocotools.coco import COCO
 
-__all__ = ["build_evaluator", "main_metrics"]
+__all__ = ["build_evaluator", "check_scored", "main_metrics", "predictions_folder"]
+
+logger = logging.getLogger(__name__)
+
+
+def predictions_folder(output_dir: str, dataset_name: str) -> str:
+    """Where an evaluator writes predictions; data sets by path have longer names than folders."""
+    return os.path.join(output_dir, "inference", dataset_name.replace("/", "_")[-200:])
+
+
+def check_scored(dataset_name: str, truth: COCO, tasks: Sequence[str]) -> None:
+    """Refuse annotations that pycocotools would only stumble over after the whole inference.
+
+    Args:
+        dataset_name: for messages.
+        truth: the annotations.
+        tasks: "bbox", "segm".
+
+    Raises:
+        ValueError: for the first annotation that lacks something.
+    """
+    needed = ("area", "iscrowd", "bbox")
+    if 0 in truth.anns:
+        logger.warning(
+            "%r has an annotation with the id 0, which pycocotools takes for no match, so that AP "
+            "is too low: number annotations from 1",
+            dataset_name,
+        )
+    for annotation in truth.anns.values():
+        missing = [key for key in needed if key not in annotation]
+        if missing:
+            raise ValueError(
+                f"{dataset_name!r}: annotation {annotation['id']!r} of image "
+                f"{annotation['image_id']!r} has no {missing[0]!r}, which AP needs: add it to the "
+                "file"
+            )
+        if "segm" in tasks and not annotation.get("segmentation"):
+            raise ValueError(
+                f"{dataset_name!r}: annotation {annotation['id']!r} of image "
+                f"{annotation['image_id']!r} has no mask ('segmentation'), which mask AP needs: "
+                "add it to the file, or set MODEL.MASK_ON False for a detector's box AP alone"
+            )
 
 
 def build_evaluator(dataset_name: str, output_dir: str, masks: bool = True) -> DatasetEvaluator:
@@ -16,11 +60,16 @@ def build_evaluator(dataset_name: str, output_dir: str, masks: bool = True) -> D
         dataset_name: a registered data set with COCO instance annotations.
         output_dir: where predictions are written.
         masks: whether the model predicts masks.
+
+    Raises:
+        ValueError: if annotations lack what AP needs.
     """
     tasks = ("bbox", "segm") if masks else ("bbox",)
-    return COCOEvaluator(
+    evaluator = COCOEvaluator(
         dataset_name, tasks=tasks, output_dir=output_dir, use_fast_impl=False, distributed=True
     )
+    check_scored(dataset_name, evaluator._coco_api, tasks)
+    return evaluator
 
 
 #: Task of an evaluator -> (its headline metric, the name of that in tables).

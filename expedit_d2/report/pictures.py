@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 from detectron2.data import MetadataCatalog
-from PIL import Image
 
 from ..comparison import Row, Subject
+from ..data.images import load_image
 from ..visualize import side_by_side
 
 __all__ = ["Picture", "draw_pictures", "read_pictures"]
@@ -76,6 +76,5 @@ def read_pictures(paths: Sequence[str | Path]) -> list[Picture]:
             raise FileNotFoundError(f"there is no file or folder {str(path)!r}")
     pictures = []
     for file in files:
-        with Image.open(file) as image:
-            pictures.append(Picture(file.stem, {"": np.asarray(image.convert("RGB"))}))
+        pictures.append(Picture(file.stem, {"": np.asarray(load_image(file).convert("RGB"))}))
     return pictures

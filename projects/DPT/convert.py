@@ -12,7 +12,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Conversion", "convert_checkpoint", "convert_state", "read_checkpoint"]
+from expedit_d2.engine import surplus_layers
+from expedit_d2.files import check_finite, read_weights
+
+__all__ = ["Conversion", "convert_checkpoint", "convert_state"]
 
 UNKNOWN = "not known here"
 _CLASSIFIER = "the classifier that the encoder was pretrained with"
@@ -98,7 +101,8 @@ def convert_state(state: Mapping[str, Tensor], model: nn.Module) -> Conversion:
         model: a `modeling.DPT` of the same architecture, on any device, "meta" too.
 
     Raises:
-        ValueError: if these are no official keys, or a tensor has another shape than the model's.
+        ValueError: if these are no official keys, if a tensor has another shape than the model's,
+            or if they are of more layers than it has.
     """
     if any(key.startswith("depth_head.") for key in state):
         rules = dict(_depth_anything())
@@ -114,6 +118,7 @@ def convert_state(state: Mapping[str, Tensor], model: nn.Module) -> Conversion:
     renamed: dict[str, str] = {}
     unused: dict[str, str] = {}
     wrong: list[str] = []
+    homeless: dict[str, str] = {}
     for key, value in state.items():
         start = max((p for p in (*rules, *_UNUSED) if key.startswith(p)), key=len, default=None)
         if start is None or start in _UNUSED:
@@ -121,37 +126,18 @@ def convert_state(state: Mapping[str, Tensor], model: nn.Module) -> Conversion:
             continue
         target = rules[start] + key.removeprefix(start)
         if target not in own:
-            unused[key] = UNKNOWN
+            unused[key], homeless[target] = UNKNOWN, key
         elif tuple(value.shape) != own[target]:
             wrong.append(
                 f"{key} is {tuple(value.shape)} in the file and {own[target]} in the model"
             )
         else:
             renamed[key], weights[target] = target, value
+    wrong += [f"{homeless[k]} is not in the model" for k in surplus_layers(model, homeless)]
     if wrong:
         more = f", and {len(wrong) - 1} more" if len(wrong) > 1 else ""
         raise ValueError(f"{wrong[0]}{more}; is this the right config?")
     return Conversion(weights, renamed, unused, [key for key in own if key not in weights])
-
-
-def read_checkpoint(path: str) -> dict[str, Tensor]:
-    """The tensors of an official file; nothing in it is executed.
-
-    Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: if it holds no tensors by name.
-    """
-    if not os.path.isfile(path):
-        raise FileNotFoundError(f"there is no checkpoint {path!r}")
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises several, by the kind of damage
-        raise ValueError(f"{path!r} is no checkpoint of tensors alone: {error}") from None
-    if isinstance(state, dict) and isinstance(state.get("model"), dict):
-        state = state["model"]  # with the state of an optimizer beside it
-    if not isinstance(state, dict) or not all(torch.is_tensor(v) for v in state.values()):
-        raise ValueError(f"{path!r} is no state dict")
-    return state
 
 
 def convert_checkpoint(source: str, target: str, model: nn.Module) -> Conversion:
@@ -164,19 +150,21 @@ def convert_checkpoint(source: str, target: str, model: nn.Module) -> Conversion
 
     Raises:
         FileExistsError: if the target is there already.
-        FileNotFoundError: if there is no such file, or no folder to write to.
-        ValueError: as `read_checkpoint` and `convert_state`, and if weights are missing; nothing is
-            written then.
+        OSError: if there is no such file, or no folder to write to.
+        ValueError: if it is no file of weights, as `convert_state`, or if weights are missing or
+            not finite; nothing is written then.
     """
     folder = os.path.dirname(target) or "."
     if not os.path.isdir(folder):
         raise FileNotFoundError(f"there is no folder {folder!r} to write to")
     if os.path.exists(target):
         raise FileExistsError(f"{target!r} is there already; remove it or choose another name")
-    conversion = convert_state(read_checkpoint(source), model)
-    if conversion.missing:
+    conversion = convert_state(read_weights(source, "the checkpoint"), model)
+    if missing := conversion.missing:
+        more = f", and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise ValueError(
-            f"{source!r} does not fit the model, is this the right config?\n{conversion.summary()}"
+            f"{source!r} has nothing for {missing[0]} of the model{more}; is this the right config?"
         )
+    check_finite(conversion.weights, f"the checkpoint {source!r}")
     torch.save({"model": conversion.weights}, target)
     return conversion

@@ -10,7 +10,9 @@ from detectron2.data import build_detection_test_loader, build_detection_train_l
 from detectron2.evaluation import DatasetEvaluator
 from torch import nn
 
+from expedit_d2.data.mapper import CheckedMapper
 from expedit_d2.engine import Trainer
+from expedit_d2.engine.trainer import missing_data
 
 from ..Mask2Former.solver import build_optimizer
 from .data import DepthMapper, register_depth_lists
@@ -25,13 +27,16 @@ class DPTTrainer(Trainer):
     @classmethod
     def build_train_loader(cls, cfg: CfgNode) -> Any:
         register_depth_lists(cfg.DATASETS.TRAIN, cfg.INPUT.DEPTH.SCALE)
-        return build_detection_train_loader(cfg, mapper=DepthMapper(cfg, is_train=True))
+        with missing_data("DATASETS.TRAIN", cfg.DATASETS.TRAIN):
+            mapper = CheckedMapper(DepthMapper(cfg, is_train=True))
+            return build_detection_train_loader(cfg, mapper=mapper)
 
     @classmethod
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> Any:
         register_depth_lists([dataset_name], cfg.INPUT.DEPTH.SCALE)
-        mapper = DepthMapper(cfg, is_train=False)
-        return build_detection_test_loader(cfg, dataset_name, mapper=mapper)
+        with missing_data("DATASETS.TEST", [dataset_name]):
+            mapper = CheckedMapper(DepthMapper(cfg, is_train=False))
+            return build_detection_test_loader(cfg, dataset_name, mapper=mapper)
 
     @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,12 +17,21 @@ from detectron2.evaluation import (
     DatasetEvaluators,
     SemSegEvaluator,
 )
-from detectron2.evaluation.sem_seg_evaluation import load_image_into_numpy_array
 from detectron2.structures import Instances
+
+from expedit_d2.data.classes import check_classes, check_ids, check_labels, class_names
+from expedit_d2.data.images import load_labels, read_header
+from expedit_d2.evaluation.build import check_scored, predictions_folder
 
 from .data.datasets import check_packages
 
-__all__ = ["SemanticEvaluator", "ThingEvaluator", "build_evaluators"]
+__all__ = [
+    "SemanticEvaluator",
+    "ThingEvaluator",
+    "build_evaluators",
+    "check_dataset",
+    "wanted_outputs",
+]
 
 # Outputs that each kind of data set has labels for.
 _LABELS = {
@@ -42,6 +50,7 @@ class ThingEvaluator(COCOEvaluator):
 
     def __init__(self, dataset_name: str, output_dir: str) -> None:
         super().__init__(dataset_name, tasks=("segm",), output_dir=output_dir, use_fast_impl=False)
+        check_scored(dataset_name, self._coco_api, ("segm",))
         ids = self._metadata.get("thing_dataset_id_to_contiguous_id")
         self._rank: dict[int, int] = {}
         if ids is not None:
@@ -71,22 +80,41 @@ class ThingEvaluator(COCOEvaluator):
 class SemanticEvaluator(SemSegEvaluator):
     """mIoU by Detectron2, which would count classes that the data set does not have as others."""
 
-    def __init__(self, dataset_name: str, output_dir: str) -> None:
+    def __init__(self, dataset_name: str, output_dir: str, classes: int | None = None) -> None:
+        """
+        Args:
+            dataset_name: a registered data set.
+            output_dir: where predictions are written.
+            classes: of the model; taken where the data set only counted the ids in its files.
+        """
         super().__init__(dataset_name, output_dir=output_dir, sem_seg_loading_fn=self._read)
+        counted = MetadataCatalog.get(dataset_name).get("counted_classes", False)
+        if counted and classes is not None and classes > self._num_classes:
+            self._class_names = [str(number) for number in range(classes)]
+            self._num_classes = classes
+            # Which has 8 bits in Detectron2, and needs one more than there are classes.
+            self._compute_boundary_iou &= classes < np.iinfo(np.uint8).max
 
     def _read(self, file_name: str, dtype: Any) -> np.ndarray:
-        labels = load_image_into_numpy_array(file_name, dtype=dtype)
-        largest = labels.max(initial=0, where=labels != self._ignore_label)
-        if largest >= self._num_classes:
-            raise ValueError(
-                f"{file_name} has the label {largest}, but {self._dataset_name!r} has "
-                f"{self._num_classes} classes: labels must be below that, or {self._ignore_label}"
-            )
+        labels = load_labels(file_name).astype(dtype)
+        whose = repr(self._dataset_name)
+        check_ids(file_name, labels, self._num_classes, self._ignore_label, whose)
         return labels
 
     def process(self, inputs: Sequence[dict], outputs: Sequence[dict[str, Any]]) -> None:
-        """Compare the scores (K, height, width) of a batch with its labels."""
-        for output in outputs:
+        """Compare the scores (K, height, width) of a batch with its labels.
+
+        Raises:
+            ValueError: if labels are no classes or of another size, or the model has more classes.
+        """
+        for item, output in zip(inputs, outputs, strict=True):
+            file = self.input_file_to_gt_file[item["file_name"]]
+            size, shape = read_header(file).size, tuple(output["sem_seg"].shape[1:])
+            if size != shape:
+                raise ValueError(
+                    f"{file} has {size[0]} x {size[1]} pixels, but the image "
+                    f"{item['file_name']} has {shape[0]} x {shape[1]}"
+                )
             if len(output["sem_seg"]) > self._num_classes:
                 raise ValueError(
                     f"DATASETS.TEST: {self._dataset_name!r} has {self._num_classes} classes, but "
@@ -117,6 +145,52 @@ def _panoptic_evaluator(dataset_name: str, folder: str) -> COCOPanopticEvaluator
     return COCOPanopticEvaluator(dataset_name, folder)
 
 
+def wanted_outputs(cfg: CfgNode, dataset_name: str) -> tuple[str, ...]:
+    """Outputs that are switched on and that a data set has labels for.
+
+    Raises:
+        ValueError: if it is not known what it has labels for.
+    """
+    kind = MetadataCatalog.get(dataset_name).get("evaluator_type")
+    if kind not in _LABELS:
+        raise ValueError(
+            f"DATASETS.TEST: {dataset_name!r} has evaluator_type {kind!r}; supported are "
+            f"{sorted(_LABELS)}"
+        )
+    test = cfg.MODEL.MASK_FORMER.TEST
+    return tuple(output for output in _LABELS[kind] if test[f"{output.upper()}_ON"])
+
+
+def check_dataset(cfg: CfgNode, dataset_name: str, key: str, outputs: Collection[str]) -> None:
+    """Refuse a data set whose labels or classes are not those of the model.
+
+    Instances may be of a model that knows more classes, where its first ones are the things of the
+    data set: that is so for panoptic models of COCO and COCO's instances.
+
+    Args:
+        cfg: of the model.
+        dataset_name: a registered data set.
+        key: of the config, which names it.
+        outputs: "panoptic", "instance" or "semantic": what its labels are read for.
+
+    Raises:
+        ValueError: with both numbers of classes.
+    """
+    classes = cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES
+    if not outputs:
+        return
+    of = "thing" if set(outputs) == {"instance"} else "stuff"
+    check_labels(dataset_name, key, of)
+    if of == "thing":
+        things = class_names(dataset_name, "thing")
+        for name in (dataset_name, *cfg.DATASETS.TRAIN):
+            known = class_names(name, "stuff") or ()
+            if len(known) == classes and things is not None:
+                if name == dataset_name or list(known[: len(things)]) == list(things):
+                    return
+    check_classes(dataset_name, key, of, classes, "MODEL.SEM_SEG_HEAD.NUM_CLASSES")
+
+
 def build_evaluators(cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
     """Evaluators of every output that is switched on and that the data set has labels for.
 
@@ -129,24 +203,11 @@ def build_evaluators(cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
         ValueError: if the type is unknown, or nothing is left to evaluate.
         ModuleNotFoundError: without cityscapesScripts, for AP and mIoU of Cityscapes.
     """
-    kind = MetadataCatalog.get(dataset_name).get("evaluator_type")
-    if kind not in _LABELS:
-        raise ValueError(
-            f"DATASETS.TEST: {dataset_name!r} has evaluator_type {kind!r}; supported are "
-            f"{sorted(_LABELS)}"
-        )
-    test = cfg.MODEL.MASK_FORMER.TEST
-    switched_on = {
-        "panoptic": test.PANOPTIC_ON,
-        "instance": test.INSTANCE_ON,
-        "semantic": test.SEMANTIC_ON,
-    }
-    # Data sets by path have long names; those of folders must be shorter than 256.
-    folder = os.path.join(cfg.OUTPUT_DIR, "inference", dataset_name.replace("/", "_")[-200:])
+    outputs = wanted_outputs(cfg, dataset_name)
+    kind = MetadataCatalog.get(dataset_name).evaluator_type
+    folder = predictions_folder(cfg.OUTPUT_DIR, dataset_name)
     evaluators: list[DatasetEvaluator] = []
-    for output in _LABELS[kind]:
-        if not switched_on[output]:
-            continue
+    for output in outputs:
         if output == "panoptic":
             evaluators.append(_panoptic_evaluator(dataset_name, folder))
         elif kind.startswith("cityscapes"):
@@ -159,7 +220,8 @@ def build_evaluators(cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
         elif output == "instance":
             evaluators.append(ThingEvaluator(dataset_name, folder))
         else:
-            evaluators.append(SemanticEvaluator(dataset_name, folder))
+            classes = cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES
+            evaluators.append(SemanticEvaluator(dataset_name, folder, classes))
     if not evaluators:
         wanted = " or ".join(f"{output.upper()}_ON" for output in _LABELS[kind])
         raise ValueError(

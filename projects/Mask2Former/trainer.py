@@ -9,9 +9,10 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from expedit_d2.engine import Trainer
+from expedit_d2.engine.trainer import missing_data
 
-from .data import build_train_loader
-from .evaluation import build_evaluators
+from .data import MAPPERS, build_train_loader
+from .evaluation import build_evaluators, check_dataset, wanted_outputs
 from .solver import build_lr_scheduler, build_optimizer
 
 __all__ = ["MaskFormerTrainer"]
@@ -21,11 +22,21 @@ class MaskFormerTrainer(Trainer):
     """For configs whose ``MODEL.META_ARCHITECTURE`` is ``MaskFormer``."""
 
     @classmethod
+    def check_dataset(cls, cfg: CfgNode, name: str, key: str = "DATASETS.TEST") -> None:
+        if key == "DATASETS.TRAIN":
+            mapper = MAPPERS.get(cfg.INPUT.DATASET_MAPPER_NAME)
+            check_dataset(cfg, name, key, mapper[:1] if mapper else ())
+        else:
+            check_dataset(cfg, name, key, wanted_outputs(cfg, name))
+
+    @classmethod
     def build_train_loader(cls, cfg: CfgNode) -> DataLoader:
-        return build_train_loader(cfg)
+        with missing_data("DATASETS.TRAIN", cfg.DATASETS.TRAIN):
+            return build_train_loader(cfg)
 
     @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
+        cls.check_dataset(cfg, dataset_name)
         return build_evaluators(cfg, dataset_name)
 
     @classmethod

@@ -8,7 +8,6 @@ out. `convert_checkpoint` writes the weights and a config that builds their mode
 from __future__ import annotations
 
 import os
-import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,9 @@ import yaml
 from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 from torch import Tensor, nn
+
+from expedit_d2.engine import surplus_layers
+from expedit_d2.files import check_finite, fetch, read_weights
 
 from .config import add_segmenter_config
 from .modeling.decoder import DECODERS
@@ -36,8 +38,8 @@ _TEST_SETS = {
 }
 # Official names that timm has under another one; sizes are given anyway.
 _BACKBONES = {"vit_base_patch8_384": "vit_base_patch8_224"}
-# Longest side of an evaluated image, in shortest ones; the most that any data set has.
-_ASPECT = 8
+# Longest side of an evaluated image, in shortest ones, by data set; the most of them for others.
+_ASPECTS = {"ade20k": 4, "cityscapes": 2, "pascal_context": 8}
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,14 @@ class Report:
     unknown: tuple[str, ...]
     missing: tuple[str, ...]
     misshapen: tuple[tuple[str, tuple[int, ...], tuple[int, ...]], ...]
+
+    @property
+    def wrong(self) -> list[str]:
+        """What keeps the weights from being the model's."""
+        return [
+            f"{name} is {found} in the checkpoint and {wanted} in the model"
+            for name, found, wanted in self.misshapen
+        ] + [f"{name} is missing in the checkpoint" for name in self.missing]
 
     def __str__(self) -> str:
         left = len(self.classifier) + len(self.unknown)
@@ -102,35 +112,48 @@ _VariantLoader.add_constructor(
 )
 
 
-def _read_variant(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no {str(path)!r}, which official runs have")
+def _read_variant(file: str) -> dict[str, Any]:
     try:
-        variant = yaml.load(path.read_text(), Loader=_VariantLoader)
+        variant = yaml.load(Path(file).read_text(encoding="utf-8"), Loader=_VariantLoader)
         if not isinstance(variant["net_kwargs"], dict):
             raise TypeError("its net_kwargs are no mapping")
     except (yaml.YAMLError, UnicodeError, KeyError, TypeError) as error:
-        raise ValueError(f"{str(path)!r} is no variant.yml of Segmenter: {error!r}") from None
+        reason = getattr(error, "problem", None) or repr(error)  # YAML's own is of several lines
+        raise ValueError(f"{file!r} is no variant.yml of Segmenter: {reason}") from None
     return variant
 
 
-def _read_weights(path: Path) -> dict[str, Tensor]:
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no checkpoint {str(path)!r}")
-    try:
-        weights = torch.load(path, map_location="cpu", weights_only=True)["model"]
-        if not all(isinstance(value, Tensor) for value in weights.values()):
-            raise TypeError("its 'model' has values that are no tensors")
-    except pickle.UnpicklingError as error:
-        # Not loaded without this protection: a pickle may run any code.
-        raise ValueError(
-            f"{str(path)!r} is no checkpoint, or holds objects besides tensors and plain values, "
-            "which are not read from files of others; if you trust it, save its 'model' alone "
-            f"under 'model' in a new checkpoint.pth: {error}"
-        ) from None
-    except (RuntimeError, EOFError, LookupError, TypeError, AttributeError) as error:
-        raise ValueError(f"{str(path)!r} is no checkpoint of Segmenter: {error!r}") from None
-    return dict(weights)
+def _section(settings: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    """A part of ``variant.yml`` that need not be there."""
+    section = settings.get(name, {})
+    if not isinstance(section, Mapping):
+        raise ValueError(f"variant.yml: {name} must be a mapping, got {section!r}")
+    return section
+
+
+def _whole(settings: Mapping[str, Any], name: str, default: int | None = None) -> int:
+    """A positive whole number of ``variant.yml``."""
+    value = settings.get(name, default)
+    if type(value) is not int or value < 1:
+        raise ValueError(f"variant.yml: {name} must be a positive whole number, got {value!r}")
+    return value
+
+
+def _share(settings: Mapping[str, Any], name: str, default: float) -> float:
+    """A probability of ``variant.yml``."""
+    value = settings.get(name, default)
+    if type(value) not in (int, float) or not 0 <= value < 1:
+        raise ValueError(f"variant.yml: {name} must be a number in [0, 1), got {value!r}")
+    return float(value)
+
+
+def _side(net: Mapping[str, Any]) -> int:
+    """The side of the square images that the model was made for."""
+    value = net["image_size"]
+    sides = value if isinstance(value, (list, tuple)) else [value, value]
+    if len(sides) != 2 or sides[0] != sides[1] or type(sides[0]) is not int or sides[0] < 1:
+        raise ValueError(f"variant.yml: image_size must be a square, in pixels, got {value!r}")
+    return sides[0]
 
 
 def config_of(variant: Mapping[str, Any], weights: str = "") -> CfgNode:
@@ -149,35 +172,33 @@ def config_of(variant: Mapping[str, Any], weights: str = "") -> CfgNode:
     absent = [key for key in needed if key not in net]
     if absent:
         raise ValueError(f"variant.yml: net_kwargs lacks {', '.join(absent)}")
-    sides = net["image_size"]
-    sides = {sides} if isinstance(sides, int) else set(sides)
-    if len(sides) != 1:
-        raise ValueError(f"variant.yml: image_size must be a square, got {net['image_size']}")
+    if not isinstance(net["backbone"], str):
+        raise ValueError(f"variant.yml: backbone must be a name of timm's, got {net['backbone']!r}")
+    side = _side(net)
     settings = net["decoder"] if isinstance(net["decoder"], Mapping) else {}
     decoder = settings.get("name")
-    if decoder not in DECODERS:
+    if decoder not in list(DECODERS):
         raise ValueError(
             f"variant.yml: the name of decoder must be {' or '.join(DECODERS)}, got {decoder!r}"
         )
-    if net["normalization"] not in _PIXELS:
+    if net["normalization"] not in list(_PIXELS):
         raise ValueError(
             f"variant.yml: normalization must be one of {sorted(_PIXELS)}, got "
             f"{net['normalization']!r}"
         )
-    (side,) = sides
     mean, std = _PIXELS[net["normalization"]]
-    inference = variant.get("inference_kwargs", {})
-    shortest = inference.get("im_size", side)
-    data_set = variant.get("dataset_kwargs", {}).get("dataset")
+    inference = _section(variant, "inference_kwargs")
+    shortest = _whole(inference, "im_size", side)
+    data_set = str(_section(variant, "dataset_kwargs").get("dataset"))
     segmenter = {
         "DECODER": decoder,
         "NORM_EPS": 1e-5,
-        "WINDOW_SIZE": inference.get("window_size", side),
-        "WINDOW_STRIDE": inference.get("window_stride", side),
+        "WINDOW_SIZE": _whole(inference, "window_size", side),
+        "WINDOW_STRIDE": _whole(inference, "window_stride", side),
     }
     if decoder == "mask_transformer":
-        segmenter["DECODER_LAYERS"] = settings.get("n_layers", 2)
-        segmenter["DECODER_DROPOUT"] = settings.get("dropout", 0.1)
+        segmenter["DECODER_LAYERS"] = _whole(settings, "n_layers", 2)
+        segmenter["DECODER_DROPOUT"] = _share(settings, "dropout", 0.1)
     return CfgNode(
         {
             "MODEL": {
@@ -187,16 +208,16 @@ def config_of(variant: Mapping[str, Any], weights: str = "") -> CfgNode:
                 "PIXEL_STD": std,
                 "TIMM": {
                     "NAME": _BACKBONES.get(net["backbone"], net["backbone"]),
-                    "DROP_PATH_RATE": float(net.get("drop_path_rate", 0.0)),
-                    "KWARGS": {"img_size": side, "patch_size": net["patch_size"]},
+                    "DROP_PATH_RATE": _share(net, "drop_path_rate", 0.0),
+                    "KWARGS": {"img_size": side, "patch_size": _whole(net, "patch_size")},
                 },
                 "SEGMENTER": segmenter,
-                "SEM_SEG_HEAD": {"NUM_CLASSES": net["n_cls"]},
+                "SEM_SEG_HEAD": {"NUM_CLASSES": _whole(net, "n_cls")},
             },
             "INPUT": {
                 "FORMAT": "RGB",
                 "MIN_SIZE_TEST": shortest,
-                "MAX_SIZE_TEST": shortest * _ASPECT,
+                "MAX_SIZE_TEST": shortest * _ASPECTS.get(data_set, max(_ASPECTS.values())),
             },
             "DATASETS": {"TEST": [_TEST_SETS[data_set]] if data_set in _TEST_SETS else []},
             "VERSION": 2,
@@ -228,18 +249,18 @@ def convert_checkpoint(source: str | os.PathLike, target: str | os.PathLike) -> 
     """Convert an official checkpoint.
 
     Args:
-        source: the official ``checkpoint.pth``, with ``variant.yml`` beside it.
+        source: the official ``checkpoint.pth`` or its URL, with ``variant.yml`` beside it.
         target: file to write; the config is written beside it, with the suffix ``.yaml``.
 
     Returns:
         What became of every weight; nothing is missing or misshapen.
 
     Raises:
-        FileNotFoundError: if one of the two official files is not there, or no folder to write to.
+        OSError: if one of the two official files is not there, or no folder to write to.
         FileExistsError: if a file to be written is there already.
-        ValueError: if the files are something else, or the weights do not fit.
+        ValueError: if the files are something else, or the weights do not fit or are not finite.
     """
-    source, target = Path(source), Path(target)
+    source, target = os.fspath(source), Path(target)
     config_file = target.with_suffix(".yaml")
     if target == config_file:
         raise ValueError(f"{str(target)!r} is for weights; the config gets the suffix .yaml")
@@ -248,12 +269,20 @@ def convert_checkpoint(source: str | os.PathLike, target: str | os.PathLike) -> 
     for path in (target, config_file):
         if path.exists():
             raise FileExistsError(f"{str(path)!r} is there already; choose another name")
-    variant = _read_variant(source.parent / "variant.yml")
+    beside = os.path.join(os.path.dirname(source), "variant.yml")  # of a URL, too
+    variant = _read_variant(fetch(beside, "the settings that official runs have"))
     config = config_of(variant, str(target.resolve()))
-    weights = _read_weights(source)
-    report = match_weights(weights, _build_on_meta(config, variant["net_kwargs"]))
-    if report.missing or report.misshapen:
-        raise ValueError(f"the weights do not fit the model of variant.yml:\n{report}")
-    torch.save({"model": {name: weights[name] for name in report.mapped}}, target)
+    model = _build_on_meta(config, variant["net_kwargs"])
+    weights = read_weights(source, "the checkpoint")
+    report = match_weights(weights, model)
+    wrong = report.wrong + [
+        f"{n} is not in the model" for n in surplus_layers(model, report.unknown)
+    ]
+    if wrong:
+        more = f", and {len(wrong) - 1} more" if len(wrong) > 1 else ""
+        raise ValueError(f"the weights do not fit the model of variant.yml: {wrong[0]}{more}")
+    mapped = {name: weights[name] for name in report.mapped}
+    check_finite(mapped, f"the checkpoint {source!r}")
+    torch.save({"model": mapped}, target)
     config_file.write_text(config.dump())
     return report

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import os
-
 import torch
 from detectron2.config import CfgNode
+from detectron2.data import DatasetMapper
 from detectron2.evaluation import DatasetEvaluator
 from torch.utils.data import DataLoader
 
+from expedit_d2.data.classes import check_classes, check_labels
 from expedit_d2.engine import Trainer
+from expedit_d2.engine.trainer import missing_data
+from expedit_d2.evaluation.build import predictions_folder
 from projects.Mask2Former.evaluation import SemanticEvaluator
 
-from .data import build_train_loader
+from .data import build_test_mapper, build_train_loader
 from .solver import build_lr_scheduler
 
 __all__ = ["SegmenterTrainer"]
@@ -22,14 +24,29 @@ class SegmenterTrainer(Trainer):
     """For configs whose ``MODEL.META_ARCHITECTURE`` is ``Segmenter``."""
 
     @classmethod
+    def check_dataset(cls, cfg: CfgNode, name: str, key: str = "DATASETS.TEST") -> None:
+        check_labels(name, key, "stuff")
+        classes = cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES
+        check_classes(name, key, "stuff", classes, "MODEL.SEM_SEG_HEAD.NUM_CLASSES")
+
+    @classmethod
     def build_train_loader(cls, cfg: CfgNode) -> DataLoader:
-        return build_train_loader(cfg)
+        with missing_data("DATASETS.TRAIN", cfg.DATASETS.TRAIN):
+            return build_train_loader(cfg)
+
+    @classmethod
+    def build_test_mapper(cls, cfg: CfgNode) -> DatasetMapper:
+        return build_test_mapper(cfg)
 
     @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
         """mIoU, whatever else the data set has labels for."""
-        folder = dataset_name.replace("/", "_")[-200:]  # names by path are long
-        return SemanticEvaluator(dataset_name, os.path.join(cfg.OUTPUT_DIR, "inference", folder))
+        cls.check_dataset(cfg, dataset_name)
+        return SemanticEvaluator(
+            dataset_name,
+            predictions_folder(cfg.OUTPUT_DIR, dataset_name),
+            cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES,
+        )
 
     @classmethod
     def build_lr_scheduler(

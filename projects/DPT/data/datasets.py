@@ -16,7 +16,8 @@ from typing import Any
 
 import numpy as np
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from PIL import Image
+
+from expedit_d2.data.images import load_labels
 
 __all__ = [
     "depth_scale_of",
@@ -46,7 +47,7 @@ def load_depth_list(file: Path, images: Path, depths: Path) -> list[dict[str, An
         images, depths: folders that its paths start from; a slash at their beginning is no root.
 
     Raises:
-        FileNotFoundError: if the list, or the first image or depth, is not there.
+        FileNotFoundError: if the list, or an image or depth in it, is not there.
         ValueError: if nothing in the list has a depth.
     """
     if not file.is_file():
@@ -64,8 +65,12 @@ def load_depth_list(file: Path, images: Path, depths: Path) -> list[dict[str, An
         for image, depth in pairs
     ]
     for key in ("file_name", "depth_file_name"):
-        if not os.path.isfile(records[0][key]):
-            raise FileNotFoundError(f"{file} names {records[0][key]}, which is not there")
+        missing = [record[key] for record in records if not os.path.isfile(record[key])]
+        if missing:
+            raise FileNotFoundError(
+                f"{file} names {missing[0]}, which is not there: {len(missing)} of its "
+                f"{len(records)} {'images' if key == 'file_name' else 'depths'} are missing"
+            )
     return records
 
 
@@ -124,9 +129,6 @@ def read_depth(path: str, scale: float) -> np.ndarray:
     """A depth PNG in metres, float32 (H, W); 0 where nothing is known.
 
     Raises:
-        ValueError: if the file has colours.
+        ValueError: if the file cannot be read, or has colours.
     """
-    with Image.open(path) as image:
-        if len(image.getbands()) > 1:
-            raise ValueError(f"{path} has colours ({image.mode}), where pixels must be depths")
-        return np.asarray(image).astype(np.float32) / scale
+    return load_labels(path).astype(np.float32) / scale

@@ -11,6 +11,8 @@ from detectron2.config import CfgNode, configurable
 from detectron2.data import detection_utils as utils
 from detectron2.data import transforms as T
 
+from expedit_d2.data.images import read_header
+
 from .datasets import depth_scale_of, read_depth
 
 __all__ = ["DepthMapper", "bottom_crop"]
@@ -99,12 +101,14 @@ class DepthMapper:
         image = utils.read_image(record["file_name"], format=self.image_format)
         size = image.shape[:2]
         depth = None
+        if "depth_file_name" in record:  # which the evaluator reads
+            depth_size = read_header(record["depth_file_name"]).size
+            if depth_size != size:
+                raise ValueError(
+                    f"{record['depth_file_name']} has {depth_size} pixels, and the image {size}"
+                )
         if self.depth_scale is not None:
             depth = read_depth(record["depth_file_name"], self.depth_scale)
-            if depth.shape != size:
-                raise ValueError(
-                    f"{record['depth_file_name']} has {depth.shape} pixels, and the image {size}"
-                )
         top, left = 0, 0
         if self.crop is not None:
             top, left = bottom_crop(size, self.crop)

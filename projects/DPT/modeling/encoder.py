@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from expedit_d2 import sized_blocks
 from expedit_d2.operators import shape_of
 
+from .resnet import standardize
+
 __all__ = ["POSITIONS", "Encoder", "Level"]
 
 LEVELS = 4
@@ -76,6 +78,8 @@ class Encoder(nn.Module):
                 f"MODEL.DPT.BLOCKS must be {count} ascending indices from 0 to {depth - 1}, got "
                 f"{list(blocks)}"
             )
+        if resnet is not None:
+            standardize(resnet)
         # Nothing is kept that runs behind all that is read.
         vit.blocks = vit.blocks[: blocks[-1] + 1]
         if not norm:

@@ -23,6 +23,10 @@ from detectron2.structures import Instances, polygons_to_bitmask
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from expedit_d2.data.classes import check_ids
+from expedit_d2.data.images import load_labels
+from expedit_d2.data.mapper import CheckedMapper
+
 from .color import ColorAugSSD
 
 __all__ = ["MAPPERS", "MaskFormerMapper", "build_mapper", "build_train_loader", "read_segments"]
@@ -61,7 +65,7 @@ def _panoptic_ids(image: np.ndarray) -> np.ndarray:
 
 def _read_classes(record: Record) -> np.ndarray:
     """Semantic PNG, (H, W)."""
-    labels = utils.read_image(_require(record, "sem_seg_file_name", "semantic"))
+    labels = load_labels(_require(record, "sem_seg_file_name", "semantic"))
     # Detectron2 resizes uint8 with Pillow, as it does the image, and other types as floats only.
     return labels if labels.dtype == np.uint8 else labels.astype(np.float64)
 
@@ -219,6 +223,7 @@ class MaskFormerMapper:
         image_format: str,
         ignore_label: int = _IGNORE,
         pad_to: int = 0,
+        classes: int | None = None,
     ) -> None:
         """
         Args:
@@ -227,12 +232,14 @@ class MaskFormerMapper:
             image_format: "RGB" or "BGR".
             ignore_label: semantic label that is no class.
             pad_to: pad image and masks to this height and width; not positive: leave them.
+            classes: of the model; semantic labels that are not below are refused. None: none is.
         """
         self.task = task
         self.augmentations = T.AugmentationList(augmentations)
         self.image_format = image_format
         self.ignore_label = ignore_label
         self.pad_to = pad_to
+        self.classes = classes
         self._needs_classes = any(
             isinstance(a, T.RandomCrop_CategoryAreaConstraint) for a in augmentations
         )
@@ -249,6 +256,9 @@ class MaskFormerMapper:
         transforms = self.augmentations(augmented)
         size = augmented.image.shape[:2]
         instances = read_segments(record, self.task, transforms, size, self.ignore_label)
+        if self.classes is not None and self.task == "semantic":
+            found, file = instances.gt_classes.numpy(), record["sem_seg_file_name"]
+            check_ids(file, found, self.classes, self.ignore_label, "the model")
         pixels = torch.from_numpy(np.ascontiguousarray(augmented.image.transpose(2, 0, 1)))
         masks: Tensor = instances.gt_masks
         if self.pad_to > 0:
@@ -283,9 +293,10 @@ def build_mapper(cfg: CfgNode) -> MaskFormerMapper:
         metadata.get("ignore_label", cfg.MODEL.SEM_SEG_HEAD.IGNORE_VALUE),
         # Large scale jitter has its own size.
         cfg.INPUT.SIZE_DIVISIBILITY if augment is _resize_and_crop else 0,
+        cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES,
     )
 
 
 def build_train_loader(cfg: CfgNode) -> DataLoader:
     """Detectron2's training loader with the mapper of the config."""
-    return build_detection_train_loader(cfg, mapper=build_mapper(cfg))
+    return build_detection_train_loader(cfg, mapper=CheckedMapper(build_mapper(cfg)))

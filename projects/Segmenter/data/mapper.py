@@ -8,16 +8,56 @@ from typing import Any
 import numpy as np
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import MetadataCatalog, build_detection_train_loader
+from detectron2.data import DatasetMapper, MetadataCatalog, build_detection_train_loader
 from detectron2.data import detection_utils as utils
 from detectron2.data import transforms as T
 from torch.utils.data import DataLoader
 
+from expedit_d2.data.classes import check_ids
+from expedit_d2.data.images import load_labels
+from expedit_d2.data.mapper import CheckedMapper
 from projects.Mask2Former.data.color import ColorAugSSD
 
-__all__ = ["SemanticMapper", "build_train_loader"]
+__all__ = [
+    "ResizeToFit",
+    "SemanticMapper",
+    "build_test_mapper",
+    "build_train_loader",
+    "fitted_size",
+]
 
 _PAD_VALUE = 128
+
+
+def fitted_size(size: tuple[int, int], shorter: int, longer: int) -> tuple[int, int]:
+    """(H, W) of an image scaled as far as its sides stay within ``shorter`` and ``longer``.
+
+    The official rule has one scale, and so one rounding; Detectron2's `ResizeShortestEdge` scales
+    a second time where the longer side is the limit, and may then be a pixel off.
+    """
+    scale = min(longer / max(size), shorter / min(size))
+    height, width = (int(side * scale + 0.5) for side in size)
+    return height, width
+
+
+class ResizeToFit(T.Augmentation):
+    """Resize an image to its `fitted_size`; ``shorter`` 0 leaves it as it is."""
+
+    def __init__(self, shorter: int, longer: int) -> None:
+        super().__init__()
+        self.shorter, self.longer = shorter, longer
+
+    def get_transform(self, image: np.ndarray) -> T.Transform:
+        size = image.shape[:2]
+        if not self.shorter:
+            return T.NoOpTransform()
+        return T.ResizeTransform(*size, *fitted_size(size, self.shorter, self.longer))
+
+
+def build_test_mapper(cfg: CfgNode) -> DatasetMapper:
+    """Detectron2's mapper with the official resizing."""
+    resize = ResizeToFit(cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST)
+    return DatasetMapper(cfg, is_train=False, augmentations=[resize])
 
 
 def _augmentations(cfg: CfgNode) -> list[T.Augmentation]:
@@ -51,20 +91,30 @@ class SemanticMapper:
     PNGs as they are.
     """
 
-    def __init__(self, augmentations: Sequence[T.Augmentation], image_format: str) -> None:
+    def __init__(
+        self,
+        augmentations: Sequence[T.Augmentation],
+        image_format: str,
+        classes: int | None = None,
+        ignore_label: int = 255,
+    ) -> None:
         """
         Args:
             augmentations: applied one after the other.
             image_format: "RGB" or "BGR".
+            classes: of the model; labels that are not below are refused. None: none is.
+            ignore_label: of pixels without a class.
         """
         self.augmentations = T.AugmentationList(augmentations)
         self.image_format = image_format
+        self.classes = classes
+        self.ignore_label = ignore_label
 
     def __call__(self, record: Mapping[str, Any]) -> dict[str, Any]:
         """A training sample: ``image`` uint8 (3, H, W) and ``sem_seg`` long (H, W).
 
         Raises:
-            ValueError: if the record has no ``sem_seg_file_name``.
+            ValueError: if the record has no ``sem_seg_file_name``, or labels that are no class.
         """
         if "sem_seg_file_name" not in record:
             raise ValueError(
@@ -72,7 +122,10 @@ class SemanticMapper:
                 f"that of {record['file_name']!r} has {sorted(record)}"
             )
         image = utils.read_image(record["file_name"], format=self.image_format)
-        labels = utils.read_image(record["sem_seg_file_name"])
+        labels = load_labels(record["sem_seg_file_name"])
+        if self.classes is not None:
+            file = record["sem_seg_file_name"]
+            check_ids(file, labels, self.classes, self.ignore_label, "the model")
         if labels.dtype != np.uint8:  # which Detectron2 resizes as floats only
             labels = labels.astype(np.float64)
         augmented = T.AugInput(image, sem_seg=labels)
@@ -100,6 +153,13 @@ def build_train_loader(cfg: CfgNode) -> DataLoader:
             )
     return build_detection_train_loader(
         cfg,
-        mapper=SemanticMapper(_augmentations(cfg), cfg.INPUT.FORMAT),
+        mapper=CheckedMapper(
+            SemanticMapper(
+                _augmentations(cfg),
+                cfg.INPUT.FORMAT,
+                cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES,
+                cfg.MODEL.SEM_SEG_HEAD.IGNORE_VALUE,
+            )
+        ),
         aspect_ratio_grouping=False,  # crops have one size, and records may not tell theirs
     )

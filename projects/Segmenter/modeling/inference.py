@@ -15,7 +15,7 @@ from torch import Tensor
 
 from expedit_d2.operators import shape_of
 
-__all__ = ["sliding_window"]
+__all__ = ["enlarged_size", "sliding_window"]
 
 
 class _Window(NamedTuple):
@@ -44,14 +44,25 @@ def _windows(image: int, size: tuple[int, int], window: int, stride: int) -> Ite
             yield _Window(image, slice(top, top + window), slice(left, left + window))
 
 
+def enlarged_size(size: tuple[int, int], side: int) -> tuple[int, int]:
+    """(H, W) of an image whose shorter side is enlarged to ``side``, its aspect kept.
+
+    It is the official arithmetic: where a side is a whole number of pixels, the aspect in floating
+    point may fall just short of it, and a pixel is lost.
+    """
+    height, width = size
+    if height < width:
+        return side, int(width / height * side)
+    return int(height / width * side), side
+
+
 def _at_least(image: Tensor, side: int) -> Tensor:
     """Enlarge an image (3, H, W), keeping its shape, until no side is less than ``side``."""
     size = shape_of(image)[1:]
-    shorter = min(size)
-    if shorter >= side:
+    if min(size) >= side:
         return image
-    enlarged = [n * side // shorter for n in size]
-    return F.interpolate(image[None], enlarged, mode="bilinear", align_corners=False)[0]
+    size = enlarged_size(size, side)
+    return F.interpolate(image[None], size, mode="bilinear", align_corners=False)[0]
 
 
 def sliding_window(

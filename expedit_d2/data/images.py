@@ -1,0 +1,253 @@
+"""Image files: read as Detectron2 does, but 16 bits as 8, and with an answer for every bad file.
+
+Detectron2's mappers open the ``file_name`` of a record themselves, and 16-bit pixels become white.
+`standard_path` names such a file in a way that ``PathManager``, with which all of Detectron2
+reads, opens as an 8-bit PNG; files that need nothing keep their names.
+
+Shorthand: H x W pixels.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import IO, Any, NamedTuple
+
+import numpy as np
+from detectron2.data import detection_utils
+from detectron2.utils.file_io import PathHandler, PathManager
+from PIL import Image, ImageOps
+
+__all__ = [
+    "MAX_PIXELS",
+    "DataError",
+    "Header",
+    "check_image",
+    "decode",
+    "load_image",
+    "load_labels",
+    "read_header",
+    "read_image",
+    "standard_path",
+]
+
+#: Images without labels are reduced to this many pixels, more than models with a test size see.
+#: Outputs have the size of the image, and 100 masks of a larger one would fill the memory.
+MAX_PIXELS = 2 * 2**20
+
+_STANDARD = "standard-image://"
+_ORIENTATION = 274  # EXIF tag
+
+
+class DataError(ValueError):
+    """What is wrong with a file, in one sentence; also when a worker process of a loader says it.
+
+    PyTorch makes an error of a worker anew, from a text that ends with the original one.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message.rpartition(f"{type(self).__qualname__}: ")[2].strip())
+
+
+class Header(NamedTuple):
+    """What a file says of its image before the pixels: Pillow's mode, height and width as shown."""
+
+    mode: str
+    size: tuple[int, int]
+
+
+# ------------------------------------------------------------------------------------ one file
+
+
+@contextmanager
+def _opened(path: str | os.PathLike) -> Iterator[Image.Image]:
+    """The file as a Pillow image; whatever fails inside is an unreadable image."""
+    try:
+        with PathManager.open(os.fspath(path), "rb") as file, warnings.catch_warnings():
+            # Large images are dealt with by their number of pixels.
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            with Image.open(file) as image:
+                yield image
+    except FileNotFoundError:
+        raise
+    except DataError:
+        raise
+    except Exception as error:  # Pillow's plugins raise all kinds
+        raise DataError(f"{path} cannot be read as an image: {_reason(error)}") from error
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, Image.UnidentifiedImageError):
+        return "it is empty, damaged or of an unknown format"
+    return str(error) or type(error).__name__
+
+
+def read_header(path: str | os.PathLike) -> Header:
+    """Mode and size of an image, without its pixels.
+
+    Raises:
+        DataError: if it is no image.
+        FileNotFoundError: if it is not there.
+    """
+    with _opened(path) as image:
+        return _header(image)
+
+
+def _header(image: Image.Image) -> Header:
+    width, height = image.size
+    # Pillow turns TIFF itself, and would decode a PNG to look behind its pixels.
+    if "exif" in image.info and image.format != "TIFF":
+        if image.getexif().get(_ORIENTATION, 1) >= 5:
+            width, height = height, width
+    return Header(_mode(image), (height, width))
+
+
+def _mode(image: Image.Image) -> str:
+    """Pillow's, but 16-bit PNGs have one mode in all of its versions."""
+    return "I;16" if image.mode == "I" and image.format == "PNG" else image.mode
+
+
+def _refuse_32_bits(path: str | os.PathLike, mode: str) -> None:
+    if mode in ("I", "F"):
+        raise DataError(
+            f"{path} has 32-bit pixels (mode {mode}), whose range is not known: save the image "
+            "with 8 or 16 bits"
+        )
+
+
+def load_image(path: str | os.PathLike, max_pixels: int | None = None) -> Image.Image:
+    """An image with 8 bits a channel, turned as its EXIF data say.
+
+    16 bits keep their upper byte, as Pillow has it for colours. Of animations it is the first
+    frame; transparency is left out when the image is converted.
+
+    Args:
+        path: of the file.
+        max_pixels: larger images are reduced to about this many; None: they are not.
+
+    Raises:
+        DataError: if it cannot be read, or has 32-bit pixels, whose range is not known.
+        FileNotFoundError: if it is not there.
+    """
+    with _opened(path) as image:
+        mode = _mode(image)
+        _refuse_32_bits(path, mode)
+        pixels = image.width * image.height
+        image.load()
+        image = ImageOps.exif_transpose(image)
+        if mode.startswith("I;16"):
+            image = Image.fromarray((np.asarray(image).astype(np.uint16) >> 8).astype(np.uint8))
+        if max_pixels is not None and pixels > max_pixels:
+            scale = (max_pixels / pixels) ** 0.5
+            size = [max(1, int(side * scale)) for side in image.size]
+            # Palettes cannot be averaged.
+            image = image if image.mode in ("L", "RGB") else image.convert("RGB")
+            image = image.resize(size, Image.Resampling.BILINEAR, reducing_gap=2.0)
+        return image
+
+
+def load_labels(path: str | os.PathLike) -> np.ndarray:
+    """The pixels of a label PNG as they are, (H, W): ids in a palette, 8 or 16 bits.
+
+    Raises:
+        DataError: if it cannot be read, or has colours.
+        FileNotFoundError: if it is not there.
+    """
+    with _opened(path) as image:
+        labels = np.array(image)
+        mode = image.mode
+    if labels.ndim != 2:
+        raise DataError(f"{path} has colours ({mode}), where pixels must be labels")
+    return labels.astype(np.uint8) if labels.dtype == bool else labels
+
+
+def check_image(path: str | os.PathLike) -> None:
+    """Find out whether an image can be read by `load_image`, more cheaply than by reading it.
+
+    Raises:
+        DataError: if it cannot be read.
+        FileNotFoundError: if it is not there.
+    """
+    _refuse_32_bits(path, decode(path).mode)
+
+
+def decode(path: str | os.PathLike) -> Header:
+    """Decode a file only to know that it can be read, as cheaply as can be.
+
+    Returns:
+        Its header.
+
+    Raises:
+        DataError: if it cannot be read.
+        FileNotFoundError: if it is not there.
+    """
+    with _opened(path) as image:
+        header = _header(image)
+        image.draft("L", (1, 1))  # JPEG: an eighth of the size, but all of the file
+        image.load()
+    return header
+
+
+# ------------------------------------------------------------------ files as Detectron2 opens them
+
+
+def standard_path(path: str, max_pixels: int | None = None) -> str:
+    """The path itself, or for a file that needs more, one that is opened as by `load_image`.
+
+    Args:
+        path: of an image.
+        max_pixels: see `load_image`.
+
+    Raises:
+        DataError: if it is no image.
+        FileNotFoundError: if it is not there.
+    """
+    header = read_header(path)
+    large = max_pixels is not None and header.size[0] * header.size[1] > max_pixels
+    convert = header.mode in ("I", "F") or header.mode.startswith("I;16")
+    return f"{_STANDARD}{max_pixels or 0}?{path}" if large or convert else path
+
+
+class _StandardHandler(PathHandler):
+    """Opens what `standard_path` names, as a PNG."""
+
+    def _get_supported_prefixes(self) -> list[str]:
+        return [_STANDARD]
+
+    def _open(
+        self, path: str, mode: str = "r", buffering: int = -1, **kwargs: Any
+    ) -> IO[str] | IO[bytes]:
+        self._check_kwargs(kwargs)
+        limit, _, source = path.removeprefix(_STANDARD).partition("?")
+        image = load_image(source, int(limit) or None)
+        if image.mode == "CMYK":  # no PNG has that
+            image = image.convert("RGB")
+        file = io.BytesIO()
+        image.save(file, "PNG", compress_level=0, exif=b"")
+        file.seek(0)
+        return file
+
+
+PathManager.register_handler(_StandardHandler())
+
+
+def read_image(path: str, image_format: str, max_pixels: int | None = None) -> np.ndarray:
+    """An image as Detectron2's ``read_image`` gives it, uint8 (H, W, 3), 16 bits as 8.
+
+    Args:
+        path: of the file.
+        image_format: "RGB" or "BGR".
+        max_pixels: see `load_image`.
+
+    Raises:
+        DataError: if it cannot be read.
+        FileNotFoundError: if it is not there.
+    """
+    try:
+        return detection_utils.read_image(standard_path(path, max_pixels), image_format)
+    except Exception:
+        load_image(path)  # which says what is wrong with the file
+        raise

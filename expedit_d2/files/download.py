@@ -1,0 +1,95 @@
+"""The local file of a path or URL; iopath downloads and caches it."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.client import HTTPException
+from pathlib import Path
+from urllib.error import HTTPError, URLError
+from urllib.parse import urlsplit
+
+from detectron2.checkpoint import catalog as _  # noqa: F401  registers catalog://
+from detectron2.utils.file_io import PathManager
+from fvcore.common.file_io import get_cache_dir as get_fvcore_cache_dir
+from iopath.common.file_io import get_cache_dir
+
+__all__ = ["drop_download", "fetch"]
+
+#: Seconds without an answer or a byte.
+TIMEOUT = 60.0
+
+
+def fetch(path: str, key: str) -> str:
+    """The local file of a path, downloaded if it is a URL.
+
+    Args:
+        path: a file, or anything iopath opens: ``detectron2://…``, ``https://…``, ``pypi://…``.
+        key: the config key or argument that gave the path, for messages.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        OSError: if it cannot be downloaded as a whole.
+    """
+    if "://" not in path:
+        if not os.path.isfile(path):
+            raise FileNotFoundError(f"{key}: there is no file {path!r}")
+        return path
+    try:
+        with _default_timeout(TIMEOUT):
+            local = PathManager.get_local_path(path, **_cache_of(path))
+    except FileNotFoundError as error:  # a handler's own sentence
+        raise FileNotFoundError(f"{key}: {error}") from None
+    except HTTPError as error:
+        raise OSError(f"{key} {path!r} cannot be downloaded: {error}") from None
+    except URLError as error:
+        raise OSError(f"{key} {path!r} cannot be downloaded: {error.reason}") from None
+    except (OSError, HTTPException, ValueError, RuntimeError, AssertionError) as error:
+        # The last two are Detectron2's and iopath's own: an entry that the catalogue lacks.
+        reason = str(error) or type(error).__name__
+        raise OSError(f"{key} {path!r} cannot be downloaded: {reason}") from None
+    if not os.path.isfile(local):
+        raise FileNotFoundError(
+            f"{key}: nothing here opens {path!r}; give a file, or a URL such as https://... or "
+            "detectron2://..."
+        )
+    return local
+
+
+def drop_download(path: str, local: str) -> bool:
+    """Remove a file that `fetch` downloaded, so that the next try downloads it again.
+
+    Returns:
+        False where there is nothing to remove: the file is the user's own.
+    """
+    caches = [Path(get_cache_dir()).resolve(), Path(get_fvcore_cache_dir()).resolve()]
+    downloaded = "://" in path and any(c in Path(local).resolve().parents for c in caches)
+    if downloaded:
+        Path(local).unlink(missing_ok=True)
+    return downloaded
+
+
+def _cache_of(path: str) -> dict[str, str]:
+    """A cache for each host: iopath's own leaves the host out, and one file would pass for another.
+
+    What Detectron2 names itself (``detectron2://``) stays where Detectron2 looks for it.
+    """
+    url = urlsplit(path)
+    if url.scheme not in ("http", "https", "ftp") or path.startswith("https://1drv.ms/"):
+        return {}
+    if url.path.endswith("/") or not url.path:
+        raise ValueError("a URL ends in the name of a file")
+    return {"cache_dir": os.path.join(get_cache_dir(), url.netloc.replace(":", "_"))}
+
+
+@contextmanager
+def _default_timeout(seconds: float) -> Iterator[None]:
+    """urllib waits for ever unless sockets have a limit."""
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(seconds)
+    try:
+        yield
+    finally:
+        socket.setdefaulttimeout(before)

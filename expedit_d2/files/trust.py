@@ -1,0 +1,53 @@
+"""Whether files may run code while they are read. They may not, unless somebody says so.
+
+Pickles and some YAML tags are small programs: whoever reads them in the usual way runs them. Here
+they are read as data; what cannot be is refused. The option ``--run-code-in-files`` of a tool, or
+the environment variable for any of them and for other programs, brings the usual way back.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+__all__ = ["OPTION", "REMEDY", "VARIABLE", "add_trust_option", "code_in_files", "runs_code"]
+
+OPTION = "--run-code-in-files"
+VARIABLE = "EXPEDIT_RUN_CODE_IN_FILES"
+#: The end of a sentence that refuses a file.
+REMEDY = f"if you trust whoever made it, set {VARIABLE}=1"
+
+
+def runs_code() -> bool:
+    """Whether files may run code."""
+    return os.environ.get(VARIABLE, "0") not in ("", "0")
+
+
+@contextmanager
+def code_in_files(allowed: bool) -> Iterator[None]:
+    """Let files run code for a while; False changes nothing.
+
+    It is the environment that tells, so that processes started meanwhile know it too.
+    """
+    before = os.environ.get(VARIABLE)
+    if allowed:
+        os.environ[VARIABLE] = "1"
+    try:
+        yield
+    finally:
+        if before is not None:
+            os.environ[VARIABLE] = before
+        else:
+            os.environ.pop(VARIABLE, None)
+
+
+def add_trust_option(parser: argparse.ArgumentParser) -> None:
+    """Add the option to a tool; its value is for `code_in_files`."""
+    parser.add_argument(
+        OPTION,
+        action="store_true",
+        help="read weights and configs in the old way, which runs any code that is in them; only "
+        "for files of people you trust",
+    )
