@@ -26,6 +26,8 @@ TRAINERS: dict[str, type[Trainer]] = {
     "DPT": DPTTrainer,
     "MaskFormer": MaskFormerTrainer,
     "Segmenter": SegmenterTrainer,
+    # Detectron2's own, on the same data.
+    "SemanticSegmentor": SegmenterTrainer,
 }
 
 
@@ -59,6 +61,7 @@ def load_model(cfg: CfgNode) -> nn.Module:
     cfg = cfg.clone()
     cfg.defrost()
     cfg.MODEL.TIMM.PRETRAINED, cfg.MODEL.TIMM.CHECKPOINT = False, ""
+    cfg.MODEL.VIT.CHECKPOINT = ""
     model = trainer_of(cfg).build_model(cfg)
     load_weights(model, cfg.MODEL.WEIGHTS)
     return model.eval()
