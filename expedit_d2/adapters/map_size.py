@@ -21,7 +21,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from ..operators import in_graph, shape_of
+from ..tracing import in_graph, shape_of
 
 __all__ = ["MapSizes", "Size"]
 
