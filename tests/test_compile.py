@@ -8,6 +8,7 @@ from detectron2.modeling import ViT
 from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from expedit_d2 import expedite, fuse_attention
@@ -24,9 +25,15 @@ def fresh():
     torch._dynamo.reset()
 
 
-def timm_vit() -> nn.Module:
+def timm_vit(depth: int = 2) -> nn.Module:
     return VisionTransformer(
-        img_size=(24, 32), patch_size=4, embed_dim=32, depth=2, num_heads=4, num_classes=0
+        img_size=(24, 32),
+        patch_size=4,
+        embed_dim=32,
+        depth=depth,
+        num_heads=4,
+        num_classes=0,
+        dynamic_img_size=True,
     )
 
 
@@ -43,12 +50,12 @@ def timm_eva() -> nn.Module:
     )
 
 
-def detectron2_vit() -> nn.Module:
+def detectron2_vit(depth: int = 2) -> nn.Module:
     return ViT(
         img_size=32,
         patch_size=4,
         embed_dim=32,
-        depth=2,
+        depth=depth,
         num_heads=4,
         use_rel_pos=True,
         window_size=4,
@@ -79,13 +86,12 @@ def settings_for(kind: str, method: str) -> dict:
     return settings | {"grid": (4, 5)}
 
 
-#: Methods that leave no grid need global attention, and ToMe a block that it can work inside of.
+#: ToMe needs a block that it can work inside of.
 PAIRS = [
     (kind, method)
     for kind in MODELS
     for method in METHODS
-    if method not in OFF_GRID or kind.startswith("timm")
-    if (kind, method) != ("timm_eva", "tome")
+    if method != "tome" or kind == "timm_vit"
 ]
 
 
@@ -113,6 +119,30 @@ def test_expedited_models_compile_to_one_graph(kind, method):
     model = MODELS[kind]().eval()
     with expedite(model, **settings_for(kind, method), fused_attention=True):
         assert_compiles(model)
+
+
+#: Models that take images of any size, and settings.
+SIZES = [
+    (kind, settings)
+    for kind in ("timm_vit", "detectron2_vit")
+    for settings in ({"budget": 0.5}, {"alpha": 1, "ratio": 0.6})
+]
+
+
+@pytest.mark.parametrize("kind,settings", SIZES, ids=str)
+def test_a_size_is_compiled_once(kind, settings):
+    """No break in a graph, and no shape or guard in it that depends on what is in an image."""
+    model = MODELS[kind](depth=4).eval()
+    counter = CompileCounterWithBackend("aot_eager")
+    with expedite(model, outputs=(3,), **settings), torch.no_grad():
+        # The sizes are known to the graph: with CUDA graphs they have to be.
+        compiled = torch.compile(model, fullgraph=True, backend=counter, dynamic=False)
+        for turn in range(3):
+            for size in ((24, 32), (32, 40)):
+                x = torch.randn(2, 3, *size) * 10**turn
+                expected = outputs(model, x)
+                torch.testing.assert_close(outputs(compiled, x), expected, rtol=1e-3, atol=1e-3)
+            assert counter.frame_count == 2
 
 
 @pytest.mark.parametrize("kind", ["detectron2_vit", "swin"])

@@ -123,7 +123,7 @@ def cluster_tokens(
         centroids = torch.cat([means / total.clamp_min(TINY), centroids[..., channels:]], dim=-1)
         # A cell of padding alone is no candidate for a token (padding itself joins nothing).
         empty = (total <= 0).flatten().take(tiles.cells).unflatten(0, (batch, -1))  # (B, T, P)
-        mask = torch.where(empty[:, :, None] & (counts > 0), NEVER, mask)
+        mask = mask.masked_fill(empty[:, :, None] & (counts > 0), NEVER)
     centroids = centroids.flatten(0, 2)  # (B * M, C + 4), as all that follow
 
     tiled = tiled.flatten(0, 1)
