@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .operators import shape_of
+from .tracing import shape_of
 
 __all__ = ["ImageModel", "check_onnx", "export_onnx", "export_program", "onnx_session"]
 

@@ -6,8 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..operators import Clusters, adaptive_pool, shape_of
+from ..operators import Clusters, adaptive_pool
 from ..settings import Settings
+from ..tracing import shape_of
 from .grid import GridMethod, Record
 
 __all__ = ["Pool"]

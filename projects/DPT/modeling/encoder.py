@@ -14,7 +14,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from expedit_d2 import sized_blocks
-from expedit_d2.operators import shape_of
+from expedit_d2.tracing import shape_of
 
 from .resnet import standardize
 
