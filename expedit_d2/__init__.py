@@ -2,11 +2,12 @@
 
 `TokenClustering` and `TokenReconstruction` are the two operators, `expedite` applies them to a
 model, `add_expedit_config` adds them to a Detectron2 config. `fuse_attention` makes a model's own
-attention faster and changes nothing else.
+attention faster and changes nothing else. `sized_blocks` is for code that runs blocks by itself.
 """
 
 from .api import expedite
 from .fused import fuse_attention
+from .hook import sized_blocks
 from .operators import TokenClustering, TokenReconstruction
 
 __version__ = "0.1.0"
@@ -16,6 +17,7 @@ __all__ = [
     "add_expedit_config",
     "expedite",
     "fuse_attention",
+    "sized_blocks",
 ]
 
 

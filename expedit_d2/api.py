@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
@@ -13,8 +14,12 @@ from .fused import Handle, fuse_attention
 from .hook import ExpeditedBlocks
 from .methods import build_method
 from .settings import OFF_GRID, Settings
+from .spelling import describe
 
 __all__ = ["Expedited", "expedite", "expedite_from_node", "is_expedited"]
+
+
+_logger = logging.getLogger(__name__)
 
 
 class Expedited(Handle):
@@ -22,15 +27,36 @@ class Expedited(Handle):
 
     Attributes:
         settings: the settings in force.
-        blocks: the `ExpeditedBlocks` now in the model; None if switched off.
+        blocks: the `ExpeditedBlocks` now in the model; None if only its attention is fused.
     """
 
     def __init__(
-        self, settings: Settings, blocks: ExpeditedBlocks | None, undo: Callable[[], None]
+        self,
+        settings: Settings,
+        blocks: ExpeditedBlocks | None,
+        undo: Callable[[], None],
+        transformer: str,
     ) -> None:
         super().__init__(undo)
         self.settings = settings
         self.blocks = blocks
+        self._transformer = transformer
+        self._removed = False
+
+    def remove(self) -> None:
+        """Put the model back exactly as it was. Safe to call more than once."""
+        super().remove()
+        self._removed = True
+
+    def __repr__(self) -> str:
+        """The transformer, its settings as `tools/compare.py` takes them, and whether it is on."""
+        spelled = describe(self.settings)
+        if self.blocks is not None:
+            if not spelled.startswith("method="):
+                spelled = f"method={self.settings.method} {spelled}"
+            spelled += f", {len(self.blocks)} blocks"
+        removed = ", removed" if self._removed else ""
+        return f"Expedited({self._transformer}: {spelled}{removed})"
 
 
 def expedite(
@@ -51,9 +77,9 @@ def expedite(
     Args:
         model: a supported ViT, or any model that contains exactly one.
         alpha: number of blocks run before clustering, 0 to depth - 1, counted over all stages of
-            the model; several cluster again and again; None reduces nothing.
-        outputs: indices of the blocks whose output is read, each rebuilt to the full map; None:
-            what is known of the model's family, else all.
+            the model; several cluster again and again.
+        outputs: indices of the blocks whose output is read, each rebuilt to the full map, counted
+            in their stage; None: what is known of the model's family, else all.
         **settings: budget, or instead of it alpha and grid, ratio or keep; temperature, …: see
             `expedit_d2.settings.Settings`.
 
@@ -61,28 +87,37 @@ def expedite(
         A handle; ``handle.remove()`` undoes it, as does leaving its ``with`` block.
 
     Raises:
-        ValueError: for settings out of range, or a model that is not supported or already
-            expedited.
+        ValueError: for settings out of range or that reduce nothing, or a model that is not
+            supported or already expedited.
+        TypeError: for a keyword that is no setting.
     """
+    unknown = Settings.unknown(settings)
+    if unknown:
+        raise TypeError(f"expedite() has no setting {unknown}")
     checked = Settings(alpha=alpha, **settings)
+    if not (checked.reduces or checked.fused_attention):
+        raise ValueError(
+            "neither ALPHA nor BUDGET is set, so nothing would be reduced: set BUDGET, such as 0.5 "
+            "for half of the GFLOPs, or ALPHA and one of GRID, RATIO and KEEP"
+        )
     if is_expedited(model):
         raise ValueError("the model is already expedited; remove() the first handle before")
     host = find_host(model)
+    transformer = type(host.owner).__name__
     if checked.budget is not None:
-        checked = within_budget(checked, host)
+        budget, checked = checked, within_budget(checked, host)
+        _logger.info("%s: %s -> %s", transformer, describe(budget), describe(checked))
     if not checked.alphas:
-        fused = fuse_attention(model) if checked.fused_attention else Handle(lambda: None)
-        return Expedited(checked, None, fused.remove)
+        return Expedited(checked, None, fuse_attention(model).remove, transformer)
     if checked.method not in OFF_GRID and checked.scope not in host.scopes:
         raise ValueError(
-            f"SCOPE must be one of {host.scopes} for {type(host.owner).__name__}, got "
-            f"{checked.scope!r}"
+            f"SCOPE must be one of {host.scopes} for {transformer}, got {checked.scope!r}"
         )
 
     if checked.method in OFF_GRID and not host.off_grid:
         raise ValueError(
             f"METHOD {checked.method} leaves tokens on no grid, and there are convolutions between "
-            f"the blocks of this {type(host.owner).__name__}; METHOD expedit keeps a grid"
+            f"the blocks of this {transformer}; METHOD expedit keeps a grid"
         )
     host, first = host.stage_of(checked.alphas)
     original = host.blocks
@@ -91,13 +126,13 @@ def expedite(
         host.layout(checked.size_aware),
         {
             alpha - first: build_method(checked, host.window, index)
-            for index, alpha in enumerate(sorted(checked.alphas))
+            for index, alpha in enumerate(checked.alphas)
         },
-        host.outputs if outputs is None else outputs,
+        host.outputs if outputs is None else _checked_outputs(outputs, len(original)),
         checked.reconstruct_at == "backbone",
     )
     blocks.train(original.training)
-    detach = host.attach()
+    detach, unguard = host.attach(model), blocks.guard()
     fused = fuse_attention(model) if checked.fused_attention else Handle(lambda: None)
     setattr(host.owner, host.attribute, blocks)
 
@@ -105,9 +140,19 @@ def expedite(
         fused.remove()
         original.training = blocks.training
         setattr(host.owner, host.attribute, original)
+        unguard()
         detach()
 
-    return Expedited(checked, blocks, undo)
+    return Expedited(checked, blocks, undo, transformer)
+
+
+def _checked_outputs(outputs: Collection[int], depth: int) -> tuple[int, ...]:
+    several = isinstance(outputs, Collection) and not isinstance(outputs, str)
+    if not several or not outputs or not all(type(i) is int and 0 <= i < depth for i in outputs):
+        raise ValueError(
+            f"outputs must be indices of blocks, each in 0 to {depth - 1}, or None, got {outputs!r}"
+        )
+    return tuple(outputs)
 
 
 def expedite_from_node(

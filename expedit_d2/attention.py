@@ -255,7 +255,8 @@ def position_term(
         row = ((rows - 1) / 2 + offset * (rows / (2 * size[axis] - 1))).clamp(0, rows - 1)
         low = row.floor()
         share = (row - low).to(q.dtype)[:, None]
-        low = low.long()[:, None].expand(-1, q.shape[1], -1, -1)
+        # NaN is any integer, so clamp it: the share keeps the logits NaN.
+        low = low.long().clamp(0, rows - 1)[:, None].expand(-1, q.shape[1], -1, -1)
         high = (low + 1).clamp(max=rows - 1)
         terms = q @ table.to(q.dtype).transpose(0, 1)  # (B, heads, N, 2 S - 1)
         query.append(torch.lerp(terms.gather(-1, low), terms.gather(-1, high), share))

@@ -109,6 +109,9 @@ def add_vit_config(cfg: CN) -> None:
             "OUT_CHANNELS": 256,
             "SQUARE_PAD": 0,  # pad images to a square of this side; 0 keeps their shape
             "FREEZE": False,  # train the pyramid and what follows, not the ViT itself
+            # Weights of a plain ViT to start from (MAE, DINOv2, …), in timm's names; LayerScale is
+            # folded into the layers before it.
+            "CHECKPOINT": "",
         },
     )
 

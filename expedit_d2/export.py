@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from .adapters import detectron2_vit
 from .api import is_expedited
 from .methods.off_grid import OffGridMethod
-from .operators import shape_of
+from .tracing import shape_of
 
 __all__ = ["ImageModel", "check_onnx", "export_onnx", "export_program", "onnx_session"]
 

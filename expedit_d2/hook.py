@@ -3,20 +3,29 @@
 `ExpeditedBlocks` takes the place of a model's block container. The model loops over it as before;
 each loop gets callables of its own that share that loop's state, so calls may overlap and nothing
 is kept between them. The model, its blocks and its state-dict keys are untouched.
+
+Once tokens are reduced, the hook goes on with its own and not with what the model passes on. So
+each block must be given exactly what the block before it has returned, and anything else is
+refused. In-place changes are seen too, but in compiled graphs and in `torch.inference_mode`, where
+they are not counted.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+import threading
+import weakref
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .tokens import Layout, Method, Tokens
+from .tracing import in_graph
 
-__all__ = ["ExpeditedBlocks", "Rebuild", "run_reduced"]
+__all__ = ["ExpeditedBlocks", "Rebuild", "run_reduced", "sized_blocks"]
 
 #: Features of the reduced tokens (B, M, D), in the order of the tokens, to a map (B, H, W, D).
 Rebuild = Callable[[Tensor], Tensor]
@@ -24,11 +33,42 @@ Rebuild = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class _State:
-    """What one block leaves to the next; ``x`` and ``tokens`` are None before a reduction."""
+    """What one block leaves to the next.
 
-    x: Tensor | None = None
+    Attributes:
+        layout: of this pass.
+        tokens: of the reduced ones all but their features; None before the first reduction.
+        x: the reduced tokens in the model's form; None where the block returned just these.
+        records: for each reduction what rebuilds the map, and its record.
+    """
+
+    layout: Layout
     tokens: Tokens | None = None
+    x: Tensor | None = None
     records: tuple[tuple[nn.Module, Any], ...] = ()
+
+
+class _Mark:
+    """Recognises a tensor later on, if nothing has changed it; does not keep it alive."""
+
+    def __init__(self, x: Tensor) -> None:
+        self._tensor = weakref.ref(x)
+        self._version = _version(x)
+        self.shape = tuple(x.shape)
+
+    @property
+    def alive(self) -> bool:
+        return self._tensor() is not None
+
+    def is_on(self, x: Tensor) -> bool:
+        return self._tensor() is x
+
+    def fits(self, x: Tensor) -> bool:
+        return self.is_on(x) and self._version == _version(x)
+
+
+def _version(x: Tensor) -> int:
+    return 0 if in_graph() or x.is_inference() else x._version
 
 
 def _appended(
@@ -44,66 +84,169 @@ def _appended(
 class _Pass:
     """One run through the blocks.
 
-    A block's state is written once and kept by its index, so that a block may run again, as
-    gradient checkpointing makes it.
+    A state belongs to the tensor that a block has returned, and lives as long as that does. So a
+    block may run again, as gradient checkpointing makes it.
     """
 
-    def __init__(self, layout: Layout, outputs: Collection[int] | None) -> None:
-        self.layout = layout.begin()
+    def __init__(
+        self,
+        layout: Layout,
+        alphas: Iterable[int],
+        outputs: Collection[int] | None,
+        size: tuple[int, int] | None = None,
+    ) -> None:
+        self.layout = layout
+        self.alphas = sorted(alphas)
         self.outputs = outputs
-        self.states = {-1: _State()}
+        self.size = size
+        self.first: int | None = None
+        self.begun: list[tuple[_Mark, _State]] = []
+        self.states: dict[int, list[tuple[_Mark, _State]]] = {}
 
-    def run(
-        self, index: int, block: nn.Module, method: Method | None, x: Tensor, *args, **kwargs
-    ) -> Tensor:
-        state = self.states.get(index - 1, self.states[-1])
-        tokens, records, layout = state.tokens, state.records, self.layout
-        if tokens is None and method is None:
-            return block(x, *args, **kwargs)
-        if tokens is None:
-            tokens = layout.split(x)
+    def run(self, step: _Step, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        index, block, method = step._index, step._block, step._method
+        self._forget(index - 2)
+        state = self._before(step, x)
+        outer, _running.block = getattr(_running, "block", None), block
+        try:
+            out, state = self._run(index, block, method, state, x, *args, **kwargs)
+        finally:
+            _running.block = outer
+        self._forget(index)
+        self.states.setdefault(index, []).append((_Mark(out), state))
+        return out
+
+    def _forget(self, index: int) -> None:
+        """Drop states of tensors that are gone: nobody can go on from them."""
+        if index in self.states:
+            self.states[index] = [kept for kept in self.states[index] if kept[0].alive]
+
+    def _before(self, step: _Step, x: Tensor) -> _State:
+        """The state that a block goes on from.
+
+        Raises:
+            ValueError: if tokens are reduced already, and ``x`` is not what the block before has
+                returned.
+        """
+        index = step._index
+        if self.first is None:
+            self.first = index
+        if index == self.first:
+            for mark, state in self.begun:
+                if mark.is_on(x):  # run again
+                    return state
+            state = _State(self.layout.begin(x, step, self.size))
+            self.begun.append((_Mark(x), state))
+            return state
+        known = self.states.get(index - 1, ())
+        for mark, state in known:
+            if mark.fits(x):
+                if state.tokens is not None and x.requires_grad and not torch.is_grad_enabled():
+                    raise ValueError(
+                        f"block {index} is checkpointed by itself with use_reentrant=True, which "
+                        f"loses gradients after ALPHA {self.alphas[0]}: checkpoint with "
+                        "use_reentrant=False, or all blocks as one"
+                    )
+                return state
+        if self.first < index and not any(self.first <= a < index for a in self.alphas):
+            # All tokens are still there, and what the model does to them is its own business.
+            layouts = [state.layout for _, state in self.begun]
+            same = all(layout == layouts[0] for layout in layouts)
+            return _State(layouts[0] if same else self.layout.begin(x, step, self.size))
+        raise ValueError(self._refusal(index, x, known))
+
+    def _refusal(self, index: int, x: Tensor, known: Collection[tuple[_Mark, _State]]) -> str:
+        if index < self.first or not known:
+            what = f"block {index} was not run right after block {index - 1} on what that returned"
+        elif any(mark.is_on(x) for mark, _ in known):
+            what = f"the output of block {index - 1} was changed in place before block {index}"
+        elif any(mark.shape != tuple(x.shape) for mark, _ in known):
+            what = (
+                f"block {index} was given tokens of shape {tuple(x.shape)} where block {index - 1} "
+                f"returned {known[-1][0].shape}"
+            )
         else:
+            what = f"block {index} was given other tokens than block {index - 1} returned"
+        return (
+            f"{what}: from ALPHA {self.alphas[0]} on Expedit carries reduced tokens from block to "
+            "block and would lose such a change; set ALPHA behind it, or leave this model as it is"
+        )
+
+    def _run(
+        self,
+        index: int,
+        block: nn.Module,
+        method: Method | None,
+        state: _State,
+        x: Tensor,
+        *args: Any,
+        **kwargs: Any,
+    ) -> tuple[Tensor, _State]:
+        layout, tokens, records = state.layout, state.tokens, state.records
+        if tokens is None and method is None:
+            return block(x, *args, **kwargs), state
+        if state.x is not None:
             x = state.x
         if method is None:
             x = layout.run(block, x, tokens, *args, **kwargs)
-        elif getattr(method, "inside", False):
-            x, tokens, record = layout.run_reducing(
-                block, x, tokens, method.reduce, *args, **kwargs
-            )
         else:
-            tokens, record = method.reduce(tokens, lambda x: layout.keys(block, x))
-            x = layout.join(x, tokens.features)
-            tokens = replace(tokens, context=layout.prepare(x, tokens))
-            x = layout.run(block, x, tokens, *args, **kwargs)
-        if method is not None:
+            tokens = layout.split(x, tokens)
+            if getattr(method, "inside", False):
+                x, tokens, record = layout.run_reducing(
+                    block, x, tokens, method.reduce, *args, **kwargs
+                )
+            else:
+                tokens, record = method.reduce(tokens, lambda x: layout.keys(block, x))
+                x = layout.join(x, tokens.features)
+                tokens = replace(tokens, context=layout.prepare(x, tokens), features=None)
+                x = layout.run(block, x, tokens, *args, **kwargs)
+            # A state must not keep alive the tensor that it belongs to.
+            tokens = replace(tokens, features=None)
             records = _appended(records, method.rebuild, record)
-        tokens = layout.split(x, tokens)
-        self.states[index] = _State(x, tokens, records)
-        if not torch.is_grad_enabled() and index > 0:
-            self.states.pop(index - 1, None)  # nobody will run this block again
         if self.outputs is not None and index not in self.outputs:
-            return x
-        features = tokens.features
+            return x, _State(layout, tokens, None, records)
+        features = layout.split(x, tokens).features
         for rebuild, record in reversed(records):
             features = rebuild(features, record)
-        return layout.join(x, features)
+        return layout.join(x, features), _State(layout, tokens, x, records)
+
+
+#: ``block``: the block that a pass runs in this thread now.
+_running = threading.local()
+
+
+def _refuse_alone(index: int, first: int, module: nn.Module, args: tuple[Any, ...]) -> None:
+    """Forward pre-hook of block ``index`` and of its first layer, which only a pass may call."""
+    if getattr(_running, "block", None) is None:
+        raise ValueError(
+            f"block {index}, or its {type(module).__name__}, was called by itself, past the loop "
+            f"over the blocks in which Expedit reduces the tokens from ALPHA {first} on: the model "
+            "must loop over its blocks and call each as a whole, or be left as it is"
+        )
 
 
 class _Step:
-    """Block ``index`` in one pass; attributes are those of the block itself."""
+    """Block ``index`` in one pass; attributes are those of the block itself.
+
+    What the model sets on its block in this loop is set on the block whenever it runs, as another
+    loop may set it otherwise in between.
+    """
 
     def __init__(self, run: _Pass, index: int, block: nn.Module, method: Method | None) -> None:
-        self.__dict__.update(_run=run, _index=index, _block=block, _method=method)
+        self.__dict__.update(_run=run, _index=index, _block=block, _method=method, _given={})
 
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        return self._run.run(self._index, self._block, self._method, x, *args, **kwargs)
+        for name, value in self._given.items():
+            setattr(self._block, name, value)
+        return self._run.run(self, x, *args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
-        if name == "_block":  # not there yet, while being copied
+        if name in ("_block", "_given"):  # not there yet, while being copied
             raise AttributeError(name)
-        return getattr(self._block, name)
+        return self._given[name] if name in self._given else getattr(self._block, name)
 
     def __setattr__(self, name: str, value: Any) -> None:
+        self._given[name] = value
         setattr(self._block, name, value)
 
 
@@ -153,7 +296,7 @@ class ExpeditedBlocks(nn.Module):
     @property
     def first_alpha(self) -> int:
         """Number of blocks of this container that run on all tokens."""
-        return min(int(name.removeprefix("after_")) for name in self.methods)
+        return min(self._alphas)
 
     def _steps(self, run: _Pass) -> list[_Step]:
         methods = dict(self.methods.items())
@@ -162,21 +305,63 @@ class ExpeditedBlocks(nn.Module):
             for index, name in enumerate(self.names)
         ]
 
-    def _looped(self, outputs: Collection[int] | None) -> list[_Step]:
+    @property
+    def _alphas(self) -> list[int]:
+        return [int(name.removeprefix("after_")) for name in self.methods]
+
+    def looped(
+        self,
+        outputs: Collection[int] | None,
+        size: tuple[int, int] | None = None,
+        part: slice = slice(None),
+    ) -> list[_Step]:
+        """The blocks of one pass, or a part of them, at whose end the map is rebuilt.
+
+        Args:
+            outputs: indices of the blocks whose output is read; None: all.
+            size: (H, W) of the map, if it is known.
+            part: which of the blocks.
+        """
         if not self.rebuilds:
             raise ValueError(
                 'RECONSTRUCT_AT "head" needs a model whose head runs on clusters, such as '
                 'Segmenter; set RECONSTRUCT_AT "backbone"'
             )
-        return self._steps(_Pass(self.layout, outputs))
+        last = range(len(self))[part][-1:]
+        if outputs is not None:
+            outputs = {*outputs, *last}
+        return self._steps(_Pass(self.layout, self._alphas, outputs, size))[part]
 
-    def run_reduced(self, x: Tensor) -> tuple[Tensor, Rebuild]:
+    def guard(self) -> Callable[[], None]:
+        """Refuse calls of the reduced blocks, and of their parts, outside of a pass.
+
+        A model that takes its blocks by index, or apart, would run them on all tokens.
+
+        Returns:
+            The undo.
+        """
+        hooks = []
+        for index in range(self.first_alpha, len(self)):
+            block = self[index]
+            # Who takes a block apart runs its first layer first. One without weights may be shared.
+            first = next((m for m in block.children() if any(True for _ in m.parameters())), block)
+            for module in dict.fromkeys((block, first)):
+                hook = partial(_refuse_alone, index, self.first_alpha)
+                hooks.append(module.register_forward_pre_hook(hook))
+
+        def undo() -> None:
+            for hook in hooks:
+                hook.remove()
+
+        return undo
+
+    def run_reduced(self, x: Tensor, size: tuple[int, int] | None = None) -> tuple[Tensor, Rebuild]:
         """See the function `run_reduced`."""
-        run = _Pass(self.layout, outputs=())
+        run = _Pass(self.layout, self._alphas, outputs=(), size=size)
         for step in self._steps(run):
             x = step(x)
-        state = run.states[len(self.names) - 1]
-        shape = state.tokens.features.shape[1:-1]
+        ((_, state),) = run.states[len(self.names) - 1]
+        shape = state.tokens.shape
 
         def rebuild(features: Tensor) -> Tensor:
             features = features.unflatten(1, shape)
@@ -188,29 +373,49 @@ class ExpeditedBlocks(nn.Module):
         return x, rebuild
 
     def __iter__(self) -> Iterator[_Step]:
-        return iter(self._looped(self.outputs))
+        return iter(self.looped(self.outputs))
 
     def __len__(self) -> int:
         return len(self.names)
 
     def __getitem__(self, key: int | slice) -> Any:
         if isinstance(key, slice):
-            return self._looped(self.outputs)[key]
+            return self.looped(self.outputs, part=key)
         return getattr(self, self.names[key])
 
     def forward(self, x: Tensor) -> Tensor:
         """All blocks in turn, as ``nn.Sequential`` runs them; only the last output is read."""
-        for step in self._looped((len(self.names) - 1,)):
+        for step in self.looped(outputs=()):
             x = step(x)
         return x
 
 
-def run_reduced(blocks: nn.Module, x: Tensor) -> tuple[Tensor, Rebuild | None]:
+def sized_blocks(blocks: nn.Module, size: tuple[int, int]) -> Iterable[Callable[..., Tensor]]:
+    """The blocks to loop over, for code that runs them by itself and knows the size of the map.
+
+    Example::
+
+        for block in sized_blocks(vit.blocks, (height // 16, width // 16)):
+            x = block(x)
+
+    Args:
+        blocks: the block container, expedited or plain.
+        size: (H, W) in tokens.
+    """
+    if isinstance(blocks, ExpeditedBlocks):
+        return blocks.looped(blocks.outputs, size)
+    return blocks
+
+
+def run_reduced(
+    blocks: nn.Module, x: Tensor, size: tuple[int, int] | None = None
+) -> tuple[Tensor, Rebuild | None]:
     """Run a model's blocks without rebuilding the map, for a head that works on clusters.
 
     Args:
         blocks: the block container, expedited or plain.
         x: what the first block takes.
+        size: (H, W) of the map in tokens; None: as the embedding has it.
 
     Returns:
         What the last block leaves, class tokens included, and the function that rebuilds a map from
@@ -218,7 +423,7 @@ def run_reduced(blocks: nn.Module, x: Tensor) -> tuple[Tensor, Rebuild | None]:
         it if nothing was reduced.
     """
     if isinstance(blocks, ExpeditedBlocks):
-        return blocks.run_reduced(x)
+        return blocks.run_reduced(x, size)
     for block in blocks:
         x = block(x)
     return x, None

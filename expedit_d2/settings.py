@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import difflib
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
 from .operators import AUTO, NORMALIZATIONS, check_grid, check_temperature, check_window
 
-__all__ = ["OFF_GRID", "SCHEDULES", "SCOPES", "Settings", "spread_share"]
+__all__ = ["OFF_GRID", "ON_GRID", "SCHEDULES", "SCOPES", "Settings", "spread_share"]
 
 SCOPES = ("map", "window")
 POSITIONS = ("clusters", "grid")
-#: Methods that leave a number of tokens, KEEP, on no grid; the others leave a GRID.
+#: Methods that leave a number of tokens, KEEP, on no grid, and those that leave a GRID.
 OFF_GRID = ("merge", "tome", "density")
+ON_GRID = ("expedit", "pool", "hard")
 SCHEDULES = ("falling", "equal")
 RECONSTRUCT_AT = ("backbone", "head")
+_CHOICES = {
+    "schedule": SCHEDULES,
+    "scope": SCOPES,
+    "positions": POSITIONS,
+    "reconstruct_at": RECONSTRUCT_AT,
+    "normalize": NORMALIZATIONS,
+}
 
 
 @dataclass(frozen=True)
@@ -27,7 +36,7 @@ class Settings:
         grid: clusters (h, w), of the map or, with scope "window", of each attention window.
         ratio: instead of grid, clusters along each side as a share of the tokens, in (0, 1].
         keep: for methods off the grid: tokens left behind the last alpha, as a share of all in
-            (0, 1] or a number; or one such value for each alpha.
+            (0, 1] or a number; or one such value for each alpha, in the order that alpha has.
         budget: instead of all these: share of the GFLOPs of the transformer's blocks to spend, in
             (0, 1); alpha and the counts follow from a rule, see `expedit_d2.budget`.
         scope: "map" or "window".
@@ -80,54 +89,65 @@ class Settings:
 
     def __post_init__(self) -> None:
         fix = lambda name, value: object.__setattr__(self, name, value)  # noqa: E731
+        methods = sorted(ON_GRID + OFF_GRID)
+        if self.method is not None and self.method not in methods:
+            raise ValueError(f"METHOD must be one of {methods}, got {self.method!r}")
         if self.temperature is None:
             fix("temperature", AUTO)
-        if isinstance(self.alpha, Sequence):
-            fix("alpha", tuple(self.alpha))
-        if isinstance(self.grid, Sequence):
-            fix("grid", tuple(self.grid))
-        if isinstance(self.keep, Sequence):
-            fix("keep", tuple(self.keep))
-        for alpha in self.alphas:
-            if not isinstance(alpha, int) or isinstance(alpha, bool) or alpha < 0:
-                raise ValueError(
-                    f"ALPHA must be a number of blocks (0 to depth - 1), several, or None, "
-                    f"got {self.alpha!r}"
-                )
-        if len(set(self.alphas)) < len(self.alphas):
-            raise ValueError(f"ALPHA must not name a block twice, got {self.alpha!r}")
+        for name in ("alpha", "grid", "keep"):
+            if isinstance(getattr(self, name), list):
+                fix(name, tuple(getattr(self, name)))
+        self._check_alphas()
         if self.budget is not None:
             self._check_budget()
         else:
             if self.method is None:
                 fix("method", "expedit" if self.keep is None else "merge")
             self._check_counts()
-        if self.schedule is not None and self.schedule not in SCHEDULES:
-            raise ValueError(f"SCHEDULE must be one of {SCHEDULES}, got {self.schedule!r}")
+        if isinstance(self.alpha, tuple):  # in the order in which they come, with their counts
+            order = sorted(range(len(self.alpha)), key=self.alpha.__getitem__)
+            for name in ("alpha", "keep"):
+                values = getattr(self, name)
+                if isinstance(values, tuple):
+                    fix(name, tuple(values[index] for index in order))
+        self._check_that_keep_falls()
         if self.grid is not None:
             _keyed("GRID", check_grid, self.grid)
         if self.ratio is not None and not (_is_number(self.ratio) and 0 < self.ratio <= 1):
             raise ValueError(f"RATIO must be in (0, 1], got {self.ratio!r}")
-        if not isinstance(self.fused_attention, bool):
-            raise ValueError(f"FUSED_ATTENTION must be True or False, got {self.fused_attention!r}")
-        if self.scope not in SCOPES:
-            raise ValueError(f"SCOPE must be one of {SCOPES}, got {self.scope!r}")
-        if self.positions not in POSITIONS:
-            raise ValueError(f"POSITIONS must be one of {POSITIONS}, got {self.positions!r}")
-        if self.reconstruct_at not in RECONSTRUCT_AT:
-            raise ValueError(
-                f"RECONSTRUCT_AT must be one of {RECONSTRUCT_AT}, got {self.reconstruct_at!r}"
-            )
+        for name in ("fused_attention", "size_aware", "residual"):
+            if name == "residual" and self.residual is None:
+                continue
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(
+                    f"{name.upper()} must be True or False, got {getattr(self, name)!r}"
+                )
+        for name, valid in _CHOICES.items():
+            if name == "schedule" and self.schedule is None:
+                continue
+            if getattr(self, name) not in valid:
+                raise ValueError(
+                    f"{name.upper()} must be one of {valid}, got {getattr(self, name)!r}"
+                )
         _keyed("TEMPERATURE", check_temperature, self.temperature)
         _keyed("WINDOW", check_window, self.window)
-        if self.neighbor_window != 0:
+        if self.neighbor_window != 0 or isinstance(self.neighbor_window, bool):
             _keyed("NEIGHBOR_WINDOW (if not 0)", check_window, self.neighbor_window)
         for name in ("iterations", "neighbors", "rounds"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"{name.upper()} must be a positive integer, got {value!r}")
-        if self.normalize not in NORMALIZATIONS:
-            raise ValueError(f"NORMALIZE must be one of {NORMALIZATIONS}, got {self.normalize!r}")
+            if not _is_count(getattr(self, name), least=1):
+                raise ValueError(
+                    f"{name.upper()} must be a positive integer, got {getattr(self, name)!r}"
+                )
+
+    def _check_alphas(self) -> None:
+        alphas = self.alphas
+        if self.alpha is not None and not (alphas and all(_is_count(a, 0) for a in alphas)):
+            raise ValueError(
+                f"ALPHA must be a number of blocks (0 to depth - 1), several, or None, "
+                f"got {self.alpha!r}"
+            )
+        if len(set(alphas)) < len(alphas):
+            raise ValueError(f"ALPHA must not name a block twice, got {self.alpha!r}")
 
     def _check_budget(self) -> None:
         """A budget stands for the settings that it is turned into."""
@@ -163,13 +183,18 @@ class Settings:
                 f"exactly one of GRID and RATIO must be given, got GRID {self.grid} and "
                 f"RATIO {self.ratio}"
             )
+        for name in ("grid", "ratio", "keep"):
+            if self.alpha is None and getattr(self, name) is not None:
+                raise ValueError(
+                    f"{name.upper()} {getattr(self, name)} needs ALPHA, the number of blocks that "
+                    "run before, or nothing would be reduced; set ALPHA, or BUDGET alone"
+                )
         several = self.keep if isinstance(self.keep, tuple) else (self.keep,)
         for keep in several if self.keep is not None else ():
-            whole = isinstance(keep, int) and not isinstance(keep, bool) and keep > 0
-            if not (whole or (isinstance(keep, float) and 0 < keep <= 1)):
+            if not (_is_count(keep, 1) or (isinstance(keep, float) and 0 < keep <= 1)):
                 raise ValueError(
                     f"KEEP must be a share of the tokens in (0, 1], a number of them, or one of "
-                    f"these for each ALPHA, got {self.keep!r}"
+                    f"these for each ALPHA, got {keep!r}"
                 )
         if isinstance(self.keep, tuple) and len(self.keep) != len(self.alphas):
             raise ValueError(
@@ -177,12 +202,28 @@ class Settings:
                 f"{self.keep!r}"
             )
 
+    def _check_that_keep_falls(self) -> None:
+        if not isinstance(self.keep, tuple):
+            return
+        for kind in (int, float):
+            counts = [keep for keep in self.keep if isinstance(keep, kind)]
+            if counts != sorted(counts, reverse=True):
+                raise ValueError(
+                    f"KEEP must not grow from one ALPHA to the next, as each is a count of all "
+                    f"tokens, got {self.keep} for ALPHA {self.alpha}"
+                )
+
     @property
     def alphas(self) -> tuple[int, ...]:
         """Every alpha; empty when switched off."""
         if self.alpha is None:
             return ()
         return self.alpha if isinstance(self.alpha, tuple) else (self.alpha,)
+
+    @property
+    def reduces(self) -> bool:
+        """Whether anything is reduced; without an alpha or a budget settings are off."""
+        return bool(self.alphas) or self.budget is not None
 
     def grid_for(self, height: int, width: int) -> tuple[int, int]:
         """Clusters (h, w) for a map, or a window, of height x width tokens.
@@ -221,17 +262,30 @@ class Settings:
         FUSED_ATTENTION is for plain models too: with it alone, settings that reduce nothing.
 
         Raises:
-            ValueError: for an unknown key.
+            ValueError: for an unknown key, or a value that is not valid.
         """
         values = {key.lower(): value for key, value in node.items()}
-        if not values.pop("enabled", True):
-            fused = values.get("fused_attention", False)
-            return cls(fused_attention=fused) if fused else None
-        known = [field.name for field in fields(cls)]
-        unknown = sorted(set(values) - set(known))
+        enabled = values.pop("enabled", True)
+        if not isinstance(enabled, bool):
+            raise ValueError(f"ENABLED must be True or False, got {enabled!r}")
+        if not enabled:
+            settings = cls(fused_attention=values.get("fused_attention", False))
+            return settings if settings.fused_attention else None
+        unknown = cls.unknown(values)
         if unknown:
-            raise ValueError(f"unknown EXPEDIT key {unknown[0]!r}; the keys are {known}")
+            raise ValueError(f"unknown EXPEDIT key {unknown}")
         return cls(**values)
+
+    @classmethod
+    def unknown(cls, names: Iterable[str]) -> str | None:
+        """The first name that is no setting, and what it could have been; None if all are."""
+        known = [field.name for field in fields(cls)]
+        for name in names:
+            if name not in known:
+                near = difflib.get_close_matches(name, known, 1)
+                meant = f"did you mean {near[0]!r}? T" if near else "t"
+                return f"{name!r}; {meant}he keys are {known}"
+        return None
 
 
 def spread_share(keep: float, index: int, alphas: int, spread: str) -> float:
@@ -242,6 +296,10 @@ def spread_share(keep: float, index: int, alphas: int, spread: str) -> float:
     if spread == "falling":  # weights alphas, alphas - 1, ... 1, summed up
         done = (index + 1) * (2 * alphas - index) / (alphas * (alphas + 1))
     return keep**done
+
+
+def _is_count(value: Any, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
 def _is_number(value: Any) -> bool:

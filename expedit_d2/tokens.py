@@ -12,6 +12,8 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
+from .tracing import shape_of
+
 __all__ = ["Keys", "Layout", "Method", "Tokens"]
 
 #: Tokens (B, N, C) to what the next block compares them by, (B, N, d).
@@ -23,7 +25,7 @@ class Tokens:
     """Spatial tokens on their way through the blocks; class and register tokens are not in it.
 
     Attributes:
-        features: (B, *shape, C).
+        features: (B, *shape, C); None where the model's own form of them is at hand.
         size: (H, W) of the original map.
         span: what the grid spreads over, in tokens of that map: its size, or more where windows
             are padded.
@@ -34,10 +36,11 @@ class Tokens:
         valid: (B, *shape) bool, False for grid places that only hold padding; None: all valid.
         places: (B, M) of tokens off the grid, the place in the original map, counted row by row,
             of one of the tokens that each one stands for; None where nobody asks.
+        shape: (h, w) on a grid, (M,) off it; that of the features where there are any.
         context: what the layout makes of all this, once a reduction; see `Layout.prepare`.
     """
 
-    features: Tensor
+    features: Tensor | None
     size: tuple[int, int]
     span: tuple[int, int]
     sizes: Tensor | None = None
@@ -45,7 +48,12 @@ class Tokens:
     tracked: bool = False
     valid: Tensor | None = None
     places: Tensor | None = None
+    shape: tuple[int, ...] = ()
     context: Any = None
+
+    def __post_init__(self) -> None:
+        if self.features is not None:
+            object.__setattr__(self, "shape", shape_of(self.features)[1:-1])
 
 
 class Method(Protocol):
@@ -68,8 +76,14 @@ class Layout(Protocol):
     form, and class and register tokens if it has them.
     """
 
-    def begin(self) -> Layout:
-        """The layout for one run through the blocks, called before the first of them."""
+    def begin(self, x: Tensor, block: nn.Module, size: tuple[int, int] | None) -> Layout:
+        """The layout for one run through the blocks, which begins now.
+
+        Args:
+            x: what the first block is given.
+            block: that block, with the attributes that the model has set for this run.
+            size: (H, W) of the map, if whoever runs the blocks has said it.
+        """
 
     def split(self, x: Tensor, tokens: Tokens | None = None) -> Tokens:
         """The spatial tokens of ``x``: of a whole map, or reduced ones as ``tokens`` are."""

@@ -34,6 +34,8 @@ TRAINERS: dict[str, type[Trainer]] = {
     "DPT": DPTTrainer,
     "MaskFormer": MaskFormerTrainer,
     "Segmenter": SegmenterTrainer,
+    # Detectron2's own, on the same data.
+    "SemanticSegmentor": SegmenterTrainer,
 }
 
 
@@ -67,6 +69,7 @@ def load_model(cfg: CfgNode) -> nn.Module:
     cfg = cfg.clone()
     cfg.defrost()
     cfg.MODEL.TIMM.PRETRAINED, cfg.MODEL.TIMM.CHECKPOINT = False, ""
+    cfg.MODEL.VIT.CHECKPOINT = ""
     model = trainer_of(cfg).build_model(cfg)
     load_weights(model, cfg.MODEL.WEIGHTS)
     return model.eval()

@@ -186,6 +186,13 @@ def test_files(comparison, tmp_path):
         ("method=tome alpha=0-2 keep=0.5", Settings(alpha=(0, 1, 2), method="tome", keep=0.5)),
         ("alpha=0, keep=7,", Settings(alpha=(0,), keep=(7,))),
         ("budget=0.5", Settings(budget=0.5)),
+        ("alpha=2,0 keep=0.3,0.8", Settings(alpha=(0, 2), keep=(0.8, 0.3))),
+        ("alpha=5,1-3 ratio=0.5", Settings(alpha=(1, 2, 3, 5), ratio=0.5)),
+        (
+            "alpha=2 ratio=0.5 residual=no size_aware=off",
+            Settings(alpha=2, ratio=0.5, residual=False, size_aware=False),
+        ),
+        ("alpha=2 ratio=0.5 residual=Yes", Settings(alpha=2, ratio=0.5)),
         ("fused_attention=true", Settings(fused_attention=True)),
     ],
 )
@@ -204,7 +211,8 @@ def test_settings_in_one_line(text, expected):
         ("alpha=1 alpha=2 ratio=0.5", ["alpha is given twice"]),
         ("alpha=1 ratio=2", ["RATIO", "(0, 1]", "2"]),
         ("alpha=1 share=2", ["unknown", "share", "ratio"]),
-        ("ratio=0.5", ["no alpha or budget"]),
+        ("ratio=0.5", ["RATIO 0.5 needs ALPHA"]),
+        ("alpha=1 ratio=0.5 residual=maybe", ["RESIDUAL", "True or False", "'maybe'"]),
         ("", ["no alpha or budget"]),
     ],
 )

@@ -17,7 +17,9 @@ from expedit_d2 import expedite
 from expedit_d2.adapters import FAMILIES, find_host
 from expedit_d2.api import Expedited, expedite_from_node, is_expedited
 from expedit_d2.hook import ExpeditedBlocks, run_reduced
-from expedit_d2.settings import Settings
+from expedit_d2.methods import METHODS
+from expedit_d2.settings import OFF_GRID, ON_GRID, Settings
+from expedit_d2.spelling import parse_setting
 from expedit_d2.tokens import Tokens
 
 PATCH = 4
@@ -106,14 +108,13 @@ def snapshot(vit: nn.Module) -> list:
     ]
 
 
-def test_alpha_none_changes_nothing(vit):
-    x, before = images(), snapshot(vit)
-    expected = run(vit, x)
-    handle = expedite(vit, None)
-    assert handle.blocks is None and not is_expedited(vit)
-    assert snapshot(vit) == before
-    assert torch.equal(run(vit, x), expected)
-    handle.remove()
+def test_settings_that_reduce_nothing_are_refused(vit):
+    before = snapshot(vit)
+    for settings in ({}, {"alpha": None}, {"residual": False}):
+        with pytest.raises(ValueError, match="neither ALPHA nor BUDGET is set.*RATIO and KEEP"):
+            expedite(vit, **settings)
+    with pytest.raises(ValueError, match="neither ALPHA nor BUDGET"):
+        expedite_from_node(vit, {"ENABLED": True})
     assert snapshot(vit) == before
 
 
@@ -328,7 +329,7 @@ def with_method(vit: nn.Module, methods: dict[int, nn.Module], size_aware: bool 
     """What `expedite` does, for methods that have no name."""
     host = find_host(vit)
     blocks = ExpeditedBlocks(host.blocks, host.layout(size_aware), methods, host.outputs)
-    host.attach()
+    host.attach(vit)
     setattr(host.owner, host.attribute, blocks)
     return blocks
 
@@ -566,6 +567,28 @@ WRONG = [
     ({"neighbor_window": 4}, "NEIGHBOR_WINDOW", "4", "odd"),
     ({"neighbor_window": -1}, "NEIGHBOR_WINDOW", "-1", "odd"),
     ({"neighbor_window": None}, "NEIGHBOR_WINDOW", "None", "odd"),
+    ({"neighbor_window": False}, "NEIGHBOR_WINDOW", "False", "odd"),
+    ({"method": "exepdit", "grid": None}, "METHOD", "'exepdit'", "expedit"),
+    ({"method": "mereg", "keep": 0.5}, "METHOD", "'mereg'", "merge"),
+    ({"method": 1}, "METHOD", "1", "expedit"),
+    ({"alpha": ()}, "ALPHA", "()", "number of blocks"),
+    ({"alpha": None}, "GRID", "(4, 4)", "ALPHA"),
+    ({"alpha": None, "grid": None, "ratio": 0.5}, "RATIO", "0.5", "ALPHA"),
+    ({"alpha": None, "grid": None, "keep": 0.5}, "KEEP", "0.5", "ALPHA"),
+    ({"alpha": (0, 2), "grid": None, "keep": (0.3, 0.8)}, "KEEP", "(0.3, 0.8)", "not grow"),
+    ({"residual": "no"}, "RESIDUAL", "'no'", "True or False"),
+    ({"residual": 0}, "RESIDUAL", "0", "True or False"),
+    ({"size_aware": "off"}, "SIZE_AWARE", "'off'", "True or False"),
+    ({"fused_attention": "yes"}, "FUSED_ATTENTION", "'yes'", "True or False"),
+    ({"schedule": 1}, "SCHEDULE", "1", "falling"),
+    ({"rounds": 1.0}, "ROUNDS", "1.0", "positive integer"),
+    ({"reconstruct_at": True}, "RECONSTRUCT_AT", "True", "backbone"),
+    ({"scope": ["map"]}, "SCOPE", "['map']", "('map', 'window')"),
+    ({"outputs": [99]}, "outputs", "[99]", "0 to 3"),
+    ({"outputs": [-1]}, "outputs", "[-1]", "0 to 3"),
+    ({"outputs": 3}, "outputs", "3", "0 to 3"),
+    ({"outputs": []}, "outputs", "[]", "0 to 3"),
+    ({"outputs": [True]}, "outputs", "[True]", "0 to 3"),
     ({"positions": "x"}, "POSITIONS", "'x'", "('clusters', 'grid')"),
     ({"positions": None}, "POSITIONS", "None", "('clusters', 'grid')"),
     ({"normalize": "l3"}, "NORMALIZE", "'l3'", "('l1', 'l2')"),
@@ -583,8 +606,10 @@ def test_wrong_settings_are_named(changes, key, value, valid):
 
 
 def test_unknown_settings_are_named(vit):
-    with pytest.raises(TypeError, match="gird"):
+    with pytest.raises(TypeError, match="'gird'; did you mean 'grid'"):
         expedite(vit, 1, gird=(4, 4))
+    with pytest.raises(TypeError, match="no setting 'xyz'; the keys are .*'alpha'"):
+        expedite(vit, 1, xyz=1)
     with pytest.raises(ValueError, match="'gird'.*'grid'"):
         expedite_from_node(vit, {"ENABLED": True, "ALPHA": 1, "GIRD": (4, 4)})
 
@@ -609,6 +634,58 @@ def test_settings_take_what_yaml_gives():
     assert settings.grid == (4, 6) and settings.temperature == "auto"
     assert Settings().alphas == () and Settings(alpha=3, ratio=1).alphas == (3,)
     hash(settings)
+
+
+def test_counts_belong_to_the_alphas_they_are_written_with():
+    assert Settings(alpha=(2, 0), keep=(0.3, 0.8)) == Settings(alpha=(0, 2), keep=(0.8, 0.3))
+    assert Settings(alpha=[2, 0, 1], keep=[20, 90, 0.5]).keep == (90, 0.5, 20)
+    seen = {}
+    vit = timm_vit()
+    with expedite(vit, (2, 0), keep=(0.25, 0.75)) as handle:
+        for name, method in handle.blocks.methods.items():
+            method.reduce.register_forward_hook(
+                lambda m, args, out, name=name: seen.update({name: out[0].features.shape[1]})
+            )
+        run(vit, images())
+    assert seen == {"after_0": 72, "after_2": 24}
+
+
+@pytest.mark.parametrize("enabled", ["no", "False", 0, 1, None])
+def test_enabled_is_true_or_false(vit, enabled):
+    node = {"ENABLED": enabled, "ALPHA": 1, "GRID": [4, 6]}
+    with pytest.raises(ValueError, match="ENABLED must be True or False, got"):
+        expedite_from_node(vit, node)
+
+
+def test_counts_without_an_alpha_are_refused_in_a_node(vit):
+    for key, value in (("GRID", [4, 6]), ("RATIO", 0.7), ("KEEP", 0.5)):
+        with pytest.raises(ValueError, match=f"{key} .* needs ALPHA"):
+            expedite_from_node(vit, {"ENABLED": True, "ALPHA": None, "BUDGET": None, key: value})
+        assert expedite_from_node(vit, {"ENABLED": False, "ALPHA": None, key: value}) is None
+
+
+def test_the_names_of_methods_are_those_of_the_settings():
+    assert sorted(METHODS) == sorted(ON_GRID + OFF_GRID)
+
+
+def test_a_handle_tells_what_it_does(vit):
+    name = type(vit).__name__
+    handle = expedite(vit, (2, 1), grid=(4, 6), residual=False)
+    text = f"Expedited({name}: method=expedit alpha=1,2 grid=4x6 residual=false, 4 blocks"
+    assert repr(handle) == text + ")"
+    handle.remove()
+    assert repr(handle) == text + ", removed)"
+    with expedite(vit, fused_attention=True) as handle:
+        assert repr(handle) == f"Expedited({name}: fused_attention=true)"
+
+
+def test_what_a_budget_chose_is_logged_as_a_line_to_paste(vit, caplog):
+    with caplog.at_level("INFO", "expedit_d2"), expedite(vit, budget=0.8) as handle:
+        pass
+    (line,) = caplog.messages
+    asked, chosen = line.removeprefix(f"{type(vit).__name__}: ").split(" -> ")
+    assert asked == "budget=0.8"
+    assert parse_setting(chosen) == (chosen, handle.settings)
 
 
 def test_grid_for_a_map():

@@ -194,7 +194,7 @@ def test_counts_of_a_schedule():
     assert count_of(vit, x, alpha=(0, 1, 2), keep=0.4) == [*falling, falling[-1]]
     assert count_of(vit, x, alpha=(0, 1, 2), keep=38)[-1] == 38
     assert count_of(vit, x, alpha=(1, 3), keep=(0.75, 30)) == [96, 72, 72, 30]
-    assert count_of(vit, x, alpha=(3, 1), keep=(0.75, 30)) == [96, 72, 72, 30]
+    assert count_of(vit, x, alpha=(3, 1), keep=(30, 0.75)) == [96, 72, 72, 30]
     assert count_of(vit, x, alpha=1, keep=500) == [96] * 4
 
 

@@ -7,12 +7,13 @@ import timm
 import torch
 import torch.nn.functional as F
 from oracles import allowed_pairs
-from test_hook import detectron2_vit
+from test_hook import detectron2_vit, perturbed
 from test_merge import equal_in_pairs, plain_matching
 from test_timm_vit import SIZE, error, images, run, tiny_vit
 from torch import Tensor
 
 from expedit_d2 import expedite
+from expedit_d2.backbones.swin import D2SwinTransformer
 from expedit_d2.methods import METHODS, build_method
 from expedit_d2.methods.density import density_peaks
 from expedit_d2.methods.matching import snake_order
@@ -215,3 +216,80 @@ def test_density_runs_blocks_on_the_means_of_its_clusters():
             y = block(y, attn_mask=votes[None, None, None])
         expected = vit.norm(torch.cat([y[:, :1], y[:, 1:][:, index]], dim=1))
     assert error(ours, expected) < 1e-5
+
+
+# --- windows with padding ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("positions", ["clusters", "grid"])
+@pytest.mark.parametrize("method", ["pool", "hard"])
+@pytest.mark.parametrize("kind", ["detectron2_vit", "swin"])
+def test_a_full_grid_in_padded_windows_is_the_plain_model(kind, method, positions):
+    """Cells of padding alone keep their places, which relative positions look up."""
+    if kind == "swin":
+        model = D2SwinTransformer(
+            embed_dim=16, depths=(2,), num_heads=(2,), window_size=4, out_features=["res2"]
+        )
+        side, x = 4, torch.randn(2, 3, 24, 36)
+        model = perturbed(model)
+    else:
+        model, side, x = detectron2_vit(), 5, torch.randn(2, 3, 32, 48)
+    settings = {"scope": "window", "method": method, "positions": positions}
+    with torch.no_grad():
+        plain = model(x)
+        for alpha in (0, (0, 1)):
+            with expedite(model, alpha, grid=(side, side), **settings):
+                for name, out in model(x).items():
+                    assert error(out, plain[name]) < 1e-5
+
+
+def test_pool_rebuilds_tokens_between_cells_of_tokens_alone():
+    """By a plain loop over the two nearest cells along each axis."""
+    method = build_method(
+        Settings(alpha=0, grid=(2, 2), method="pool", scope="window", residual=False),
+        attention_window=4,
+    )
+    tokens = torch.randn(1, 6, 5, 3)  # windows of 4 x 4; the last cells hold padding alone
+    reduced, record = method.reduce(tokens_of(tokens))
+    refined = torch.randn_like(reduced.features)
+    rebuilt = method.rebuild(refined, record)
+    assert reduced.valid[0].tolist() == [[True, True, True, False]] * 3 + [[False] * 4]
+    for row in range(6):
+        for col in range(5):
+            total, sum_ = 0.0, torch.zeros(3)
+            for i in range(4):
+                for j in range(4):
+                    if (i // 2, j // 2) != (row // 4, col // 4) or not reduced.valid[0, i, j]:
+                        continue
+                    # Where a cell of two tokens has its middle, and border cells all beyond it.
+                    at = [min(max(n % 4, 0.5), 2.5) for n in (row, col)]
+                    middle = [2 * (n % 2) + 0.5 for n in (i, j)]
+                    weight = 1.0
+                    for here, there in zip(at, middle, strict=True):
+                        weight *= max(0.0, 1 - abs(here - there) / 2)
+                    total, sum_ = total + weight, sum_ + weight * refined[0, i, j]
+            assert torch.allclose(rebuilt[0, row, col], sum_ / total, atol=1e-5)
+
+
+# --- an image that is not finite ---------------------------------------------------------------
+
+PAIRS = [
+    (kind, scope, method)
+    for kind, scope in [("timm", "map"), ("detectron2", "map"), ("detectron2", "window")]
+    for method in METHODS
+    if kind == "timm" or method not in OFF_GRID
+]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind,scope,method", PAIRS)
+def test_an_image_of_nan_spoils_no_other(kind, scope, method):
+    model = tiny_vit() if kind == "timm" else detectron2_vit()
+    x = images(batch=3)
+    x[1, 0, 5, 5] = float("nan")
+    with expedite(model, (1, 2), method=method, scope=scope, **counts(method)):
+        out, alone = (
+            (o["last_feat"] if isinstance(o, dict) else o) for o in map(model, (x, x[::2]))
+        )
+    assert error(out[::2], alone) < 1e-5
+    assert out[1].isnan().all()

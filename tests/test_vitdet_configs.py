@@ -344,6 +344,12 @@ def test_config_expedites_the_backbone(file: str, alpha: int, grid: tuple[int, i
         ({"GRID": (0, 4)}, r"GRID.*got \(0, 4\)"),
         ({"GRID": None, "RATIO": 0}, r"RATIO must be in \(0, 1\], got 0"),
         ({"GRID": None, "RATIO": 1.5}, r"RATIO must be in \(0, 1\], got 1.5"),
+        ({"ALPHA": None, "GRID": None, "RATIO": 0.7}, r"RATIO 0.7 needs ALPHA"),
+        ({"ALPHA": None}, r"GRID \(8, 8\) needs ALPHA"),
+        ({"ALPHA": None, "GRID": None}, r"neither ALPHA nor BUDGET is set"),
+        ({"ENABLED": "no"}, r"ENABLED must be True or False, got 'no'"),
+        ({"RESIDUAL": "no"}, r"RESIDUAL must be True or False, got 'no'"),
+        ({"SIZE_AWARE": "off"}, r"SIZE_AWARE must be True or False, got 'off'"),
         ({"METHOD": "none"}, r"METHOD must be one of .*got 'none'"),
         ({"SCOPE": "image"}, r"SCOPE must be one of .*got 'image'"),
         ({"TEMPERATURE": 0.0}, r"TEMPERATURE.*got 0.0"),
@@ -424,7 +430,6 @@ def test_adding_keys_keeps_existing_ones(add: Any, name: str, key: str, value: A
         ("GRID", "[24, 16]", "grid", (24, 16)),
         ("ALPHA", "3", "alpha", 3),
         ("ALPHA", "(0,3)", "alpha", (0, 3)),
-        ("ALPHA", "None", "alpha", None),
         ("RATIO", "0.7", "ratio", 0.7),
         ("SCOPE", "window", "scope", "window"),
         ("SIZE_AWARE", "False", "size_aware", False),
@@ -434,7 +439,9 @@ def test_adding_keys_keeps_existing_ones(add: Any, name: str, key: str, value: A
 def test_command_line_forms(key: str, text: str, field: str, value: Any) -> None:
     cfg = get_cfg()
     if key == "ALPHA":
-        cfg.MODEL.EXPEDIT.GRID = (8, 8)  # wanted as soon as there is an alpha
+        cfg.MODEL.EXPEDIT.GRID = (8, 8)  # each wants the other
+    if key in ("GRID", "RATIO"):
+        cfg.MODEL.EXPEDIT.ALPHA = 1
     cfg.merge_from_list(["MODEL.EXPEDIT.ENABLED", "True", f"MODEL.EXPEDIT.{key}", text])
     settings = Settings.from_node(cfg.MODEL.EXPEDIT)
     assert getattr(settings, field) == value

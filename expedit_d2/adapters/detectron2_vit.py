@@ -87,7 +87,7 @@ class _Layout:
         self.window = window
         self.relative = relative
 
-    def begin(self) -> _Layout:
+    def begin(self, x: Tensor, block: nn.Module, size: tuple[int, int] | None) -> _Layout:
         return self
 
     def split(self, x: Tensor, tokens: Tokens | None = None) -> Tokens:

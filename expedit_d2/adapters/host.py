@@ -28,7 +28,8 @@ class Host:
         layout: builds the family's layout; its argument is ``size_aware``.
         window: side of the attention windows in tokens; None if attention is global everywhere.
         outputs: indices of the blocks whose outputs the model reads; None if it may read any.
-        attach: registers what the layout needs on the model, if anything; returns the undo.
+        attach: registers what the layout needs, if anything, on the whole model that it is given,
+            which contains ``owner``; returns the undo.
         scopes: what ``SCOPE`` may be.
         off_grid: whether the blocks run on tokens that lie on no grid.
         size: (H, W) tokens of the map that the model was made for, where costs are reckoned.
@@ -48,7 +49,7 @@ class Host:
     layout: Callable[[bool], Layout]
     window: int | None = None
     outputs: tuple[int, ...] | None = None
-    attach: Callable[[], Callable[[], None]] = field(default=lambda: lambda: None)
+    attach: Callable[[nn.Module], Callable[[], None]] = field(default=lambda model: lambda: None)
     scopes: tuple[str, ...] = SCOPES
     off_grid: bool = False
     size: tuple[int, int] = (64, 64)

@@ -10,8 +10,6 @@ Serves the ``D2SwinTransformer`` of this package and the official code, which De
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -36,10 +34,6 @@ _OFFICIAL = (
     "detectron2.modeling.backbone.swin",
 )
 
-# The size of a stage's map, known to its layer and needed where its blocks begin. Written and read
-# within one forward, by one thread.
-_call = threading.local()
-
 
 def matches(module: nn.Module) -> bool:
     official = any(is_class(module, "SwinTransformer", name) for name in _OFFICIAL)
@@ -50,10 +44,7 @@ def adapt(swin: nn.Module) -> Host:
     flat = not is_class(swin, "D2SwinTransformer", _OURS)
 
     def stage(index: int, layer: nn.Module) -> Host:
-        def attach() -> Callable[[], None]:
-            return layer.register_forward_pre_hook(_remember_size).remove
-
-        host = Host(
+        return Host(
             owner=layer,
             attribute="blocks",
             layout=partial(_Layout, window=layer.window_size, flat=flat),
@@ -63,7 +54,6 @@ def adapt(swin: nn.Module) -> Host:
             outputs=(len(layer.blocks) - 1,),
             size=(256 >> index, 256 >> index),
         )
-        return replace(host, attach=attach) if flat else host
 
     return Host(
         owner=swin,
@@ -78,34 +68,24 @@ def adapt(swin: nn.Module) -> Host:
     )
 
 
-def _remember_size(layer: nn.Module, args: tuple[Tensor, int, int]) -> None:
-    _, height, width = args
-    _call.size = (height, width)
-
-
+@dataclass(frozen=True)
 class _Layout:
-    def __init__(
-        self,
-        size_aware: bool,
-        window: int = 0,
-        flat: bool = False,
-        size: tuple[int, int] | None = None,
-    ) -> None:
-        """``window``: side; ``flat``: blocks take (B, H * W, C) of a map of ``size``."""
-        self.window = window
-        self.size_aware = size_aware
-        self.flat = flat
-        self.size = size
+    """``window``: side; ``flat``: blocks take (B, H * W, C) of a map of ``size``."""
 
-    def begin(self) -> _Layout:
+    size_aware: bool
+    window: int = 0
+    flat: bool = False
+    size: tuple[int, int] | None = None
+
+    def begin(self, x: Tensor, block: nn.Module, size: tuple[int, int] | None) -> _Layout:
         if not self.flat:
             return self
-        return _Layout(self.size_aware, self.window, True, getattr(_call, "size", None))
+        # The official layer sets the size of its map on each block before it calls that.
+        return replace(self, size=size or (block.H, block.W))
 
     def split(self, x: Tensor, tokens: Tokens | None = None) -> Tokens:
         if tokens is not None:
-            shape = shape_of(tokens.features)[1:-1]
-            return replace(tokens, features=x.unflatten(1, shape) if self.flat else x)
+            return replace(tokens, features=x.unflatten(1, tokens.shape) if self.flat else x)
         if self.flat:
             x = x.unflatten(1, self.size)
         size = shape_of(x)[1:3]
@@ -128,7 +108,7 @@ class _Layout:
         # The mask that the model passes is for the windows of all tokens.
         shape = shape_of(x)
         if self.flat:
-            x = x.unflatten(1, shape_of(tokens.features)[1:-1])
+            x = x.unflatten(1, tokens.shape)
         x = x + block.drop_path(self._windowed(block, block.norm1(x), tokens))
         x = x + block.drop_path(block.mlp(block.norm2(x)))
         return x.view(shape) if self.flat else x

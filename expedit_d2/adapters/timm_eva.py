@@ -20,7 +20,6 @@ from torch import Tensor, nn
 
 from ..operators import grid_positions, on_device
 from ..tokens import Tokens
-from ..tracing import shape_of
 from .host import Host, is_class
 from .timm_vit import PrefixLayout, host_of
 
@@ -44,13 +43,20 @@ def adapt(eva: nn.Module) -> Host:
 
 @dataclass(frozen=True)
 class _Context:
-    """The mask of cluster sizes, and sin and cos of the positions where all blocks share them."""
+    """What every later block needs to know of reduced tokens.
+
+    Attributes:
+        mask: of cluster sizes; see `PrefixLayout.prepare`.
+        positions: (B or 1, N, 2).
+        rotation: sin and cos of these, where all blocks share them.
+    """
 
     mask: Tensor | None
+    positions: Tensor | None
     rotation: Tensor | None
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class _Layout(PrefixLayout):
     """Attributes: ``rope``, the model's module of rotary positions, or None; ``blocks``."""
 
@@ -62,24 +68,25 @@ class _Layout(PrefixLayout):
         return self.rope is not None
 
     def prepare(self, x: Tensor, tokens: Tokens) -> _Context:
-        rotation = None
+        positions = rotation = None
+        if self.rope is not None:
+            positions = _positions(tokens).flatten(1, -2)
         if self.rope is not None and type(self.rope).__name__ not in _BY_BLOCK:
-            rotation = self._rotation(self.blocks[0], tokens)
-        return _Context(super().prepare(x, tokens), rotation)
+            rotation = self._rotation(self.blocks[0], positions, tokens.size)
+        return _Context(super().prepare(x, tokens), positions, rotation)
 
     def run(self, block: nn.Module, x: Tensor, tokens: Tokens, **kwargs: Any) -> Tensor:
         if self.rope is not None:
             rotation = tokens.context.rotation
             if rotation is None:
-                rotation = self._rotation(block, tokens)
+                rotation = self._rotation(block, tokens.context.positions, tokens.size)
             kwargs["rope"] = rotation.to(kwargs["rope"].dtype)
         return super().run(block, x, replace(tokens, context=tokens.context.mask), **kwargs)
 
-    def _rotation(self, block: nn.Module, tokens: Tokens) -> Tensor:
-        """What the attention of a block takes for these tokens: sin and cos (B, nH, N, 2 D)."""
+    def _rotation(self, block: nn.Module, positions: Tensor, size: tuple[int, int]) -> Tensor:
+        """What the attention of a block takes for tokens there: sin and cos (B, nH, N, 2 D)."""
         index = next(i for i, other in enumerate(self.blocks) if other is block)
-        positions = _positions(tokens).flatten(1, -2)
-        angles = _ANGLES[type(self.rope).__name__](self.rope, positions, tokens.size, index)
+        angles = _ANGLES[type(self.rope).__name__](self.rope, positions, size, index)
         sin_cos = torch.stack([angles.sin(), angles.cos()], dim=-2)
         # Each angle turns two channels: D / 2 apart, or next to each other.
         if getattr(block.attn, "rotate_half", False):
@@ -91,7 +98,7 @@ def _positions(tokens: Tokens) -> Tensor:
     """Row and column of each token in the original map, (B or 1, *shape, 2)."""
     if tokens.positions is not None:
         return tokens.positions
-    grid = shape_of(tokens.features)[1:3]
+    grid = tokens.shape
     centres = grid_positions(*grid, tokens.features.device) + 0.5
     pitch = tuple(span / cells for span, cells in zip(tokens.span, grid, strict=True))
     return centres * on_device(pitch, centres) - 0.5

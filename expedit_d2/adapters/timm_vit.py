@@ -7,7 +7,6 @@ additive ``attn_mask``, so nothing of theirs is replaced.
 from __future__ import annotations
 
 import inspect
-import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
@@ -21,24 +20,13 @@ from ..attention import MasksAsChannels, key_bias
 from ..tokens import Tokens
 from ..tracing import shape_of
 from .host import Host, is_class, mean_keys
+from .map_size import MapSizes, Size
 
 FAMILY = "timm's VisionTransformer"
-
-# The size of the token map, known where patches are made and needed where blocks begin. Written
-# and read within one forward, by one thread.
-_call = threading.local()
 
 
 def matches(module: nn.Module) -> bool:
     return is_class(module, "VisionTransformer", "timm.models.vision_transformer")
-
-
-def _remember_size(patch_embed: nn.Module, args: tuple[Tensor], output: Tensor) -> None:
-    _call.size = patch_embed.dynamic_feat_size(shape_of(args[0])[-2:])
-
-
-def _remember_shape(proj: nn.Module, args: tuple[Tensor], output: Tensor) -> None:
-    _call.size = shape_of(output)[-2:]
 
 
 def adapt(vit: nn.Module) -> Host:
@@ -46,21 +34,11 @@ def adapt(vit: nn.Module) -> Host:
 
 
 def host_of(vit: nn.Module, layout: Callable[..., PrefixLayout]) -> Host:
-    """The host of a timm transformer; ``layout`` takes ``prefix`` and ``size_aware``."""
+    """The host of a timm transformer; ``layout`` takes ``prefix``, ``size_aware`` and
+    ``sizes``.
+    """
 
-    def attach() -> Callable[[], None]:
-        embed = vit.patch_embed
-        hooks = (
-            embed.register_forward_hook(_remember_size),
-            # For callers that run the ResNet of a hybrid by themselves.
-            embed.proj.register_forward_hook(_remember_shape),
-        )
-
-        def detach() -> None:
-            for hook in hooks:
-                hook.remove()
-
-        return detach
+    sizes = MapSizes()
 
     def build(size_aware: bool) -> PrefixLayout:
         if size_aware and not all(
@@ -70,7 +48,7 @@ def host_of(vit: nn.Module, layout: Callable[..., PrefixLayout]) -> Host:
                 f"SIZE_AWARE needs blocks that take attn_mask, and {type(vit.blocks[0]).__name__} "
                 "does not; set SIZE_AWARE False or update timm"
             )
-        return layout(prefix=vit.num_prefix_tokens, size_aware=size_aware)
+        return layout(prefix=vit.num_prefix_tokens, size_aware=size_aware, sizes=sizes)
 
     return Host(
         owner=vit,
@@ -78,38 +56,42 @@ def host_of(vit: nn.Module, layout: Callable[..., PrefixLayout]) -> Host:
         layout=build,
         # Known to who drives the model (`expedit_d2.backbones.timm_vit`), else it may read any.
         outputs=getattr(vit, "expedit_outputs", None),
-        attach=attach,
+        attach=lambda model: sizes.attach(model, vit),
         off_grid=True,
         size=tuple(vit.patch_embed.grid_size or (32, 32)),
     )
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class PrefixLayout:
     """Class and register tokens, then the map's: (B, prefix + H * W, C).
 
     Attributes:
         prefix: number of class and register tokens.
         size_aware: clusters have as many votes as they stand for tokens.
-        size: (H, W) of this run's map.
+        sizes: knows the size of this run's map.
+        size: that size, (H, W); None before the run, or if it is not known.
     """
 
     prefix: int
     size_aware: bool
-    size: tuple[int, int] | None = None
+    sizes: MapSizes
+    size: Size | None = None
 
-    def begin(self) -> PrefixLayout:
-        return replace(self, size=_call.size)
+    def begin(self, x: Tensor, block: nn.Module, size: Size | None) -> PrefixLayout:
+        return replace(self, size=size or self.sizes.of(x, self.prefix))
 
     def split(self, x: Tensor, tokens: Tokens | None = None) -> Tokens:
         features = x[:, self.prefix :]
         if tokens is not None:
-            return replace(tokens, features=features.unflatten(1, shape_of(tokens.features)[1:-1]))
-        size = self.size
-        if features.shape[1] != size[0] * size[1]:
+            return replace(tokens, features=features.unflatten(1, tokens.shape))
+        size, count = self.size, shape_of(features)[1]
+        if size is None:
+            raise self.sizes.unknown(count)
+        if count != size[0] * size[1]:
             raise ValueError(
-                f"expected a map of {size[0]} x {size[1]} tokens, got {features.shape[1]}; "
-                "dropping patches is not supported"
+                f"expected a map of {size[0]} x {size[1]} tokens, got {count}; "
+                "dropping patches and adding tokens are not supported"
             )
         return Tokens(
             features.unflatten(1, size), size=size, span=size, tracked=self.reads_positions

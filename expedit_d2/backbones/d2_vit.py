@@ -14,6 +14,7 @@ from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, ViT
 from torch import nn
 
+from .plain_weights import load_plain_weights
 from .pyramid import ViTPyramid
 
 __all__ = ["D2ViT"]
@@ -47,4 +48,6 @@ class D2ViT(ViTPyramid):
             pretrain_img_size=vit.PRETRAIN_IMG_SIZE,
             pretrain_use_cls_token=vit.PRETRAIN_USE_CLS_TOKEN,
         )
+        if vit.CHECKPOINT:
+            load_plain_weights(net, vit.CHECKPOINT)
         return {"net": net, **cls.pyramid_args(cfg, vit)}

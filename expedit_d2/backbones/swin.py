@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..api import expedite_from_node
-from ..operators import grid_positions, shape_of
+from ..operators import grid_positions
+from ..tracing import shape_of
 from ..windows import partition, shifted_mask, unpartition
 
 __all__ = ["D2SwinTransformer"]

@@ -19,7 +19,7 @@ from timm.models import clean_state_dict, eva, vision_transformer
 from torch import Tensor, nn
 
 from ..files import check_finite, read_weights
-from ..operators import shape_of
+from ..tracing import shape_of
 from .pyramid import ViTPyramid
 
 __all__ = ["TimmNet", "TimmViT", "build_timm_vit_backbone", "create_timm_vit"]

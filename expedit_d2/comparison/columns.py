@@ -220,7 +220,7 @@ def _cost(comparison: Comparison) -> Iterator[Column]:
         "launches",
         lambda row: row.launches,
         head="launches",
-        form="d",
+        form=".0f",
         where=_FULL,
     )
     yield column(

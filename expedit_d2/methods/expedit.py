@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..operators import Clusters, cluster_tokens, reconstruct_tokens, shape_of
+from ..operators import Clusters, cluster_tokens, reconstruct_tokens
 from ..settings import Settings
+from ..tracing import shape_of
 from .grid import GridMethod, Record
 
 __all__ = ["Expedit"]

@@ -13,9 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..operators import Clusters, grid_positions, shape_of
+from ..operators import Clusters, grid_positions
 from ..settings import Settings
 from ..tokens import Keys, Tokens
+from ..tracing import shape_of
 from ..windows import partition, unpartition
 
 __all__ = ["GridMethod", "Record"]

@@ -90,7 +90,9 @@ class _Reduction(nn.Module):
             order, back = snake_order(shape, (side, side), device)
             compared = compared.index_select(1, order)
             sizes = None if sizes is None else sizes.flatten(1)
-            if positions is None and tokens.tracked and self.settings.positions == "clusters":
+            # In windows, tokens have a place of their own.
+            followed = self.settings.positions == "clusters" or self.window is None
+            if positions is None and tokens.tracked and followed:
                 positions = grid_positions(*shape, device)
             if positions is not None:
                 positions = positions.flatten(1, 2).expand(batch, -1, -1)

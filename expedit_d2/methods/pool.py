@@ -6,8 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..operators import Clusters, adaptive_pool, shape_of
+from ..operators import Clusters, adaptive_pool
 from ..settings import Settings
+from ..tracing import shape_of
 from .grid import GridMethod, Record
 
 __all__ = ["Pool"]
@@ -33,15 +34,27 @@ class Pool(GridMethod):
         def mean(x: Tensor) -> Tensor:
             return adaptive_pool(x.float() * weights[..., None], grid) / shares
 
+        if positions is not None:
+            # A cell of padding alone keeps its place in the window.
+            positions = torch.where(cells > 0, mean(positions), adaptive_pool(positions, grid))
         return Clusters(
             mean(features).to(features.dtype),
             cells[..., 0] * (height * width / (grid[0] * grid[1])),
-            None if positions is None else mean(positions),
+            positions,
         )
 
     @staticmethod
     def restore(settings: Settings, features: Tensor, record: Record) -> Tensor:
         size = shape_of(record.tokens)[1:3]
-        channels_first = features.permute(0, 3, 1, 2).float()
-        out = F.interpolate(channels_first, size, mode="bilinear", align_corners=False)
-        return out.permute(0, 2, 3, 1).to(features.dtype)
+
+        def upsample(x: Tensor) -> Tensor:
+            x = F.interpolate(x.permute(0, 3, 1, 2), size, mode="bilinear", align_corners=False)
+            return x.permute(0, 2, 3, 1)
+
+        out = upsample(features.float())
+        if record.valid is not None:
+            # Tokens are between cells of tokens; the padding that a cell may stand for is no value.
+            filled = record.valid[..., None]
+            shares = upsample(filled.float()).clamp_min(torch.finfo(torch.float32).tiny)
+            out = upsample(features.float().masked_fill(~filled, 0)) / shares
+        return out.to(features.dtype)

@@ -4,7 +4,6 @@ Source: Liang et al., "Expediting Large-Scale Vision Transformer for Dense Predi
 Fine-tuning", NeurIPS 2022, arXiv 2210.01035, section 3.2. Needs torch and nothing else.
 """
 
-from ..tracing import shape_of
 from .checks import AUTO, NORMALIZATIONS, check_grid, check_temperature, check_window
 from .clustering import Clusters, TokenClustering, cluster_tokens
 from .maps import adaptive_pool, grid_positions, on_device
@@ -24,5 +23,4 @@ __all__ = [
     "grid_positions",
     "on_device",
     "reconstruct_tokens",
-    "shape_of",
 ]

@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..hook import ExpeditedBlocks
-from ..operators import shape_of
 from ..tokens import Tokens
+from ..tracing import shape_of
 
 __all__ = ["Reduction", "cluster_labels", "draw_clusters", "record_reductions"]
 

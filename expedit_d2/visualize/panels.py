@@ -55,11 +55,11 @@ def side_by_side(
     Raises:
         ValueError: for settings that reduce nothing.
     """
+    if not settings.reduces:
+        raise ValueError("MODEL.EXPEDIT.ALPHA is not set: there is nothing to compare with")
     plain = model([item])[0]
     values = dict(vars(settings))
     with expedite(model, values.pop("alpha"), **values) as handle:
-        if handle.blocks is None:
-            raise ValueError("MODEL.EXPEDIT.ALPHA is not set: there is nothing to compare with")
         with record_reductions(handle.blocks) as reductions, _seen_pixels(model) as seen:
             reduced = model([item])[0]
     labels = cluster_labels(reductions[: len(handle.blocks.methods)])[0].cpu().numpy()

@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from expedit_d2.operators import shape_of
+from expedit_d2 import sized_blocks
+from expedit_d2.tracing import shape_of
 
 from .resnet import standardize
 
@@ -115,7 +116,7 @@ class Encoder(nn.Module):
         x = x.flatten(2).transpose(1, 2)
         x = torch.cat([self.vit.cls_token.expand(shape_of(x)[0], -1, -1), x], dim=1)
         x = self.vit.norm_pre(self.vit.pos_drop(x + self._positions(size)))
-        for index, block in enumerate(self.vit.blocks):
+        for index, block in enumerate(sized_blocks(self.vit.blocks, size)):
             x = block(x)
             if index in self.blocks:
                 level = self.vit.norm(x)

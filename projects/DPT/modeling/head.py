@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from expedit_d2.operators import shape_of
+from expedit_d2.tracing import shape_of
 
 from .encoder import Level
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from expedit_d2.api import expedite_from_node
 from expedit_d2.backbones.timm_vit import create_timm_vit
-from expedit_d2.operators import shape_of
+from expedit_d2.tracing import shape_of
 
 from .encoder import Encoder
 from .head import DPTHead

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from expedit_d2.operators import shape_of
+from expedit_d2.tracing import shape_of
 
 __all__ = ["enlarged_size", "sliding_window"]
 

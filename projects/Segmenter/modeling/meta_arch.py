@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from expedit_d2.api import expedite_from_node
 from expedit_d2.backbones.timm_vit import create_timm_vit
 from expedit_d2.hook import Rebuild, run_reduced
-from expedit_d2.operators import shape_of
+from expedit_d2.tracing import shape_of
 
 from .decoder import DECODERS
 from .inference import sliding_window
@@ -216,6 +216,8 @@ class Segmenter(nn.Module):
                 )
             else:  # the same, but that the blocks leave clusters behind
                 tokens = vit._pos_embed(vit.patch_embed(images))
-                tokens, rebuild = run_reduced(vit.blocks, vit.norm_pre(vit.patch_drop(tokens)))
+                size = tuple(side // self.patch for side in shape_of(images)[2:])
+                tokens = vit.norm_pre(vit.patch_drop(tokens))
+                tokens, rebuild = run_reduced(vit.blocks, tokens, size)
                 tokens = vit.norm(tokens)
         return tokens[:, vit.num_prefix_tokens :], rebuild

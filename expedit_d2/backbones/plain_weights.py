@@ -1,0 +1,71 @@
+"""Weights of a plain ViT for Detectron2's `ViT`, as ViTDet starts from those of MAE.
+
+What Detectron2's has no place for is dropped (class and register tokens, the final norm, heads) or
+folded into the layer before it (LayerScale). Its relative positions, which no plain ViT has, start
+from zero as in ViTDet.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+from detectron2.modeling import ViT
+from torch import Tensor
+
+from ..files import check_finite, read_weights
+
+__all__ = ["load_plain_weights"]
+
+_KEY = "MODEL.VIT.CHECKPOINT"
+#: LayerScale's vectors, in timm's names, and the layers whose output they scale.
+_SCALED = {"ls1.gamma": "attn.proj", "ls2.gamma": "mlp.fc2"}
+_DROPPED = re.compile(r"(cls_token|reg_token|register_tokens|mask_token|norm|fc_norm|head|decoder)")
+
+
+def _folded(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same without LayerScale: y = gamma * (W x + b) is (gamma W) x + gamma b."""
+    out = dict(weights)
+    for name in weights:
+        for scale, layer in _SCALED.items():
+            if name.endswith(scale):
+                block, gamma = name.removesuffix(scale), out.pop(name)
+                for part, shape in (("weight", (-1, 1)), ("bias", (-1,))):
+                    key = f"{block}{layer}.{part}"
+                    if key in out:
+                        out[key] = out[key] * gamma.view(shape)
+    return out
+
+
+def load_plain_weights(vit: ViT, path: str) -> None:
+    """Load every weight of Detectron2's ViT but its relative positions.
+
+    Args:
+        vit: the model.
+        path: a file of weights in timm's names (MAE's, DINOv2's and DINO's are the same), or
+            anything iopath opens.
+
+    Raises:
+        OSError: if there is no such file.
+        ValueError: if something does not fit; names the config key, the file and the tensor.
+    """
+    weights = _folded(read_weights(path, _KEY, ("model", "state_dict", "teacher")))
+    weights = {name.removeprefix("backbone."): value for name, value in weights.items()}
+    own = {key: value for key, value in vit.state_dict().items() if ".rel_pos_" not in key}
+    wrong = [f"{key} is not in the file" for key in own if key not in weights]
+    wrong += [
+        f"{key} is {tuple(weights[key].shape)} in the file and {tuple(value.shape)} in the model"
+        for key, value in own.items()
+        if key in weights and weights[key].shape != value.shape
+    ]
+    wrong += [
+        f"{key} is not in the model"
+        for key in weights
+        if key not in own and not _DROPPED.match(key)
+    ]
+    if wrong:
+        more = f", and {len(wrong) - 1} more" if len(wrong) > 1 else ""
+        raise ValueError(f"{_KEY} {path!r} does not fit MODEL.VIT: {wrong[0]}{more}")
+    weights = {key: weights[key] for key in own}
+    check_finite(weights, f"{_KEY} {path!r}")
+    vit.load_state_dict(weights, strict=False)
