@@ -192,7 +192,7 @@ def test_files(comparison, tmp_path):
             "alpha=2 ratio=0.5 residual=no size_aware=off",
             Settings(alpha=2, ratio=0.5, residual=False, size_aware=False),
         ),
-        ("alpha=2 ratio=0.5 residual=Yes", Settings(alpha=2, ratio=0.5)),
+        ("alpha=2 ratio=0.5 residual=Yes", Settings(alpha=2, ratio=0.5, residual=True)),
         ("fused_attention=true", Settings(fused_attention=True)),
     ],
 )
