@@ -12,7 +12,7 @@ from .adapters import find_host
 from .budget import within_budget
 from .fused import Handle, fuse_attention
 from .hook import ExpeditedBlocks
-from .methods import build_method
+from .methods import METHODS, build_method
 from .settings import OFF_GRID, Settings
 from .spelling import describe
 
@@ -120,10 +120,16 @@ def expedite(
             f"the blocks of this {transformer}; METHOD expedit keeps a grid"
         )
     host, first = host.stage_of(checked.alphas)
+    layout = host.layout(checked.size_aware)
+    if METHODS[checked.method].inside and not hasattr(layout, "run_reducing"):
+        raise ValueError(
+            f"METHOD {checked.method} works inside of the blocks, and those of {transformer} cannot "
+            "be taken apart; METHOD merge works before them"
+        )
     original = host.blocks
     blocks = ExpeditedBlocks(
         original,
-        host.layout(checked.size_aware),
+        layout,
         {
             alpha - first: build_method(checked, host.window, index)
             for index, alpha in enumerate(checked.alphas)

@@ -191,7 +191,7 @@ class _Pass:
             x = layout.run(block, x, tokens, *args, **kwargs)
         else:
             tokens = layout.split(x, tokens)
-            if getattr(method, "inside", False):
+            if method.inside:
                 x, tokens, record = layout.run_reducing(
                     block, x, tokens, method.reduce, *args, **kwargs
                 )

@@ -62,7 +62,7 @@ class Method(Protocol):
     # (Tokens, Keys) -> (fewer Tokens, record); two records in turn become one if they have
     # ``then(later record)``
     reduce: nn.Module
-    # optional: True reduces inside of the block behind alpha, between its attention and its MLP
+    # True reduces inside of the block after alpha, between its attention and its MLP
     inside: bool
     # (features (B, *shape, D) of the reduced tokens, record, residual) -> features (B, H, W, D);
     # residual: None as the settings say, False for what is no token, such as class logits

@@ -319,6 +319,8 @@ class Repeat(nn.Module):
 
 
 class OffGrid(nn.Module):
+    inside = False
+
     def __init__(self) -> None:
         super().__init__()
         self.reduce = Halve()

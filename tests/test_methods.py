@@ -14,6 +14,7 @@ from torch import Tensor
 
 from expedit_d2 import expedite
 from expedit_d2.backbones.swin import D2SwinTransformer
+from expedit_d2.backbones.swin import D2SwinTransformer
 from expedit_d2.methods import METHODS, build_method
 from expedit_d2.methods.density import density_peaks
 from expedit_d2.methods.matching import snake_order
@@ -293,3 +294,11 @@ def test_an_image_of_nan_spoils_no_other(kind, scope, method):
         )
     assert error(out[::2], alone) < 1e-5
     assert out[1].isnan().all()
+
+
+def test_tome_needs_blocks_that_a_layout_takes_apart():
+    swin = D2SwinTransformer(
+        embed_dim=24, depths=(2, 2), num_heads=(1, 1), window_size=4, out_features=["res3"]
+    )
+    with pytest.raises(ValueError, match="METHOD tome works inside of the blocks, .*D2Swin"):
+        expedite(swin, 2, method="tome", keep=0.5)

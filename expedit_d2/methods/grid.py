@@ -136,6 +136,8 @@ class _Rebuilding(nn.Module):
 class GridMethod(nn.Module):
     """Both directions, by the operators ``cluster`` and ``restore`` of a subclass."""
 
+    inside = False
+
     def __init__(self, settings: Settings, attention_window: int | None, index: int = 0) -> None:
         super().__init__()
         if settings.scope == "window":

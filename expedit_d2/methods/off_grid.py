@@ -146,6 +146,7 @@ class _Rebuilding(nn.Module):
 class OffGridMethod(nn.Module):
     """Both directions, by the function ``choose`` of a subclass."""
 
+    inside = False
     #: How one KEEP is spread over several alphas, see `Settings.count`; None: as SCHEDULE says.
     spread: str | None = None
 
