@@ -7,7 +7,7 @@ import torch
 from detectron2.config import instantiate
 
 from expedit_d2.api import is_expedited
-from expedit_d2.engine.lazy import load_lazy_config, load_lazy_model
+from expedit_d2.engine import load_lazy_config, load_lazy_model
 
 CONFIG = """
 from detectron2.config import LazyCall as L

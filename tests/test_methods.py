@@ -14,7 +14,6 @@ from torch import Tensor
 
 from expedit_d2 import expedite
 from expedit_d2.backbones.swin import D2SwinTransformer
-from expedit_d2.backbones.swin import D2SwinTransformer
 from expedit_d2.methods import METHODS, build_method
 from expedit_d2.methods.density import density_peaks
 from expedit_d2.methods.matching import snake_order
