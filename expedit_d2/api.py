@@ -123,8 +123,8 @@ def expedite(
     layout = host.layout(checked.size_aware)
     if METHODS[checked.method].inside and not hasattr(layout, "run_reducing"):
         raise ValueError(
-            f"METHOD {checked.method} works inside of the blocks, and those of {transformer} cannot "
-            "be taken apart; METHOD merge works before them"
+            f"METHOD {checked.method} works inside of the blocks, and those of {transformer} "
+            "cannot be taken apart; METHOD merge works before them"
         )
     original = host.blocks
     blocks = ExpeditedBlocks(
