@@ -235,9 +235,9 @@ def needed_setting(config_file: str | Path, opts: Sequence[str] = ()) -> Setting
     settings = setting_of(config_file, opts)
     if settings is None:
         alpha, budget, example = (
-            ("expedit.alpha", "expedit.budget", "expedit.budget=0.5")
+            ("expedit.alpha", "budget", "expedit.budget=0.5")
             if is_lazy(config_file)
-            else ("MODEL.EXPEDIT.ALPHA", "MODEL.EXPEDIT.BUDGET", "MODEL.EXPEDIT.BUDGET 0.5")
+            else ("MODEL.EXPEDIT.ALPHA", "BUDGET", "MODEL.EXPEDIT.BUDGET 0.5")
         )
         raise ValueError(
             f"{config_file}: neither {alpha} nor {budget} is set, so there is nothing to "

@@ -144,7 +144,7 @@ def test_tool_exports_a_whole_model(tmp_path, capsys):
 def test_tool_names_what_is_missing(tmp_path):
     tool = load_tool("export")
     config = str(ROOT / "configs" / "embedded" / "segmenter.yaml")
-    with pytest.raises(SystemExit, match="neither ALPHA nor BUDGET"):
+    with pytest.raises(SystemExit, match="neither MODEL.EXPEDIT.ALPHA nor BUDGET"):
         tool.run(
             ["--config-file", config, "--output", str(tmp_path / "x.onnx"), "--benchmark", "1"]
         )

@@ -10,6 +10,7 @@ from conftest import load_tool
 from detectron2.config import LazyConfig, instantiate
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from PIL import Image
+from test_train_net import TINY_VITDET
 
 from expedit_d2.comparison import Options, compare
 from expedit_d2.data import collage
@@ -43,7 +44,8 @@ dataloader.test.mapper.augmentations = [
 """
 
 # configs/COCO/mask_rcnn_vitdet_b_100ep.py, with a tiny model
-CONFIG = """
+CONFIG = (
+    """
 from functools import partial
 
 from detectron2 import model_zoo
@@ -54,28 +56,9 @@ from detectron2.config import LazyCall as L
 from detectron2.solver import WarmupParamScheduler
 
 from ..common.coco_loader_lsj import dataloader
-
-model = model_zoo.get_config("common/models/mask_rcnn_vitdet.py").model
-model.backbone.net.update(
-    img_size=64, patch_size=8, embed_dim=32, depth=3, num_heads=2, window_size=4,
-    window_block_indexes=[0, 1], drop_path_rate=0.0, pretrain_img_size=64,
-)
-model.backbone.update(out_channels=16, scale_factors=(2.0, 1.0, 0.5), square_pad=64)
-model.backbone.top_block = None
-model.proposal_generator.in_features = ["p2", "p3", "p4"]
-model.proposal_generator.head.in_channels = 16
-model.proposal_generator.anchor_generator.update(sizes=[[24], [48], [96]], strides=[4, 8, 16])
-heads = model.roi_heads
-heads.num_classes = 6
-for kind in ("box", "mask"):
-    heads[kind + "_in_features"] = ["p2", "p3", "p4"]
-    heads[kind + "_pooler"].scales = (1 / 4, 1 / 8, 1 / 16)
-heads.box_head.update(conv_dims=[16], fc_dims=[16])
-heads.box_head.input_shape.channels = heads.mask_head.input_shape.channels = 16
-heads.box_predictor.input_shape.channels = 16
-heads.box_predictor.test_score_thresh = 0.0
-heads.mask_head.conv_dims = [16, 16]
-
+"""
+    + TINY_VITDET.replace("square_pad=0", "square_pad=64")
+    + """
 train = model_zoo.get_config("common/train.py").train
 train.amp.enabled = True
 train.ddp.fp16_compression = True
@@ -90,6 +73,7 @@ optimizer = model_zoo.get_config("common/optim.py").AdamW
 optimizer.params.lr_factor_func = partial(get_vit_lr_decay_rate, num_layers=3, lr_decay_rate=0.7)
 optimizer.params.overrides = {"pos_embed": {"weight_decay": 0.0}}
 """
+)
 
 
 @pytest.fixture

@@ -140,14 +140,8 @@ def test_command_line_ends_with_one_sentence_and_no_traceback():
     assert "Traceback" not in done.stderr
 
 
-LAZY = """
-from detectron2 import model_zoo
-from detectron2.config import LazyCall as L
-from detectron2.data import build_detection_test_loader, get_detection_dataset_dicts
-from detectron2.data import DatasetMapper
-from detectron2.data import transforms as T
-from detectron2.evaluation import COCOEvaluator
-
+#: In a LazyConfig: the model of the official ViTDet, tiny.
+TINY_VITDET = """
 model = model_zoo.get_config("common/models/mask_rcnn_vitdet.py").model
 model.backbone.net.update(
     img_size=64, patch_size=8, embed_dim=32, depth=3, num_heads=2, window_size=4,
@@ -168,7 +162,19 @@ heads.box_head.input_shape.channels = heads.mask_head.input_shape.channels = 16
 heads.box_predictor.input_shape.channels = 16
 heads.box_predictor.test_score_thresh = 0.0
 heads.mask_head.conv_dims = [16, 16]
+"""
 
+LAZY = (
+    """
+from detectron2 import model_zoo
+from detectron2.config import LazyCall as L
+from detectron2.data import build_detection_test_loader, get_detection_dataset_dicts
+from detectron2.data import DatasetMapper
+from detectron2.data import transforms as T
+from detectron2.evaluation import COCOEvaluator
+"""
+    + TINY_VITDET
+    + """
 dataloader = dict(
     test=L(build_detection_test_loader)(
         dataset=L(get_detection_dataset_dicts)(names="{name}", filter_empty=False),
@@ -182,6 +188,7 @@ dataloader = dict(
 )
 train = model_zoo.get_config("common/train.py").train
 """
+)
 
 
 def test_lazy_config(tiny_data, tmp_path):

@@ -8,9 +8,7 @@ Example::
 
 from __future__ import annotations
 
-from pathlib import Path
-
-from expedit_d2.engine import check_folder, one_sentence, slim_checkpoint
+from expedit_d2.engine import one_sentence, slim_checkpoint
 from expedit_d2.files import add_trust_option, code_in_files
 from projects.arguments import ToolParser
 
@@ -23,7 +21,6 @@ def run(arguments: list[str] | None = None) -> None:
     add_trust_option(parser)
     args = parser.parse_args(arguments)
     with code_in_files(args.run_code_in_files), one_sentence("slim_checkpoint.py"):
-        check_folder(Path(args.target).parent, "target")
         slimmed = slim_checkpoint(args.source, args.target)
     print(f"{args.target}: {slimmed.size / 1e6:.1f} MB")
     if slimmed.kept:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import inspect
-import json
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache
@@ -13,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..data.content import file_digest
+from .store import fingerprint
 
 __all__ = ["PACKAGE", "code_digest", "data_digest", "sources", "versions"]
 
@@ -21,10 +20,6 @@ PACKAGE = Path(__file__).resolve().parent.parent
 _LIBRARIES = ("detectron2", "numpy", "pycocotools", "timm", "torch", "torchvision")
 #: Folders in a data set's metadata with labels that no record names: Cityscapes' evaluators.
 _LABEL_FOLDERS = ("gt_dir",)
-
-
-def _digest(parts: Any) -> str:
-    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:24]
 
 
 @cache
@@ -45,7 +40,7 @@ def code_digest(paths: Iterable[Path]) -> str:
     for path in sorted(set(paths)):
         files = sorted(path.rglob("*.py")) if path.is_dir() else [path]
         found += [(file.relative_to(path.parent).as_posix(), file_digest(file)) for file in files]
-    return _digest(found)
+    return fingerprint(found)
 
 
 def sources(definitions: Iterable[type | Callable[..., Any]]) -> set[Path]:
@@ -74,7 +69,8 @@ def data_digest(
     """Of records with their labels, of metadata of data sets, and of all files that these name."""
     folders = [Path(meta[key]) for meta in metadatas for key in _LABEL_FOLDERS if key in meta]
     labels = sorted(file for folder in folders for file in folder.rglob("*") if file.is_file())
-    return _digest([_with_files(records), _with_files(metadatas), [_file(f) for f in labels]])
+    files = [_file(label) for label in labels]
+    return fingerprint(_with_files(records), _with_files(metadatas), files)
 
 
 def _with_files(items: Iterable[Mapping[str, Any]]) -> list[Any]:

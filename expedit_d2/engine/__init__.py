@@ -7,7 +7,7 @@ from .imports import import_modules
 from .launch import launch
 from .lazy import evaluate_lazy, load_lazy_model, train_lazy
 from .lazy_config import load_lazy_config
-from .outputs import check_file, check_folder
+from .outputs import check_file, check_folder, check_new_file
 from .pypi_weights import PyPIWeights
 from .ranges import check_ranges
 from .safe_config import load_yaml
@@ -22,6 +22,7 @@ __all__ = [
     "check_data_sets",
     "check_file",
     "check_folder",
+    "check_new_file",
     "check_ranges",
     "choose_device",
     "evaluate_lazy",

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..files import check_finite, read_checkpoint, read_weights
 from ..files.weights import check_tensors, suffix_of
+from .outputs import check_new_file
 
 __all__ = ["Checkpointer", "Slimmed", "load_weights", "slim_checkpoint", "surplus_layers"]
 
@@ -209,12 +210,10 @@ def slim_checkpoint(source: str, target: str) -> Slimmed:
     """Write a checkpoint's weights alone, compressed, floating-point ones in fp16.
 
     Raises:
-        OSError: if there is no source, or it cannot be downloaded.
-        FileExistsError: if the target is there already.
+        OSError: if there is no source, or it cannot be downloaded; or as `check_new_file`.
         ValueError: if the source is no checkpoint, or has weights that are not finite.
     """
-    if os.path.exists(target):
-        raise FileExistsError(f"{target!r} is there already; remove it or choose another name")
+    check_new_file(target, "target")
     # Training checkpoints hold the state of the optimizer and schedule beside the tensors.
     weights = read_weights(source, "the checkpoint")
     check_finite(weights, f"the checkpoint {source!r}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-__all__ = ["check_file", "check_folder"]
+__all__ = ["check_file", "check_folder", "check_new_file"]
 
 
 def check_folder(path: str | Path, key: str) -> None:
@@ -45,3 +45,19 @@ def check_file(path: str | Path, key: str) -> None:
     check_folder(file.parent, key)
     if file.exists() and not os.access(file, os.W_OK):
         raise PermissionError(f"{key}: {str(path)!r} must not be written to; give another file")
+
+
+def check_new_file(path: str | Path, key: str) -> None:
+    """Whether a file can be written that is not there yet, into a folder that is.
+
+    Raises:
+        FileExistsError: if there is something of that name.
+        FileNotFoundError: if there is no such folder.
+        NotADirectoryError, PermissionError: as `check_folder`, of its folder.
+    """
+    if os.path.lexists(path):
+        raise FileExistsError(f"{str(path)!r} is there already; remove it or choose another name")
+    folder = Path(path).parent
+    check_folder(folder, key)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"there is no folder {str(folder)!r} to write to")

@@ -5,14 +5,13 @@ Every key is renamed by its longest known beginning, and accounted for: mapped, 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from expedit_d2.engine import surplus_layers
+from expedit_d2.engine import check_new_file, surplus_layers
 from expedit_d2.files import check_finite, read_weights
 
 __all__ = ["Conversion", "convert_checkpoint", "convert_state"]
@@ -149,16 +148,11 @@ def convert_checkpoint(source: str, target: str, model: nn.Module) -> Conversion
         model: see `convert_state`.
 
     Raises:
-        FileExistsError: if the target is there already.
-        OSError: if there is no such file, or no folder to write to.
+        OSError: if there is no such file; or as `check_new_file`, of the target.
         ValueError: if it is no file of weights, as `convert_state`, or if weights are missing or
             not finite; nothing is written then.
     """
-    folder = os.path.dirname(target) or "."
-    if not os.path.isdir(folder):
-        raise FileNotFoundError(f"there is no folder {folder!r} to write to")
-    if os.path.exists(target):
-        raise FileExistsError(f"{target!r} is there already; remove it or choose another name")
+    check_new_file(target, "target")
     conversion = convert_state(read_weights(source, "the checkpoint"), model)
     if missing := conversion.missing:
         more = f", and {len(missing) - 1} more" if len(missing) > 1 else ""

@@ -19,7 +19,7 @@ from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 from torch import Tensor, nn
 
-from expedit_d2.engine import surplus_layers
+from expedit_d2.engine import check_new_file, surplus_layers
 from expedit_d2.files import check_finite, fetch, read_weights
 
 from .config import add_segmenter_config
@@ -256,19 +256,16 @@ def convert_checkpoint(source: str | os.PathLike, target: str | os.PathLike) -> 
         What became of every weight; nothing is missing or misshapen.
 
     Raises:
-        OSError: if one of the two official files is not there, or no folder to write to.
-        FileExistsError: if a file to be written is there already.
+        OSError: if one of the two official files is not there; or as `check_new_file`, of the
+            files to write.
         ValueError: if the files are something else, or the weights do not fit or are not finite.
     """
     source, target = os.fspath(source), Path(target)
     config_file = target.with_suffix(".yaml")
     if target == config_file:
         raise ValueError(f"{str(target)!r} is for weights; the config gets the suffix .yaml")
-    if not target.parent.is_dir():
-        raise FileNotFoundError(f"there is no folder {str(target.parent)!r} to write to")
     for path in (target, config_file):
-        if path.exists():
-            raise FileExistsError(f"{str(path)!r} is there already; choose another name")
+        check_new_file(path, "target")
     beside = os.path.join(os.path.dirname(source), "variant.yml")  # of a URL, too
     variant = _read_variant(fetch(beside, "the settings that official runs have"))
     config = config_of(variant, str(target.resolve()))
