@@ -38,6 +38,7 @@ FILES = {
     "unknown.yaml": f"_BASE_: {EMBEDDED}\nMODEL:\n  EXPEDIT:\n    ALFA: 4\n",
     "on_unknown.yaml": "_BASE_: unknown.yaml\nMODEL: {MASK_ON: True}\n",
     "types.yaml": f"_BASE_: {EMBEDDED}\nMODEL:\n  ROI_HEADS:\n    NUM_CLASSES: many\n",
+    "nothing.yaml": f"_BASE_: {EMBEDDED}\nMODEL:\n  WEIGHTS:\n",
     "tiny.yaml": f"_BASE_: {EMBEDDED}\n",
     "tiny_half.yaml": f"_BASE_: {EMBEDDED}\nMODEL:\n  EXPEDIT: {{ALPHA: 1, RATIO: 0.5}}\n",
     "tiny_plain.yaml": f"_BASE_: {EMBEDDED}\n",
@@ -148,6 +149,12 @@ CASES: list[tuple[str, list[str], list[str]]] = [
         ["--config-file", "{d}/types.yaml"],
         ["types.yaml, line 4", "NUM_CLASSES must be a whole number", "'many'"],
     ),
+    (
+        "train_net",
+        ["--config-file", "{d}/nothing.yaml"],
+        ["nothing.yaml, line 3", "MODEL.WEIGHTS must be text", "got nothing"],
+    ),
+    ("train_net", [*EVAL, "OUTPUT_DIR", "None"], ["OUTPUT_DIR must be text", "got 'None'"]),
     (
         "train_net",
         [*EVAL, "MODEL.EXPEDIT.ALFA", "1"],

@@ -358,6 +358,36 @@ def test_the_flag_brings_the_old_way_back(tiny_opts, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
+    ("tool", "arguments"),
+    [
+        ("benchmark_backbone", []),
+        ("compare", ["--setting", "alpha=1 ratio=0.5", "--output", "{d}/out"]),
+        ("convert_dpt", ["source.pth", "target.pth"]),
+        ("demo", ["--expedit", "{d}/bad.yaml", "--output", "{d}/out"]),
+        ("draw", ["--output", "{d}/out"]),
+        ("export", ["--output", "{d}/out.pt2"]),
+        ("train_net", ["--eval-only"]),
+        ("tune", ["--agreement", "90", "--output", "{d}/out"]),
+    ],
+)
+def test_every_tool_with_a_config_has_the_flag(tmp_path, tool, arguments, monkeypatch):
+    monkeypatch.delenv("EXPEDIT_RUN_CODE_IN_FILES", raising=False)
+    ran, config = tmp_path / "ran", tmp_path / "bad.yaml"
+    # It makes a folder, and nothing of the output folder: the tool ends there.
+    tag = f"!!python/object/apply:os.makedirs [{ran}, 511, true]"
+    config.write_text(f"_BASE_: {EMBEDDED}\nOUTPUT_DIR: {tag}\n")
+    given = [word.replace("{d}", str(tmp_path)) for word in arguments]
+    # Options that take several values must not take what follows.
+    command = [*given[:2], "--config-file", str(config), *given[2:]]
+    with pytest.raises(SystemExit, match="the tag !!python/object/apply:os.makedirs is not read"):
+        load_tool(tool).run(command)
+    assert not ran.exists()
+    with pytest.raises(SystemExit, match="OUTPUT_DIR must be text"):
+        load_tool(tool).run([*command, "--run-code-in-files"])
+    assert ran.is_dir() and not runs_code()
+
+
+@pytest.mark.parametrize(
     ("module", "name"),
     [
         ("numpy", "load"),

@@ -45,6 +45,7 @@ def merge_file(cfg: CfgNode, path: str | Path) -> None:
     if not Path(path).is_file():
         raise FileNotFoundError(f"there is no config file {str(path)!r}")
     sources = list(_sources(str(path), ()))
+    before = {key: value for key in _keys(cfg) if (value := _get(cfg, key)) is not None}
     load_yaml(str(path))  # refuses tags that run code, before Detectron2 reads the file
     try:
         cfg.merge_from_file(str(path), allow_unsafe=runs_code())
@@ -60,6 +61,10 @@ def merge_file(cfg: CfgNode, path: str | Path) -> None:
             where, given = _find(sources, key)
             raise ValueError(f"{where}: {_mismatch(key, _get(cfg, key), given)}") from None
         raise ValueError(f"{path}: {problem}") from None
+    for key, value in before.items():  # None passes for any type there
+        if _get(cfg, key) is None:
+            where, given = _find(sources, key)
+            raise ValueError(f"{where}: {_mismatch(key, value, given)}")
 
 
 def merge_overrides(cfg: CfgNode, opts: Sequence[str]) -> None:
@@ -85,6 +90,8 @@ def merge_overrides(cfg: CfgNode, opts: Sequence[str]) -> None:
             cfg.merge_from_list([key, value])
         except (ValueError, TypeError):
             raise ValueError(_mismatch(key, before, repr(value))) from None
+        if before is not None and _get(cfg, key) is None:
+            raise ValueError(_mismatch(key, before, repr(value)))
 
 
 # ------------------------------------------------------------------------------ keys of a config
