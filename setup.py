@@ -8,7 +8,7 @@ from setuptools import find_namespace_packages, setup
 ROOT = Path(__file__).resolve().parent
 
 SAM = ["segment-anything==1.0"]
-TRANSFORMERS = ["transformers>=5,<6"]
+TRANSFORMERS = ["transformers>=5.23,<6"]  # gradient checkpointing inside of a layer
 ONNX = ["onnx>=1.18,<2", "onnxruntime>=1.20,<2", "onnxscript>=0.5,<1"]
 
 

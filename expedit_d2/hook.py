@@ -15,6 +15,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -107,11 +108,8 @@ class _Pass:
         index, block, method = step._index, step._block, step._method
         self._forget(index - 2)
         state = self._before(step, x)
-        outer, _running.block = getattr(_running, "block", None), block
-        try:
+        with _inside(block):
             out, state = self._run(index, block, method, state, x, *args, **kwargs)
-        finally:
-            _running.block = outer
         self._forget(index)
         self.states.setdefault(index, []).append((_Mark(out), state))
         return out
@@ -184,7 +182,8 @@ class _Pass:
     ) -> tuple[Tensor, _State]:
         layout, tokens, records = state.layout, state.tokens, state.records
         if tokens is None and method is None:
-            return block(x, *args, **kwargs), state
+            watched = getattr(layout, "watched", False) and index >= self.alphas[0]
+            return (block.forward if watched else block)(x, *args, **kwargs), state
         if state.x is not None:
             x = state.x
         if method is None:
@@ -203,16 +202,48 @@ class _Pass:
             # A state must not keep alive the tensor that it belongs to.
             tokens = replace(tokens, features=None)
             records = _appended(records, method.rebuild, record)
-        if self.outputs is not None and index not in self.outputs:
+        if not self._is_read(index, kwargs):
             return x, _State(layout, tokens, None, records)
         features = layout.split(x, tokens).features
         for rebuild, record in reversed(records):
             features = rebuild(features, record)
         return layout.join(x, features), _State(layout, tokens, x, records)
 
+    def _is_read(self, index: int, kwargs: Mapping[str, Any]) -> bool:
+        """Whether the model reads the output of a block that it has called so."""
+        if self.outputs is None or index in self.outputs:
+            return True
+        reads = getattr(self.layout, "reads_outputs", None)
+        return reads is not None and reads(kwargs)
 
-#: ``block``: the block that a pass runs in this thread now.
+
+#: ``block``: the block that a pass runs in this thread now; ``step``: that which called it, where
+#: the block's own hooks run around it.
 _running = threading.local()
+
+
+@contextmanager
+def _inside(block: nn.Module, step: _Step | None = None) -> Iterator[None]:
+    """A pass runs the block."""
+    outer = getattr(_running, "block", None), getattr(_running, "step", None)
+    _running.block, _running.step = block, step
+    try:
+        yield
+    finally:
+        _running.block, _running.step = outer
+
+
+def _forward_watched(block: nn.Module, own: Callable | None, *args: Any, **kwargs: Any) -> Any:
+    """``forward`` of a block whose hooks see whole maps: a step of the pass that has called it.
+
+    Args:
+        own: what was the block's own ``forward`` if it is not its class's.
+    """
+    step = getattr(_running, "step", None)
+    if step is None or step._block is not block:
+        forward = partial(type(block).forward, block) if own is None else own
+        return forward(*args, **kwargs)
+    return step._run.run(step, *args, **kwargs)
 
 
 def _refuse_alone(index: int, first: int, module: nn.Module, args: tuple[Any, ...]) -> None:
@@ -238,7 +269,11 @@ class _Step:
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         for name, value in self._given.items():
             setattr(self._block, name, value)
-        return self._run.run(self, x, *args, **kwargs)
+        run = self._run
+        if getattr(run.layout, "watched", False) and self._index >= run.alphas[0]:
+            with _inside(self._block, self):
+                return self._block(x, *args, **kwargs)
+        return run.run(self, x, *args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
         if name in ("_block", "_given"):  # not there yet, while being copied
@@ -335,14 +370,23 @@ class ExpeditedBlocks(nn.Module):
     def guard(self) -> Callable[[], None]:
         """Refuse calls of the reduced blocks, and of their parts, outside of a pass.
 
-        A model that takes its blocks by index, or apart, would run them on all tokens.
+        A model that takes its blocks by index, or apart, would run them on all tokens. Where blocks
+        are watched (see `Layout`), their calls are led to the pass that makes them.
 
         Returns:
             The undo.
         """
-        hooks = []
+        hooks, led = [], []
+        watched = getattr(self.layout, "watched", False)
         for index in range(self.first_alpha, len(self)):
             block = self[index]
+            if watched:
+                led.append((block, vars(block).get("forward")))
+                block.forward = partial(_forward_watched, *led[-1])
+                # Its parts may run again by themselves, in gradient checkpointing of its own.
+                hook = partial(_refuse_alone, index, self.first_alpha)
+                hooks.append(block.register_forward_pre_hook(hook))
+                continue
             # Who takes a block apart runs its first layer first. One without weights may be shared.
             first = next((m for m in block.children() if any(True for _ in m.parameters())), block)
             for module in dict.fromkeys((block, first)):
@@ -352,6 +396,10 @@ class ExpeditedBlocks(nn.Module):
         def undo() -> None:
             for hook in hooks:
                 hook.remove()
+            for block, own in led:
+                del block.forward
+                if own is not None:
+                    block.forward = own
 
         return undo
 

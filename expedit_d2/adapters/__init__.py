@@ -8,12 +8,28 @@ from __future__ import annotations
 
 from torch import nn
 
-from . import detectron2_vit, segment_anything, swin, timm_eva, timm_vit, torchvision_vit
+from . import (
+    detectron2_vit,
+    segment_anything,
+    swin,
+    timm_eva,
+    timm_vit,
+    torchvision_vit,
+    transformers_vit,
+)
 from .host import Host
 
 __all__ = ["Host", "find_host"]
 
-FAMILIES = (detectron2_vit, segment_anything, swin, timm_vit, timm_eva, torchvision_vit)
+FAMILIES = (
+    detectron2_vit,
+    segment_anything,
+    swin,
+    timm_vit,
+    timm_eva,
+    torchvision_vit,
+    transformers_vit,
+)
 
 
 def find_host(model: nn.Module) -> Host:
