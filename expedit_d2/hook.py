@@ -15,7 +15,6 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -108,8 +107,11 @@ class _Pass:
         index, block, method = step._index, step._block, step._method
         self._forget(index - 2)
         state = self._before(step, x)
-        with _inside(block):
+        outer = _swap_running(block, None)
+        try:
             out, state = self._run(index, block, method, state, x, *args, **kwargs)
+        finally:
+            _swap_running(*outer)
         self._forget(index)
         self.states.setdefault(index, []).append((_Mark(out), state))
         return out
@@ -222,15 +224,13 @@ class _Pass:
 _running = threading.local()
 
 
-@contextmanager
-def _inside(block: nn.Module, step: _Step | None = None) -> Iterator[None]:
-    """A pass runs the block."""
+def _swap_running(
+    block: nn.Module | None, step: _Step | None
+) -> tuple[nn.Module | None, _Step | None]:
+    """Set what runs in this thread now; returns what did."""
     outer = getattr(_running, "block", None), getattr(_running, "step", None)
     _running.block, _running.step = block, step
-    try:
-        yield
-    finally:
-        _running.block, _running.step = outer
+    return outer
 
 
 def _forward_watched(block: nn.Module, own: Callable | None, *args: Any, **kwargs: Any) -> Any:
@@ -244,6 +244,11 @@ def _forward_watched(block: nn.Module, own: Callable | None, *args: Any, **kwarg
         forward = partial(type(block).forward, block) if own is None else own
         return forward(*args, **kwargs)
     return step._run.run(step, *args, **kwargs)
+
+
+def _first_layer(block: nn.Module) -> nn.Module:
+    """What runs first where a block is taken apart. A layer without weights may be shared."""
+    return next((m for m in block.children() if any(True for _ in m.parameters())), block)
 
 
 def _refuse_alone(index: int, first: int, module: nn.Module, args: tuple[Any, ...]) -> None:
@@ -271,8 +276,11 @@ class _Step:
             setattr(self._block, name, value)
         run = self._run
         if getattr(run.layout, "watched", False) and self._index >= run.alphas[0]:
-            with _inside(self._block, self):
+            outer = _swap_running(self._block, self)
+            try:
                 return self._block(x, *args, **kwargs)
+            finally:
+                _swap_running(*outer)
         return run.run(self, x, *args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
@@ -384,12 +392,10 @@ class ExpeditedBlocks(nn.Module):
                 led.append((block, vars(block).get("forward")))
                 block.forward = partial(_forward_watched, *led[-1])
                 # Its parts may run again by themselves, in gradient checkpointing of its own.
-                hook = partial(_refuse_alone, index, self.first_alpha)
-                hooks.append(block.register_forward_pre_hook(hook))
-                continue
-            # Who takes a block apart runs its first layer first. One without weights may be shared.
-            first = next((m for m in block.children() if any(True for _ in m.parameters())), block)
-            for module in dict.fromkeys((block, first)):
+                guarded = [block]
+            else:
+                guarded = dict.fromkeys((block, _first_layer(block)))
+            for module in guarded:
                 hook = partial(_refuse_alone, index, self.first_alpha)
                 hooks.append(module.register_forward_pre_hook(hook))
 
