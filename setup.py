@@ -7,6 +7,8 @@ from setuptools import find_namespace_packages, setup
 
 ROOT = Path(__file__).resolve().parent
 
+SAM = ["segment-anything==1.0"]
+TRANSFORMERS = ["transformers>=5.23,<6"]  # gradient checkpointing inside of a layer
 ONNX = ["onnx>=1.18,<2", "onnxruntime>=1.20,<2", "onnxscript>=0.5,<1"]
 
 
@@ -69,8 +71,17 @@ setup(
         "demo": ["scikit-image>=0.21,<1"],
         # ruff is pinned because another version formats differently; .pre-commit-config.yaml
         # names the same one.
-        "test": ["pytest>=8,<10", "ruff==0.17.6", "scikit-image>=0.21,<1", *ONNX],
+        "test": [
+            "pytest>=8,<10",
+            "ruff==0.17.6",
+            "scikit-image>=0.21,<1",
+            *ONNX,
+            *SAM,
+            *TRANSFORMERS,
+        ],
         "onnx": ONNX,
+        "sam": SAM,
+        "transformers": TRANSFORMERS,
     },
     classifiers=[
         "Programming Language :: Python :: 3.10",

@@ -103,7 +103,7 @@ def expedite(
     if is_expedited(model):
         raise ValueError("the model is already expedited; remove() the first handle before")
     host = find_host(model)
-    transformer = type(host.owner).__name__
+    transformer = type(host.whole).__name__
     if checked.budget is not None:
         budget, checked = checked, within_budget(checked, host)
         _logger.info("%s: %s -> %s", transformer, describe(budget), describe(checked))

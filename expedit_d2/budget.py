@@ -18,8 +18,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
-from torch import nn
-
 from .adapters import Host
 from .settings import OFF_GRID, Settings, spread_share
 
@@ -61,22 +59,20 @@ class Costs:
     def of(cls, host: Host) -> Costs:
         """Of a host's blocks at its nominal size."""
         block = next(iter(host.blocks.children()))
+        costs, attention = host.costs(block), getattr(block, "attn", None)
+        relative = getattr(attention, "use_rel_pos", False)
         tokens = host.size[0] * host.size[1]
-
-        def weights(module: nn.Module) -> int:
-            return sum(m.weight.numel() for m in module.modules() if isinstance(m, nn.Linear))
-
         sides = [getattr(b, "window_size", 0) for b in host.blocks.children()]
         side = host.window or 1
         return cls(
-            linear=weights(block),
-            attention=weights(block.attn),
-            channels=block.attn.proj.in_features,
+            linear=costs.linear,
+            attention=costs.attention,
+            channels=costs.channels,
             tokens=tokens,
             windows=tuple(side * side if side else None for side in sides),
             padded=math.prod(-(-n // side) * side for n in host.size),
             size=host.size,
-            heads=block.attn.num_heads if getattr(block.attn, "use_rel_pos", False) else 0,
+            heads=attention.num_heads if relative else 0,
         )
 
     @property

@@ -107,11 +107,11 @@ class _Pass:
         index, block, method = step._index, step._block, step._method
         self._forget(index - 2)
         state = self._before(step, x)
-        outer, _running.block = getattr(_running, "block", None), block
+        outer = _swap_running(block, None)
         try:
             out, state = self._run(index, block, method, state, x, *args, **kwargs)
         finally:
-            _running.block = outer
+            _swap_running(*outer)
         self._forget(index)
         self.states.setdefault(index, []).append((_Mark(out), state))
         return out
@@ -184,7 +184,8 @@ class _Pass:
     ) -> tuple[Tensor, _State]:
         layout, tokens, records = state.layout, state.tokens, state.records
         if tokens is None and method is None:
-            return block(x, *args, **kwargs), state
+            watched = getattr(layout, "watched", False) and index >= self.alphas[0]
+            return (block.forward if watched else block)(x, *args, **kwargs), state
         if state.x is not None:
             x = state.x
         if method is None:
@@ -203,16 +204,51 @@ class _Pass:
             # A state must not keep alive the tensor that it belongs to.
             tokens = replace(tokens, features=None)
             records = _appended(records, method.rebuild, record)
-        if self.outputs is not None and index not in self.outputs:
+        if not self._is_read(index, kwargs):
             return x, _State(layout, tokens, None, records)
         features = layout.split(x, tokens).features
         for rebuild, record in reversed(records):
             features = rebuild(features, record)
         return layout.join(x, features), _State(layout, tokens, x, records)
 
+    def _is_read(self, index: int, kwargs: Mapping[str, Any]) -> bool:
+        """Whether the model reads the output of a block that it has called so."""
+        if self.outputs is None or index in self.outputs:
+            return True
+        reads = getattr(self.layout, "reads_outputs", None)
+        return reads is not None and reads(kwargs)
 
-#: ``block``: the block that a pass runs in this thread now.
+
+#: ``block``: the block that a pass runs in this thread now; ``step``: that which called it, where
+#: the block's own hooks run around it.
 _running = threading.local()
+
+
+def _swap_running(
+    block: nn.Module | None, step: _Step | None
+) -> tuple[nn.Module | None, _Step | None]:
+    """Set what runs in this thread now; returns what did."""
+    outer = getattr(_running, "block", None), getattr(_running, "step", None)
+    _running.block, _running.step = block, step
+    return outer
+
+
+def _forward_watched(block: nn.Module, own: Callable | None, *args: Any, **kwargs: Any) -> Any:
+    """``forward`` of a block whose hooks see whole maps: a step of the pass that has called it.
+
+    Args:
+        own: what was the block's own ``forward`` if it is not its class's.
+    """
+    step = getattr(_running, "step", None)
+    if step is None or step._block is not block:
+        forward = partial(type(block).forward, block) if own is None else own
+        return forward(*args, **kwargs)
+    return step._run.run(step, *args, **kwargs)
+
+
+def _first_layer(block: nn.Module) -> nn.Module:
+    """What runs first where a block is taken apart. A layer without weights may be shared."""
+    return next((m for m in block.children() if any(True for _ in m.parameters())), block)
 
 
 def _refuse_alone(index: int, first: int, module: nn.Module, args: tuple[Any, ...]) -> None:
@@ -238,7 +274,14 @@ class _Step:
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         for name, value in self._given.items():
             setattr(self._block, name, value)
-        return self._run.run(self, x, *args, **kwargs)
+        run = self._run
+        if getattr(run.layout, "watched", False) and self._index >= run.alphas[0]:
+            outer = _swap_running(self._block, self)
+            try:
+                return self._block(x, *args, **kwargs)
+            finally:
+                _swap_running(*outer)
+        return run.run(self, x, *args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
         if name in ("_block", "_given"):  # not there yet, while being copied
@@ -335,23 +378,34 @@ class ExpeditedBlocks(nn.Module):
     def guard(self) -> Callable[[], None]:
         """Refuse calls of the reduced blocks, and of their parts, outside of a pass.
 
-        A model that takes its blocks by index, or apart, would run them on all tokens.
+        A model that takes its blocks by index, or apart, would run them on all tokens. Where blocks
+        are watched (see `Layout`), their calls are led to the pass that makes them.
 
         Returns:
             The undo.
         """
-        hooks = []
+        hooks, led = [], []
+        watched = getattr(self.layout, "watched", False)
         for index in range(self.first_alpha, len(self)):
             block = self[index]
-            # Who takes a block apart runs its first layer first. One without weights may be shared.
-            first = next((m for m in block.children() if any(True for _ in m.parameters())), block)
-            for module in dict.fromkeys((block, first)):
+            if watched:
+                led.append((block, vars(block).get("forward")))
+                block.forward = partial(_forward_watched, *led[-1])
+                # Its parts may run again by themselves, in gradient checkpointing of its own.
+                guarded = [block]
+            else:
+                guarded = dict.fromkeys((block, _first_layer(block)))
+            for module in guarded:
                 hook = partial(_refuse_alone, index, self.first_alpha)
                 hooks.append(module.register_forward_pre_hook(hook))
 
         def undo() -> None:
             for hook in hooks:
                 hook.remove()
+            for block, own in led:
+                del block.forward
+                if own is not None:
+                    block.forward = own
 
         return undo
 

@@ -74,6 +74,11 @@ class Layout(Protocol):
 
     Below, ``x`` is what the model passes from block to block: the spatial tokens, in the family's
     form, and class and register tokens if it has them.
+
+    Optional: ``watched``, True where the model reads its blocks' outputs by forward hooks. Blocks
+    from the first alpha on are then called as a whole with whole maps, hooks and all, and ``run``
+    must call ``block.forward``. ``reads_outputs(kwargs)``: whether a model that gives its blocks
+    these keyword arguments reads the output of each.
     """
 
     def begin(self, x: Tensor, block: nn.Module, size: tuple[int, int] | None) -> Layout:

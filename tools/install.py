@@ -232,7 +232,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         epilog="To choose another build of torch, for CPU only for instance, install it first.",
     )
     parser.add_argument(
-        "--extras", default="", help="optional parts, with commas between: demo, test, onnx"
+        "--extras",
+        default="",
+        help="optional parts, with commas between: demo, test, onnx, sam, transformers",
     )
     parser.add_argument("--dry-run", action="store_true", help="print the commands, run nothing")
     parser.add_argument(

@@ -29,20 +29,26 @@ def matches(module: nn.Module) -> bool:
 
 
 def adapt(vit: nn.Module) -> Host:
+    # A convolution between blocks needs a grid.
+    off_grid = not any(block.use_residual_block for block in vit.blocks)
+    return host_of(vit, MapLayout, off_grid)
+
+
+def host_of(vit: nn.Module, layout: type[MapLayout], off_grid: bool) -> Host:
+    """The host of a transformer with Detectron2's attention; ``off_grid``: see `Host`."""
     window = max((block.window_size for block in vit.blocks), default=0)
     return Host(
         owner=vit,
         attribute="blocks",
         layout=partial(
-            _Layout,
+            layout,
             window=window,
             relative=any(block.attn.use_rel_pos for block in vit.blocks),
         ),
         window=window or None,
         outputs=(len(vit.blocks) - 1,),
         fused=_attend,
-        # A convolution between blocks needs a grid.
-        off_grid=not any(block.use_residual_block for block in vit.blocks),
+        off_grid=off_grid,
         merges=WINDOWED_MERGES if window else Host.merges,
         size=_size(vit),
         latest=0.75,
@@ -80,14 +86,16 @@ class _Keys:
     rows: Tensor | None = None
 
 
-class _Layout:
+class MapLayout:
+    """Maps (B, H, W, C), or tokens (B, M, C) that lie on no grid."""
+
     def __init__(self, size_aware: bool, window: int = 0, relative: bool = True) -> None:
         """``window``: side of the attention windows; ``relative``: positions are read."""
         self.size_aware = size_aware
         self.window = window
         self.relative = relative
 
-    def begin(self, x: Tensor, block: nn.Module, size: tuple[int, int] | None) -> _Layout:
+    def begin(self, x: Tensor, block: nn.Module, size: tuple[int, int] | None) -> MapLayout:
         return self
 
     def split(self, x: Tensor, tokens: Tokens | None = None) -> Tokens:
@@ -113,11 +121,9 @@ class _Layout:
 
     def run(self, block: nn.Module, x: Tensor, tokens: Tokens) -> Tensor:
         attend = self._windowed if block.window_size > 0 else self._global
-        x = x + block.drop_path(attend(block, block.norm1(x), tokens))
-        x = x + block.drop_path(block.mlp(block.norm2(x)))
-        if block.use_residual_block:
-            x = x + _convolve(block.residual, x, tokens.valid)
-        return x
+        x = self.added(block, x, attend(block, block.norm1(x), tokens))
+        x = self.added(block, x, block.mlp(block.norm2(x)))
+        return self.finished(block, x, tokens)
 
     def run_reducing(
         self, block: nn.Module, x: Tensor, tokens: Tokens, reduce: nn.Module
@@ -126,7 +132,7 @@ class _Layout:
             tokens = replace(tokens, context=self.prepare(x, tokens))
         attend = self._windowed if block.window_size > 0 else self._global
         normed = block.norm1(x)
-        x = x + block.drop_path(attend(block, normed, tokens))
+        x = self.added(block, x, attend(block, normed, tokens))
         keys = mean_keys(block.attn.qkv, block.attn.num_heads, normed)
 
         def keys_of(features: Tensor) -> Tensor:
@@ -135,7 +141,17 @@ class _Layout:
         tokens, record = reduce(replace(tokens, features=x), keys_of)
         x = tokens.features
         tokens = replace(tokens, context=self.prepare(x, tokens))
-        return x + block.drop_path(block.mlp(block.norm2(x))), tokens, record
+        return self.added(block, x, block.mlp(block.norm2(x))), tokens, record
+
+    def added(self, block: nn.Module, x: Tensor, change: Tensor) -> Tensor:
+        """Tokens with what the attention or the MLP of a block adds to them."""
+        return x + block.drop_path(change)
+
+    def finished(self, block: nn.Module, x: Tensor, tokens: Tokens) -> Tensor:
+        """What a block does after its MLP."""
+        if block.use_residual_block:
+            x = x + _convolve(block.residual, x, tokens.valid)
+        return x
 
     def _sizes(self, tokens: Tokens, padding: float) -> Tensor | None:
         """What each key stands for (B, *shape), or None for one each; padding for ``padding``."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -11,11 +12,36 @@ from torch import Tensor, nn
 from ..settings import SCOPES
 from ..tokens import Layout
 
-__all__ = ["WINDOWED_MERGES", "Host", "is_class", "mean_keys"]
+__all__ = ["WINDOWED_MERGES", "BlockCosts", "Host", "is_class", "linear_weights", "mean_keys"]
 
 #: `Host.merges` where attention has windows: on DINOv2-S with windows of 12 at half of the GFLOPs
 #: 0.6 % more of the pixels agree than with the merges of global attention.
 WINDOWED_MERGES = ((0, 1 / 6, 5 / 12, 2 / 3), "equal")
+
+
+class BlockCosts(NamedTuple):
+    """Multiply-adds of a block's products with weights, for each token.
+
+    Attributes:
+        linear: of all of them.
+        attention: those before and after the attention's own products.
+        channels: width of the attention.
+    """
+
+    linear: int
+    attention: int
+    channels: int
+
+
+def linear_weights(module: nn.Module) -> int:
+    """Weights of the linear layers in a module."""
+    return sum(m.weight.numel() for m in module.modules() if isinstance(m, nn.Linear))
+
+
+def _block_costs(block: nn.Module) -> BlockCosts:
+    """Of a block whose linear layers are all that there is, with ``attn`` and its ``proj``."""
+    attention = block.attn
+    return BlockCosts(linear_weights(block), linear_weights(attention), attention.proj.in_features)
 
 
 @dataclass(frozen=True)
@@ -38,10 +64,12 @@ class Host:
             better: for the latest alpha, and for others. Measured.
         merges: for BUDGET, where METHOD merge merges, as shares of the depth, and its SCHEDULE.
             Measured.
+        costs: what a block costs; by default its linear layers, of which ``attn`` has some.
         fused: an attention layer, ``block.attn``, and its arguments to its output, by scaled
             dot-product attention; None where the family's own layers do so.
         stages: where the blocks lie in several containers, one host for each, in order; tokens
             are then reduced in one of them. ``attribute`` names what holds these stages.
+        transformer: all of it, where ``owner`` is a part; see ``whole``.
     """
 
     owner: nn.Module
@@ -56,8 +84,15 @@ class Host:
     latest: float = 0.5
     least: tuple[float, float] = (0.5, 0.6)
     merges: tuple[tuple[float, ...], str] = ((0, 1 / 6, 1 / 3, 7 / 12), "falling")
+    costs: Callable[[nn.Module], BlockCosts] = _block_costs
     fused: Callable[..., Tensor] | None = None
     stages: tuple[Host, ...] = ()
+    transformer: nn.Module | None = None
+
+    @property
+    def whole(self) -> nn.Module:
+        """All of the transformer."""
+        return self.owner if self.transformer is None else self.transformer
 
     @property
     def blocks(self) -> nn.Module:

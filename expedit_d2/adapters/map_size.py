@@ -54,28 +54,47 @@ class MapSizes:
             The undo.
         """
         embed = owner.patch_embed
-        hooks = [
-            embed.register_forward_hook(self._embedded),
-            # For callers that take a patch embedding apart, such as the ResNet of a hybrid.
-            embed.proj.register_forward_hook(self._projected),
-        ]
+        hooks = [embed.register_forward_hook(self._embedded)]
         for name in ("patch_drop", "norm_pre"):
             part = getattr(owner, name, None)
             if isinstance(part, nn.Module):
                 hooks.append(part.register_forward_hook(_carry))
-        for module in dict.fromkeys((model, owner)):
-            hooks.append(module.register_forward_pre_hook(self._enter))
-            hooks.append(module.register_forward_hook(self._leave, always_call=True))
+        # For callers that take a patch embedding apart, such as the ResNet of a hybrid.
+        forget = self.attach_projection(model, owner, embed.proj)
         own = vars(owner).get("_pos_embed")
         owner._pos_embed = partial(_positioned, own, owner)
 
         def detach() -> None:
+            forget()
             for hook in hooks:
                 hook.remove()
             if own is None:
                 del owner._pos_embed
             else:
                 owner._pos_embed = own
+
+        return detach
+
+    def attach_projection(
+        self, model: nn.Module, owner: nn.Module, projection: nn.Module
+    ) -> Callable[[], None]:
+        """Follow the maps that a convolution makes, by the forwards it runs in.
+
+        Args:
+            model, owner: see `attach`.
+            projection: its output is (B, C, H, W).
+
+        Returns:
+            The undo.
+        """
+        hooks = [projection.register_forward_hook(self._projected)]
+        for module in dict.fromkeys((model, owner)):
+            hooks.append(module.register_forward_pre_hook(self._enter))
+            hooks.append(module.register_forward_hook(self._leave, always_call=True))
+
+        def detach() -> None:
+            for hook in hooks:
+                hook.remove()
 
         return detach
 

@@ -70,7 +70,7 @@ class _Layout(PrefixLayout):
     def prepare(self, x: Tensor, tokens: Tokens) -> _Context:
         positions = rotation = None
         if self.rope is not None:
-            positions = _positions(tokens).flatten(1, -2)
+            positions = positions_of(tokens).flatten(1, -2)
         if self.rope is not None and type(self.rope).__name__ not in _BY_BLOCK:
             rotation = self._rotation(self.blocks[0], positions, tokens.size)
         return _Context(super().prepare(x, tokens), positions, rotation)
@@ -94,7 +94,7 @@ class _Layout(PrefixLayout):
         return sin_cos.repeat_interleave(2, dim=-1).flatten(-2)
 
 
-def _positions(tokens: Tokens) -> Tensor:
+def positions_of(tokens: Tokens) -> Tensor:
     """Row and column of each token in the original map, (B or 1, *shape, 2)."""
     if tokens.positions is not None:
         return tokens.positions

@@ -33,6 +33,12 @@ def _attention(inputs: list[Any], outputs: list[Any]) -> float:
     return queries * keys * (query[-1] + out[-1])
 
 
+def _native_attention(inputs: list[Any], outputs: list[Any]) -> float:
+    """``nn.MultiheadAttention`` in one kernel: its projections and its products."""
+    batch, tokens, channels = get_shape(outputs[0])
+    return batch * tokens * channels * (4 * channels + 2 * tokens)
+
+
 def _einsum(inputs: list[Any], outputs: list[Any]) -> float:
     """A product of two tensors: one multiply-add for every combination of indices."""
     equation = inputs[0].toIValue()
@@ -77,6 +83,7 @@ def _cdist(inputs: list[Any], outputs: list[Any]) -> float:
 #: What fvcore misses. In one table, so that a reader sees what is counted.
 HANDLES: dict[str, Handle] = {
     "aten::scaled_dot_product_attention": _attention,
+    "aten::_native_multi_head_attention": _native_attention,
     "aten::einsum": _einsum,
     "aten::embedding_bag": _embedding_bag,
     "aten::index_add": _index_add,
@@ -212,13 +219,14 @@ def count_flops(model: nn.Module, inputs: Any) -> Flops:
     # What the transformer does outside its parts is resizing positions, and the attention of
     # blocks on reduced tokens, which the hook runs.
     resizing = sum(own_operators(owner)[name] for name in _RESIZING)
-    embed = sum(total(child) for child in others) + resizing
+    inside = sum(total(child) for child in others) + resizing
+    around = total(host.whole) - total(owner)
     return Flops(
-        embed=embed,
+        embed=inside + around,
         before=before,
         clustering=clustering,
-        after=total(owner) - embed - before - clustering - reconstruction,
+        after=total(owner) - inside - before - clustering - reconstruction,
         reconstruction=reconstruction,
-        head=float(totals[""]) - total(owner),
+        head=float(totals[""]) - total(host.whole),
         uncounted=uncounted,
     )

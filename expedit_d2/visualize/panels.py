@@ -94,7 +94,7 @@ def _seen_pixels(model: nn.Module) -> Iterator[list[Tensor]]:
     def keep(_: nn.Module, args: tuple[Tensor, ...]) -> None:
         seen.append(args[0][0] * model.pixel_std + model.pixel_mean)
 
-    owner = find_host(model).owner
+    owner = find_host(model).whole
     first = next(module for module in owner.modules() if isinstance(module, nn.Conv2d))
     with first.register_forward_pre_hook(keep):
         yield seen

@@ -1,0 +1,31 @@
+"""segment-anything's ``ImageEncoderViT``, alone or in a ``Sam``.
+
+Its attention, windows and relative positions are those of Detectron2's ViT; its blocks have neither
+stochastic depth nor a convolution.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from ..tokens import Tokens
+from .detectron2_vit import MapLayout, host_of
+from .host import Host, is_class
+
+FAMILY = "segment-anything's ImageEncoderViT (SAM)"
+
+
+def matches(module: nn.Module) -> bool:
+    return is_class(module, "ImageEncoderViT", "segment_anything.modeling.image_encoder")
+
+
+def adapt(encoder: nn.Module) -> Host:
+    return host_of(encoder, _Layout, off_grid=True)
+
+
+class _Layout(MapLayout):
+    def added(self, block: nn.Module, x: Tensor, change: Tensor) -> Tensor:
+        return x + change
+
+    def finished(self, block: nn.Module, x: Tensor, tokens: Tokens) -> Tensor:
+        return x
