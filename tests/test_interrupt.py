@@ -20,6 +20,14 @@ QUIET = Options(timed_images=0, progress=False)
 SETTINGS = {"half": Settings(alpha=1, ratio=0.5), "late": Settings(alpha=2, ratio=0.5)}
 
 
+@pytest.fixture(autouse=True)
+def listening():
+    """A job that a shell starts in the background is born deaf to Ctrl-C."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def press() -> None:
     os.kill(os.getpid(), signal.SIGINT)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 import timm
 import torch
@@ -107,7 +109,7 @@ BOUNDS = {
 @pytest.mark.parametrize("name", BOUNDS)
 def test_launches_of_each_method(deep, name):
     settings, most = BOUNDS[name]
-    with expedite(deep, outputs=(23,), **settings):
+    with expedite(deep, outputs=(23,), **settings) if settings else nullcontext():
         counts = count_launches(deep, torch.randn(1, 3, 384, 512))
     assert counts.total() <= most, counts
     assert counts["native_layer_norm"] >= 48  # all blocks ran

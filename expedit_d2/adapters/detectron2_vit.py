@@ -290,13 +290,12 @@ def _products(
 ) -> Tensor:
     """The products of the layer, (B, N, 3 C) to (B, N, C); see `_attend`."""
     q, k, v = qkv.unflatten(-1, (3, attn.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
-    terms = ()
+    span, size, terms = span or shape, size or shape, ()
     if attn.use_rel_pos and positions is not None:
         tables = (attn.rel_pos_h, attn.rel_pos_w)
         terms = (position_term(q, tables, positions.flatten(1, -2), size, margin),)
         bias = None if bias is None else bias.flatten(1)
     elif attn.use_rel_pos:
-        span, size = span or shape, size or shape
         row = relative_positions(attn.rel_pos_h, shape[0], span[0], size[0])
         col = relative_positions(attn.rel_pos_w, shape[1], span[1], size[1])
         terms = grid_terms(q, row, col)
