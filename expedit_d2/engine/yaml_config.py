@@ -8,11 +8,12 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import yaml
-from detectron2.config import CfgNode
+from detectron2.config import CfgNode, get_cfg
 
 from ..files import runs_code
 from .errors import close_to
@@ -45,7 +46,7 @@ def merge_file(cfg: CfgNode, path: str | Path) -> None:
     if not Path(path).is_file():
         raise FileNotFoundError(f"there is no config file {str(path)!r}")
     sources = list(_sources(str(path), ()))
-    before = {key: value for key in _keys(cfg) if (value := _get(cfg, key)) is not None}
+    before = {key: _get(cfg, key) for key in _keys(cfg) if key in _needed()}
     load_yaml(str(path))  # refuses tags that run code, before Detectron2 reads the file
     try:
         cfg.merge_from_file(str(path), allow_unsafe=runs_code())
@@ -90,7 +91,7 @@ def merge_overrides(cfg: CfgNode, opts: Sequence[str]) -> None:
             cfg.merge_from_list([key, value])
         except (ValueError, TypeError):
             raise ValueError(_mismatch(key, before, repr(value))) from None
-        if before is not None and _get(cfg, key) is None:
+        if key in _needed() and _get(cfg, key) is None:
             raise ValueError(_mismatch(key, before, repr(value)))
 
 
@@ -103,6 +104,13 @@ def _keys(cfg: CfgNode, prefix: str = "") -> Iterator[str]:
         yield prefix + name
         if isinstance(value, CfgNode):
             yield from _keys(value, f"{prefix}{name}.")
+
+
+@cache
+def _needed() -> frozenset[str]:
+    """Keys of Detectron2's own that take no None. Others' own checks tell what None means there."""
+    cfg = get_cfg()
+    return frozenset(key for key in _keys(cfg) if _get(cfg, key) is not None)
 
 
 def _get(cfg: CfgNode, key: str) -> Any:
