@@ -17,7 +17,7 @@ from expedit_d2.tokens import Tokens
 @pytest.fixture(autouse=True)
 def registry(monkeypatch):
     """What a test registers is gone after it."""
-    monkeypatch.setattr(ADAPTER_REGISTRY, "_obj_map", dict(ADAPTER_REGISTRY._obj_map))
+    monkeypatch.setattr(ADAPTER_REGISTRY, "_adapters", dict(ADAPTER_REGISTRY))
     torch.manual_seed(0)
 
 
