@@ -1,6 +1,7 @@
 """Shared fixtures: a tiny detector, a tiny data set, and the tools as modules."""
 
 import importlib.util
+import logging
 import sys
 from pathlib import Path
 
@@ -41,6 +42,12 @@ def load_tool(name: str):
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(autouse=True)
+def loggers_of_earlier_tests(monkeypatch):
+    """Detectron2's loggers keep writing to the stdout of an earlier test, which is closed."""
+    monkeypatch.setattr(logging, "raiseExceptions", False)
 
 
 @pytest.fixture
