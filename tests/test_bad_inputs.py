@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-
 import pytest
 import torch
 from conftest import EMBEDDED, ROOT, TINY, load_tool
@@ -367,9 +365,7 @@ CASES: list[tuple[str, list[str], list[str]]] = [
 
 
 @pytest.mark.parametrize(("tool", "command", "words"), CASES)
-def test_one_sentence(tool, command, words, places, capfd, monkeypatch):
-    # Detectron2's loggers keep writing to the stdout of an earlier test, which is closed.
-    monkeypatch.setattr(logging, "raiseExceptions", False)
+def test_one_sentence(tool, command, words, places, capfd):
     with pytest.raises(SystemExit) as stopped:
         load_tool(tool).run(filled(command, places))
     assert stopped.value.code == 2
