@@ -11,7 +11,17 @@ from PIL import Image
 from pycocotools import mask as mask_util
 
 from expedit_d2.data import collage
-from expedit_d2.data.collage import CLASSES, THING_CLASSES, make_scene, write_collage
+from expedit_d2.data.collage import (
+    CLASSES,
+    THING_CLASSES,
+    make_scene,
+    photographs,
+    silhouettes,
+    stage,
+    write,
+    write_collage,
+)
+from expedit_d2.data.collage import scene as render
 
 NUM_THINGS = len(THING_CLASSES)
 SIZE = (96, 128)
@@ -72,7 +82,7 @@ def test_every_scene_has_three_to_eight_visible_things_and_all_classes_occur(sce
     for scene in scenes:
         things = scene.instances()
         assert 3 <= len(things) <= 8
-        assert all(mask.sum() >= collage.MIN_VISIBLE_PIXELS for _, mask in things)
+        assert all(mask.sum() >= silhouettes.MIN_VISIBLE_PIXELS for _, mask in things)
         seen.update(np.unique(scene.semantic).tolist())
     assert seen == set(range(len(CLASSES)))
 
@@ -90,7 +100,7 @@ def test_ground_depth_is_a_plane_and_things_are_flat(scenes):
         plane = np.stack([rows, cols, np.ones_like(rows)], axis=1)
         fit, *_ = np.linalg.lstsq(plane, inverse, rcond=None)
         assert np.abs(plane @ fit - inverse).max() < 1e-5
-        slope = 1 / (collage.FOCAL * 256 * collage.CAMERA_HEIGHT)
+        slope = 1 / (stage.FOCAL * 256 * stage.CAMERA_HEIGHT)
         assert fit[0] == pytest.approx(slope, rel=1e-3)
 
 
@@ -114,11 +124,11 @@ def test_image_and_labels_agree_pixel_by_pixel(monkeypatch):
             np.float32([(thing.category + 1) / 10, thing.depth / 100, 1]), (*thing.u.shape, 3)
         )
 
-    monkeypatch.setattr(collage, "_fill_thing", fill)
-    monkeypatch.setattr(collage, "_expose", lambda rng, color, *args, **kwargs: color)
-    monkeypatch.setattr(collage, "_paint_ground", lambda *args: 0)
-    monkeypatch.setattr(collage, "_paint_wall", lambda *args: 0)
-    monkeypatch.setattr(collage, "_paint_sky", lambda *args: 0)
+    monkeypatch.setattr(render, "fill_thing", fill)
+    monkeypatch.setattr(render, "_expose", lambda rng, color, *args, **kwargs: color)
+    monkeypatch.setattr(stage, "_paint_ground", lambda *args: 0)
+    monkeypatch.setattr(stage, "_paint_wall", lambda *args: 0)
+    monkeypatch.setattr(stage, "_paint_sky", lambda *args: 0)
     checked = 0
     for index in range(8):
         scene = make_scene("val", index)
@@ -142,21 +152,21 @@ def test_image_and_labels_agree_pixel_by_pixel(monkeypatch):
 
 def test_a_thing_that_is_too_well_hidden_is_not_painted():
     def square(depth, radius):
-        return collage._Thing(1, 32.0, 32.0, radius, 0.0, depth, None, (64, 64))
+        return silhouettes.Thing(1, 32.0, 32.0, radius, 0.0, depth, None, (64, 64))
 
     near, hidden, large = square(2.0, 12.0), square(3.0, 11.0), square(4.0, 20.0)
-    kept = collage._keep_visible([large, near, hidden], (64, 64))
+    kept = silhouettes.keep_visible([large, near, hidden], (64, 64))
     assert [thing.depth for thing in kept] == [2.0, 4.0]
     tiny = square(1.0, 3.0)  # about 25 pixels
-    assert collage._keep_visible([tiny], (64, 64)) == []
+    assert silhouettes.keep_visible([tiny], (64, 64)) == []
 
 
 @pytest.mark.parametrize("category", range(NUM_THINGS))
 @pytest.mark.parametrize("angle", [0.0, 0.7, 2.5])
 def test_lowest_point_is_where_the_silhouette_ends(category, angle):
-    thing = collage._Thing(category, 60.0, 60.0, 40.0, angle, 2.0, None, (128, 128))
+    thing = silhouettes.Thing(category, 60.0, 60.0, 40.0, angle, 2.0, None, (128, 128))
     rows = np.flatnonzero(thing.mask.any(axis=1)) + thing.window[0].start
-    reach = collage._lowest_point(THING_CLASSES[category], angle) * thing.radius
+    reach = silhouettes.lowest_point(THING_CLASSES[category], angle) * thing.radius
     assert rows[-1] + 1 == pytest.approx(60 + reach, abs=2.5)  # sharp tips cover no whole pixel
 
 
@@ -182,8 +192,8 @@ def test_scene_of_this_version_is_the_known_one():
 
 def test_splits_share_no_piece_of_a_photograph():
     columns = np.tile(np.arange(100.0)[None, :, None], (4, 1, 3))
-    train = set(np.unique(collage._split_part(columns, "train")))
-    val = set(np.unique(collage._split_part(columns, "val")))
+    train = set(np.unique(photographs._split_part(columns, "train")))
+    val = set(np.unique(photographs._split_part(columns, "val")))
     assert not train & val and train | val == set(range(100))
 
 
@@ -202,21 +212,13 @@ def test_bad_arguments_raise(arguments, message):
 
 def test_photographs_that_are_missing_are_named(monkeypatch):
     with pytest.raises(FileNotFoundError, match="nothing.png"):
-        collage._photo_path("nothing.png")
-    monkeypatch.setattr(collage, "find_spec", lambda name: None)
+        photographs._photo_path("nothing.png")
+    monkeypatch.setattr(photographs, "find_spec", lambda name: None)
     with pytest.raises(ModuleNotFoundError, match="scikit-image"):
-        collage._photo_path("camera.png")
+        photographs._photo_path("camera.png")
 
 
 # ------------------------------------------------------------------------------------ on disk
-
-
-@pytest.mark.parametrize("first", [False, True])
-def test_run_lengths_decode_to_the_mask(first):
-    mask = np.random.default_rng(0).random((17, 23)) > 0.5
-    mask[0, 0] = first
-    encoded = mask_util.frPyObjects(collage._encode_mask(mask), *mask.shape)
-    assert np.array_equal(mask_util.decode(encoded).astype(bool), mask)
 
 
 def test_files_hold_the_scenes(tmp_path):
@@ -239,6 +241,8 @@ def test_files_hold_the_scenes(tmp_path):
             assert [a["area"] for a in annotations] == [m.sum() for _, m in scene.instances()]
             assert [a["category_id"] - 1 for a in annotations] == [c for c, _ in scene.instances()]
             for annotation, (_, mask) in zip(annotations, scene.instances(), strict=True):
+                code = mask_util.frPyObjects(annotation["segmentation"], *SIZE)
+                assert np.array_equal(mask_util.decode(code), mask)
                 x, y, w, h = annotation["bbox"]
                 assert mask[y : y + h, x : x + w].sum() == annotation["area"]
                 assert mask[y].any() and mask[y + h - 1].any()
@@ -247,7 +251,7 @@ def test_files_hold_the_scenes(tmp_path):
 
 def test_a_complete_set_is_not_written_again(tmp_path, monkeypatch):
     folder = write_collage(tmp_path, COUNTS, SIZE)
-    monkeypatch.setattr(collage, "make_scene", None)
+    monkeypatch.setattr(write, "make_scene", None)
     assert write_collage(tmp_path, COUNTS, SIZE) == folder
 
 
@@ -257,7 +261,7 @@ def test_a_run_that_breaks_off_leaves_nothing(tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return make_scene(split, index, size)
 
-    monkeypatch.setattr(collage, "make_scene", fail)
+    monkeypatch.setattr(write, "make_scene", fail)
     with pytest.raises(KeyboardInterrupt):
         write_collage(tmp_path, COUNTS, SIZE)
     assert list(tmp_path.iterdir()) == []

@@ -19,7 +19,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> object:
-    module = {"register_collage": ".register", "register_by_path": ".by_path"}.get(name)
+    module = {"register_collage": ".collage.register", "register_by_path": ".by_path"}.get(name)
     if module is not None:
         return getattr(import_module(module, __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

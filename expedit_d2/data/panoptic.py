@@ -24,6 +24,7 @@ import numpy as np
 from detectron2.data import Metadata, MetadataCatalog
 from detectron2.utils.file_io import PathHandler, PathManager
 from iopath.common.file_io import file_lock
+from panopticapi.utils import rgb2id
 from PIL import Image
 from pycocotools import mask as mask_util
 
@@ -32,6 +33,7 @@ from .images import load_image
 
 __all__ = [
     "class_metadata",
+    "contiguous_segments",
     "load_panoptic",
     "semantic_path",
     "things_path",
@@ -74,7 +76,9 @@ def class_metadata(categories: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return metadata
 
 
-def _contiguous(segments: Sequence[Mapping[str, Any]], meta: Metadata) -> list[dict[str, Any]]:
+def contiguous_segments(
+    segments: Sequence[Mapping[str, Any]], meta: Metadata
+) -> list[dict[str, Any]]:
     """``segments_info`` with contiguous ``category_id`` and with ``isthing``."""
     classes = meta.stuff_dataset_id_to_contiguous_id
     things = meta.thing_dataset_id_to_contiguous_id
@@ -102,7 +106,7 @@ def load_panoptic(name: str) -> list[dict[str, Any]]:
         # A file without a list of images: COCO's have the names of their PNGs.
         image_name = image.get("file_name", os.path.splitext(png)[0] + ".jpg")
         pan_seg = os.path.join(meta.panoptic_root, png)
-        segments = _contiguous(annotation["segments_info"], meta)
+        segments = contiguous_segments(annotation["segments_info"], meta)
         if sem_seg_root is None:
             sem_seg = semantic_path(pan_seg, segments, meta.ignore_label)
         else:
@@ -123,9 +127,7 @@ def load_panoptic(name: str) -> list[dict[str, Any]]:
 
 def _read_ids(png: str | os.PathLike) -> np.ndarray:
     """Segment ids (H, W) of a panoptic PNG."""
-    pixels = np.asarray(load_image(png).convert("RGB"), dtype=np.int32)
-    red, green, blue = np.moveaxis(pixels, 2, 0)
-    return red + 256 * green + 256**2 * blue
+    return rgb2id(np.asarray(load_image(png).convert("RGB")))
 
 
 # ------------------------------------------------------------------------------ semantic labels

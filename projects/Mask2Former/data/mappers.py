@@ -20,6 +20,7 @@ from detectron2.data import MetadataCatalog, build_detection_train_loader
 from detectron2.data import detection_utils as utils
 from detectron2.data import transforms as T
 from detectron2.structures import Instances, polygons_to_bitmask
+from panopticapi.utils import rgb2id
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -54,13 +55,8 @@ def _require(record: Record, key: str, task: str) -> Any:
 
 
 def _read_ids(record: Record) -> np.ndarray:
-    """Panoptic PNG as it is, uint8 (H, W, 3); `_panoptic_ids` makes ids of it."""
+    """Panoptic PNG as it is, uint8 (H, W, 3); `rgb2id` makes ids of it."""
     return utils.read_image(_require(record, "pan_seg_file_name", "panoptic"), "RGB")
-
-
-def _panoptic_ids(image: np.ndarray) -> np.ndarray:
-    """COCO's panoptic encoding, (H, W, 3) to segment ids (H, W)."""
-    return image.astype(np.int64) @ np.array([1, 256, 256**2])
 
 
 def _read_classes(record: Record) -> np.ndarray:
@@ -94,7 +90,7 @@ def _instance_segments(
 def _panoptic_segments(
     record: Record, transforms: T.TransformList, size: tuple[int, int]
 ) -> Segments:
-    ids = _panoptic_ids(transforms.apply_segmentation(_read_ids(record)))
+    ids = rgb2id(transforms.apply_segmentation(_read_ids(record)))
     return [
         (segment["category_id"], ids == segment["id"])
         for segment in _require(record, "segments_info", "panoptic")
@@ -206,7 +202,7 @@ def _class_map(record: Record, task: str, ignore: int) -> np.ndarray | None:
         return None
     if "sem_seg_file_name" in record:
         return _read_classes(record)
-    ids = _panoptic_ids(_read_ids(record))
+    ids = rgb2id(_read_ids(record))
     classes = np.full(ids.shape, ignore, dtype=np.float64)
     for segment in _require(record, "segments_info", task):
         classes[ids == segment["id"]] = segment["category_id"]

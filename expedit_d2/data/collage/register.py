@@ -14,42 +14,25 @@ from pathlib import Path
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import load_coco_json
 
-from . import collage
-
-_NUM_THINGS = len(collage.THING_CLASSES)
+from ..panoptic import class_metadata, contiguous_segments
+from .definition import DEPTH_SCALE, SIZE, SPLITS, categories
+from .write import collage_folder, write_collage
 
 
 def _collage_metadata(folder: Path, split: str) -> dict:
-    """Metadata that Detectron2's COCO, panoptic and semantic evaluators all accept.
-
-    As in ``register_coco_panoptic``, things and stuff share one range of contiguous ids. The names
-    under ``stuff_`` cover all classes, as SemSegEvaluator counts its classes there; those under
-    ``thing_`` only the things, as COCOEvaluator demands.
-    """
+    """Metadata that Detectron2's COCO, panoptic and semantic evaluators all accept."""
     annotations = folder / "annotations"
     return {
-        "thing_classes": list(collage.THING_CLASSES),
-        "thing_colors": [list(c) for c in collage.COLORS[:_NUM_THINGS]],
-        "thing_dataset_id_to_contiguous_id": {i + 1: i for i in range(_NUM_THINGS)},
-        "stuff_classes": list(collage.CLASSES),
-        "stuff_colors": [list(c) for c in collage.COLORS],
-        "stuff_dataset_id_to_contiguous_id": {i + 1: i for i in range(len(collage.CLASSES))},
+        **class_metadata(categories()),
         "json_file": str(annotations / f"instances_{split}.json"),
         "image_root": str(folder / split),
         "panoptic_json": str(annotations / f"panoptic_{split}.json"),
         "panoptic_root": str(folder / f"panoptic_{split}"),
         "sem_seg_root": str(folder / f"semantic_{split}"),
         "depth_root": str(folder / f"depth_{split}"),
-        "depth_scale": collage.DEPTH_SCALE,
-        "ignore_label": collage.IGNORE_LABEL,
-        "label_divisor": collage.LABEL_DIVISOR,
+        "depth_scale": DEPTH_SCALE,
         "evaluator_type": "coco_panoptic_seg",
     }
-
-
-def _contiguous_segment(segment: dict) -> dict:
-    category = segment["category_id"] - 1
-    return {**segment, "category_id": category, "isthing": category < _NUM_THINGS}
 
 
 def _load_collage(name: str) -> list[dict]:
@@ -63,7 +46,7 @@ def _load_collage(name: str) -> list[dict]:
         record["sem_seg_file_name"] = os.path.join(meta.sem_seg_root, file)
         record["pan_seg_file_name"] = os.path.join(meta.panoptic_root, file)
         record["depth_file_name"] = os.path.join(meta.depth_root, file)
-        record["segments_info"] = [_contiguous_segment(s) for s in segments[record["image_id"]]]
+        record["segments_info"] = contiguous_segments(segments[record["image_id"]], meta)
     return records
 
 
@@ -90,9 +73,9 @@ def register_collage(
         ValueError: when arguments are given and the names already stand for another folder.
     """
     given = not (root is None and counts is None and size is None)
-    size = collage.SIZE if size is None else size
-    folder = collage.collage_folder(root, counts, size)
-    for split in collage.SPLITS:
+    size = SIZE if size is None else size
+    folder = collage_folder(root, counts, size)
+    for split in SPLITS:
         full_name = f"{name}_{split}"
         metadata = _collage_metadata(folder, split)
         if full_name not in DatasetCatalog.list():
@@ -115,5 +98,5 @@ class _CollageLoader:
         self.name, self.place = name, place
 
     def __call__(self) -> list[dict]:
-        collage.write_collage(**self.place)
+        write_collage(**self.place)
         return _load_collage(self.name)

@@ -1,0 +1,35 @@
+"""What the data set is: its version, classes, splits, sizes and units."""
+
+#: Raise whenever a scene of the same (split, index) would look different: it names the folder.
+VERSION = 2
+
+THING_CLASSES = ("disk", "square", "triangle", "star", "ring", "cross")
+STUFF_CLASSES = ("grass", "gravel", "brick", "sky")
+CLASSES = THING_CLASSES + STUFF_CLASSES  # position = contiguous id; COCO category id = position + 1
+COLORS = (
+    (220, 20, 60),
+    (0, 110, 230),
+    (250, 170, 30),
+    (170, 60, 220),
+    (0, 190, 190),
+    (255, 105, 180),
+    (90, 150, 50),
+    (150, 140, 120),
+    (165, 80, 50),
+    (120, 180, 240),
+)
+
+SPLITS = ("train", "val")
+COUNTS = {"train": 2000, "val": 200}
+SIZE = (256, 256)
+LABEL_DIVISOR = 1000  # panoptic id = COCO category id * LABEL_DIVISOR + number in the image
+DEPTH_SCALE = 1000  # depth PNG values per metre
+MIN_SIDE = 64  # pixels, of an image
+
+
+def categories() -> list[dict]:
+    """The classes as COCO's ``categories``, things first."""
+    return [
+        {"id": i + 1, "name": name, "isthing": int(name in THING_CLASSES), "color": list(COLORS[i])}
+        for i, name in enumerate(CLASSES)
+    ]
