@@ -1,47 +1,14 @@
-"""Shared fixtures: a tiny detector, a tiny data set, and the tools as modules."""
+"""Shared fixtures: a tiny detector and a tiny data set."""
 
-import importlib.util
 import logging
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
-ROOT = Path(__file__).resolve().parent.parent
-EMBEDDED = str(ROOT / "configs" / "embedded" / "vitdet.yaml")
-
-#: The embedded ViTDet, shrunken to 64 x 64 pixels and 8 x 8 tokens.
-TINY = [
-    *("MODEL.DEVICE", "cpu"),
-    *("MODEL.VIT.IMG_SIZE", "64"),
-    *("MODEL.VIT.PRETRAIN_IMG_SIZE", "64"),
-    *("MODEL.VIT.EMBED_DIM", "32"),
-    *("MODEL.VIT.DEPTH", "3"),
-    *("MODEL.VIT.NUM_HEADS", "2"),
-    *("MODEL.VIT.WINDOW_SIZE", "4"),
-    *("MODEL.VIT.WINDOW_BLOCK_INDEXES", "(0, 1)"),
-    *("MODEL.VIT.OUT_CHANNELS", "16"),
-    *("MODEL.ROI_BOX_HEAD.CONV_DIM", "16"),
-    *("MODEL.ROI_BOX_HEAD.FC_DIM", "16"),
-    *("MODEL.ROI_MASK_HEAD.CONV_DIM", "16"),
-    *("MODEL.ROI_HEADS.SCORE_THRESH_TEST", "0.0"),
-    *("INPUT.MIN_SIZE_TEST", "64"),
-    *("INPUT.MIN_SIZE_TRAIN", "(64,)"),
-    *("DATALOADER.NUM_WORKERS", "0"),
-    *("TEST.DETECTIONS_PER_IMAGE", "10"),
-]
-
-
-def load_tool(name: str):
-    """A script of tools/ as a module; its name is not importable."""
-    path = ROOT / "tools" / f"{name}.py"
-    spec = importlib.util.spec_from_file_location(f"expedit_tool_{name}", path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+from support.detector import TINY, make_confident
+from support.repository import EMBEDDED
 
 
 @pytest.fixture(autouse=True)
@@ -86,13 +53,6 @@ def tiny_opts(tiny_data, tmp_path):
         *("DATASETS.TEST", f"('{val}',)"),
         *("OUTPUT_DIR", str(tmp_path / "output")),
     ]
-
-
-def make_confident(weights: Path) -> None:
-    """Sharpen the classifier of a detector with random weights, so that it finds something."""
-    saved = torch.load(weights)
-    saved["model"]["roi_heads.box_predictor.cls_score.weight"] *= 1000
-    torch.save(saved, weights)
 
 
 @pytest.fixture

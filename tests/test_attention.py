@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import oracles
 import pytest
 import torch
 import torch.nn.functional as F
@@ -26,6 +25,7 @@ from expedit_d2.attention import (
 )
 from expedit_d2.operators import grid_positions
 from expedit_d2.windows import partition, unpartition
+from support import oracles
 
 
 @pytest.fixture(autouse=True)

@@ -6,7 +6,6 @@ import pytest
 import timm
 import torch
 from detectron2.modeling import ViT
-from test_timm_vit import images, run, tiny_vit
 from torch import nn
 
 from expedit_d2 import expedite
@@ -15,6 +14,8 @@ from expedit_d2.analysis.flops import count_flops
 from expedit_d2.backbones.swin import D2SwinTransformer
 from expedit_d2.budget import Costs, within_budget
 from expedit_d2.settings import Settings
+from support.vits import images, timm_vit
+from support.vits import run_timm as run
 
 
 def vit_b(**kwargs) -> nn.Module:
@@ -123,7 +124,7 @@ def test_other_settings_stay():
 
 
 def test_a_budget_in_one_argument():
-    vit, x = tiny_vit(), images()
+    vit, x = timm_vit(), images()
     plain = run(vit, x)
     with expedite(vit, budget=0.6) as handle:
         assert handle.settings.method == "merge"

@@ -5,13 +5,13 @@ from importlib.util import find_spec
 import pytest
 import timm
 import torch
-from conftest import ROOT, load_tool
 from torch import nn
 
 from expedit_d2 import expedite
 from expedit_d2.backbones.timm_vit import TimmNet
 from expedit_d2.export import ImageModel, export_onnx, export_program, onnx_session
 from expedit_d2.operators import adaptive_pool
+from support.repository import ROOT, load_tool
 
 pytestmark = pytest.mark.skipif(
     not hasattr(torch.compiler, "is_exporting"), reason="export needs torch >= 2.7"

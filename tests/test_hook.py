@@ -9,7 +9,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from detectron2.modeling import ViT
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
@@ -21,9 +20,8 @@ from expedit_d2.methods import METHODS
 from expedit_d2.settings import OFF_GRID, ON_GRID, Settings
 from expedit_d2.spelling import parse_setting
 from expedit_d2.tokens import Tokens
+from support.vits import PATCH, SIZE, detectron2_vit, embedded, error, images, perturbed
 
-PATCH = 4
-SIZE = (8, 12)
 IDENTITY = {"temperature": 1e6, "neighbors": 1}
 
 
@@ -46,47 +44,15 @@ def timm_vit(**changes) -> VisionTransformer:
     return perturbed(VisionTransformer(**(settings | changes)))
 
 
-def detectron2_vit(**changes) -> ViT:
-    settings = {
-        "img_size": 12 * PATCH,
-        "patch_size": PATCH,
-        "embed_dim": 32,
-        "depth": 4,
-        "num_heads": 4,
-        "use_rel_pos": True,
-        "window_size": 5,
-        "window_block_indexes": (0, 2),
-        "pretrain_img_size": 8 * PATCH,
-    }
-    return perturbed(ViT(**(settings | changes)))
-
-
-def perturbed(vit: nn.Module) -> nn.Module:
-    with torch.no_grad():
-        for parameter in vit.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.1)
-    return vit.eval()
-
-
 @pytest.fixture(params=["timm", "detectron2"])
 def vit(request) -> nn.Module:
     return timm_vit() if request.param == "timm" else detectron2_vit()
-
-
-def images(size: tuple[int, int] = SIZE, batch: int = 2) -> Tensor:
-    return torch.randn(batch, 3, size[0] * PATCH, size[1] * PATCH)
 
 
 def run(vit: nn.Module, x: Tensor) -> Tensor:
     with torch.no_grad():
         out = vit(x)
     return out["last_feat"] if isinstance(out, dict) else out
-
-
-def error(actual: Tensor, expected: Tensor) -> float:
-    assert actual.shape == expected.shape
-    assert torch.isfinite(actual).all()
-    return ((actual - expected).abs().max() / expected.abs().max()).item()
 
 
 # --- off leaves no trace ---------------------------------------------------------------------
@@ -403,13 +369,6 @@ def test_threads_do_not_mix(vit, settings):
         assert len(results) == 8  # no thread died
         for result in results:
             assert error(result, expected[index]) < 1e-6
-
-
-def embedded(vit: nn.Module, x: Tensor) -> Tensor:
-    """What the model would give its first block."""
-    if isinstance(vit, ViT):
-        return vit.patch_embed(x)
-    return vit.norm_pre(vit._pos_embed(vit.patch_embed(x)))
 
 
 @torch.no_grad()

@@ -14,13 +14,13 @@ import pytest
 import timm
 import torch
 from detectron2.modeling.backbone.swin import SwinTransformer
-from test_hook import detectron2_vit, embedded, error
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from expedit_d2 import expedite, sized_blocks
 from expedit_d2.hook import run_reduced
 from projects.DPT.modeling.encoder import Encoder
+from support.vits import detectron2_vit, embedded, error
 
 LANDSCAPE, PORTRAIT = (8, 16), (16, 8)
 SETTING = {"alpha": 1, "ratio": 0.5}

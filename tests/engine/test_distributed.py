@@ -1,0 +1,108 @@
+"""Evaluation on two processes gives the metrics of one; pictures are shared between them."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from detectron2.evaluation import DatasetEvaluators, inference_on_dataset
+from detectron2.utils import comm
+from PIL import Image
+
+from expedit_d2.data import register_collage
+from expedit_d2.engine import launch
+from expedit_d2.evaluation import Agreement
+from projects import load_cfg, trainer_of
+from support.detector import TINY
+from support.repository import EMBEDDED, ROOT
+
+SMALL_VIT = [
+    *("MODEL.DEVICE", "cpu"),
+    *("MODEL.TIMM.KWARGS.img_size", "64"),
+    *("MODEL.TIMM.KWARGS.embed_dim", "24"),
+    *("MODEL.TIMM.KWARGS.depth", "4"),
+    *("DATALOADER.NUM_WORKERS", "0"),
+    *("INPUT.MIN_SIZE_TEST", "64"),
+    *("MODEL.EXPEDIT.ENABLED", "True"),
+    *("MODEL.EXPEDIT.ALPHA", "1"),
+    *("MODEL.EXPEDIT.RATIO", "0.6"),
+]
+MODELS = {
+    "vitdet": (EMBEDDED, TINY),
+    "segmenter": (
+        str(ROOT / "configs" / "embedded" / "segmenter.yaml"),
+        [*SMALL_VIT, *("MODEL.SEGMENTER.WINDOW_SIZE", "0")],
+    ),
+    "dpt": (
+        str(ROOT / "configs" / "embedded" / "dpt.yaml"),
+        [
+            *SMALL_VIT,
+            *("MODEL.DPT.BLOCKS", "[0, 1, 2, 3]"),
+            *("MODEL.DPT.SIZE", "(64, 64)"),
+        ],
+    ),
+}
+
+
+def evaluate(name, folder):
+    """Metrics and agreement of one model, written by the main process."""
+    torch.set_num_threads(1)
+    prefix = Path(folder).name
+    register_collage(root=folder, counts={"train": 1, "val": 5}, size=(64, 64), name=prefix)
+    dataset = f"{prefix}_val"
+    config, opts = MODELS[name]
+    cfg = load_cfg(config, [*opts, "DATASETS.TEST", f"('{dataset}',)", "OUTPUT_DIR", folder])
+    trainer = trainer_of(cfg)
+    torch.manual_seed(0)
+    model = trainer.build_model(cfg).eval()
+    loader = trainer.build_test_loader(cfg, dataset)
+    reference = Agreement()
+    inference_on_dataset(model, loader, reference)
+    with torch.no_grad():  # another model than the reference
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    evaluators = [trainer.build_evaluator(cfg, dataset), Agreement(reference)]
+    results = inference_on_dataset(model, loader, DatasetEvaluators(evaluators))
+    if comm.is_main_process():
+        path = f"{folder}/{comm.get_world_size()}.json"
+        with open(path, "w", encoding="utf-8") as file:
+            json.dump({"images": len(loader), **results}, file)
+
+
+needs_no_gpu = pytest.mark.skipif(
+    torch.cuda.is_available(), reason="Detectron2 wants a GPU for each process"
+)
+
+
+@needs_no_gpu
+@pytest.mark.parametrize("name", MODELS)
+def test_two_processes_give_the_metrics_of_one(name, tmp_path):
+    results = []
+    for processes in (1, 2):
+        launch(evaluate, processes, dist_url="auto", args=(name, str(tmp_path)))
+        results.append(json.loads((tmp_path / f"{processes}.json").read_text(encoding="utf-8")))
+    one, two = results
+    assert (one.pop("images"), two.pop("images")) == (5, 3)
+    assert "agreement" in one and one.keys() == two.keys()
+    for task in one:
+        assert two[task] == pytest.approx(one[task], nan_ok=True)
+
+
+@needs_no_gpu
+def test_pictures_of_a_folder_are_drawn_by_two_processes(tmp_path):
+    photos, pictures = tmp_path / "photos", tmp_path / "pictures"
+    photos.mkdir()
+    for name in ("b.png", "a.jpg", "c.JPG"):
+        Image.new("RGB", (64, 64), "gray").save(photos / name)
+    (photos / "notes.txt").write_text("no image", encoding="utf-8")
+    config = ROOT / "configs" / "embedded" / "segmenter_a4_16x16.yaml"
+    command = [sys.executable, ROOT / "tools" / "draw.py", "--num-gpus", "2"]
+    command += ["--images", photos, "--output", pictures, "--config-file", config]
+    command += ["MODEL.DEVICE", "cpu"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "3 pictures" in done.stdout
+    names = sorted(path.name for path in pictures.iterdir())
+    assert names == ["000_a.png", "001_b.png", "002_c.png"]

@@ -1,0 +1,164 @@
+"""Installation: what tools/install.py would run, and the metadata in setup.py. No network."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from support.repository import ROOT
+
+SHA256 = "491af0c7f79bdb2d178e46f6cb16a97c4ac968d45c41ea3f6b6435d59bbee561"
+
+
+@pytest.fixture
+def install(monkeypatch):
+    """tools/install.py as a module that cannot start a process (tools/ is not a package)."""
+    spec = importlib.util.spec_from_file_location("install", ROOT / "tools" / "install.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("a dry run must not call pip")
+
+    monkeypatch.setattr(module.subprocess, "call", refuse)
+    return module
+
+
+def dry_run(install, capsys, *args: str) -> str:
+    assert install.main(["--dry-run", "--system", *args]) == 0
+    return capsys.readouterr().out
+
+
+def test_bare_environment(install, capsys, monkeypatch):
+    monkeypatch.setattr(install, "installed_version", lambda name: None)
+    monkeypatch.setattr(install, "find_detectron2", lambda: None)
+    monkeypatch.setattr(install.platform, "machine", lambda: "x86_64")
+    out = dry_run(install, capsys, "--extras", "demo,test")
+    assert f"sal-detectron2==0.7.2 --hash=sha256:{SHA256}" in out
+    assert "--require-hashes" in out and "--no-deps" in out
+    assert "torch==2.14.1 torchvision==0.29.1" in out
+    assert "--editable '.[demo,test]'" in out
+    assert "tensorboard" in out  # one of Detectron2's own needs
+
+
+def test_aarch64_has_its_own_torch(install, capsys, monkeypatch):
+    monkeypatch.setattr(install, "installed_version", lambda name: None)
+    monkeypatch.setattr(install, "find_detectron2", lambda: None)
+    monkeypatch.setattr(install.platform, "machine", lambda: "aarch64")
+    assert "torch==2.9.1 torchvision==0.24.1" in dry_run(install, capsys)
+
+
+def test_existing_torch_and_detectron2_are_left_alone(install, capsys, monkeypatch):
+    versions = {"torch": "2.5.0+cu121", "torchvision": "0.20.0", "setuptools": "80.9.0"}
+    monkeypatch.setattr(install, "installed_version", versions.get)
+    monkeypatch.setattr(install, "find_detectron2", lambda: "0.6 at /there")
+    out = dry_run(install, capsys)
+    assert "Detectron2 0.6 at /there is already there, leaving it alone" in out
+    assert SHA256 not in out and "tensorboard" not in out
+    assert out.count("pip install") == 1  # the project itself
+    assert "torch==2.5.0+cu121" in out  # ... which must not replace torch
+
+
+@pytest.mark.parametrize("version", ["69.5.1", "81.0.0", None])
+def test_unfit_setuptools_is_replaced(install, capsys, monkeypatch, version):
+    versions = {"torch": "2.5.0", "torchvision": "0.20.0", "setuptools": version}
+    monkeypatch.setattr(install, "installed_version", versions.get)
+    monkeypatch.setattr(install, "find_detectron2", lambda: "0.6 at /there")
+    assert dry_run(install, capsys).count("pip install") == 2
+
+
+def fake_detectron2(folder: Path, modeling: str) -> None:
+    package = folder / "detectron2"
+    (package / "modeling").mkdir(parents=True)
+    (package / "__init__.py").write_text('__version__ = "9.9"\n')
+    (package / "modeling" / "__init__.py").write_text(modeling)
+
+
+def run_with(folder: Path) -> subprocess.CompletedProcess:
+    """A dry run in its own process whose first `detectron2` is the one in `folder`."""
+    code = (
+        f"import runpy, sys; sys.path.insert(0, {str(folder)!r})\n"
+        f"sys.argv = ['install.py', '--dry-run', '--system']\n"
+        f"import importlib.metadata as m; real = m.version\n"
+        # As if the pinned wheel were not there, so that what is found has to be judged.
+        f"m.version = lambda n: real('no-such-package' if n == 'sal-detectron2' else n)\n"
+        f"runpy.run_path({str(ROOT / 'tools' / 'install.py')!r}, run_name='__main__')"
+    )
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env={"PATH": "", "PYTHONPATH": str(folder)},
+    )
+
+
+def test_importable_detectron2_is_found(tmp_path):
+    fake_detectron2(tmp_path, "ViT = None\n")
+    done = run_with(tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert f"Detectron2 9.9 at {tmp_path / 'detectron2'} is already there" in done.stdout
+    assert SHA256 not in done.stdout
+
+
+def test_detectron2_without_vitdet_is_an_error(tmp_path):
+    fake_detectron2(tmp_path, "")
+    done = run_with(tmp_path)
+    assert done.returncode == 1
+    assert "older than ViTDet" in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+def test_refuses_a_system_interpreter(install, capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, "prefix", str(tmp_path))
+    monkeypatch.setattr(sys, "base_prefix", str(tmp_path))
+    assert install.main(["--dry-run"]) == 1
+    captured = capsys.readouterr()
+    assert "is not in a virtual or conda environment" in captured.err
+    assert len(captured.err.splitlines()) == 1 and captured.out == ""
+    (tmp_path / "conda-meta").mkdir()
+    assert install.is_isolated()
+
+
+@pytest.mark.parametrize("version", [(3, 9, 1), (3, 13, 0)])
+def test_refuses_other_pythons(install, capsys, monkeypatch, version):
+    monkeypatch.setattr(sys, "version_info", version)
+    assert install.main(["--dry-run"]) == 1
+    assert "Python 3.10, 3.11 or 3.12 is needed" in capsys.readouterr().err
+
+
+def test_failure_of_pip_is_one_sentence(install, capsys, monkeypatch):
+    versions = {"torch": "2.5.0", "torchvision": "0.20.0", "setuptools": "80.9.0"}
+    monkeypatch.setattr(install, "installed_version", versions.get)
+    monkeypatch.setattr(install, "find_detectron2", lambda: "0.6 at /there")
+    monkeypatch.setattr(install.subprocess, "call", lambda *args, **kwargs: 2)
+    assert install.main(["--system"]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("install.py: pip could not install expedit_d2")
+    assert len(error.splitlines()) == 1
+
+
+def test_setup_reads_the_version_without_importing_torch():
+    text = (ROOT / "expedit_d2" / "__init__.py").read_text(encoding="utf-8")
+    version = re.search(r'^__version__ = "([^"]+)"', text, re.MULTILINE).group(1)
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", "setup.py", "--version"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split()[-1] == version
+    imported = {line.split("|")[-1].strip() for line in done.stderr.splitlines() if "|" in line}
+    assert "setuptools" in imported
+    assert not {"torch", "expedit_d2"} & imported
+    assert f"version: {version}\n" in (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+
+
+def test_ruff_is_pinned_once():
+    pinned = re.search(r'"ruff==([^"]+)"', (ROOT / "setup.py").read_text(encoding="utf-8"))
+    hooks = (ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8")
+    assert f"rev: v{pinned.group(1)} " in hooks
