@@ -8,6 +8,11 @@ from detectron2.config import CfgNode as CN
 
 __all__ = ["add_expedit_config", "add_timm_config", "add_vit_config"]
 
+_BACKBONE = {
+    # Folder where the outputs of a frozen backbone are kept while heads train; "": none are.
+    "FEATURE_CACHE": "",
+}
+
 
 def _add_node(parent: CN, name: str, defaults: dict[str, Any]) -> None:
     """Add keys to a node; a node or key that some other project already made stays as it is."""
@@ -84,6 +89,7 @@ def add_expedit_config(cfg: CN) -> None:
 
 def add_vit_config(cfg: CN) -> None:
     """Add ``MODEL.VIT``, the keys of the ``D2ViT`` backbone. Defaults are ViTDet-B."""
+    _add_node(cfg.MODEL, "BACKBONE", _BACKBONE)
     _add_node(
         cfg.MODEL,
         "VIT",
@@ -118,6 +124,7 @@ def add_vit_config(cfg: CN) -> None:
 
 def add_timm_config(cfg: CN) -> None:
     """Add ``MODEL.TIMM``, the keys of ``build_timm_vit_backbone``."""
+    _add_node(cfg.MODEL, "BACKBONE", _BACKBONE)
     _add_node(
         cfg.MODEL,
         "TIMM",

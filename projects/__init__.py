@@ -60,7 +60,7 @@ def trainer_of(cfg: CfgNode) -> type[Trainer]:
 def load_model(cfg: CfgNode) -> nn.Module:
     """The configured model in evaluation mode, with every weight from ``MODEL.WEIGHTS``.
 
-    Weights to start training from (``MODEL.TIMM``) are not looked for.
+    Weights to start training from (``MODEL.TIMM``) are not looked for, cached features neither.
 
     Raises:
         ValueError: for a wrong config, or weights that `load_weights` refuses.
@@ -70,6 +70,7 @@ def load_model(cfg: CfgNode) -> nn.Module:
     cfg.defrost()
     cfg.MODEL.TIMM.PRETRAINED, cfg.MODEL.TIMM.CHECKPOINT = False, ""
     cfg.MODEL.VIT.CHECKPOINT = ""
+    cfg.MODEL.BACKBONE.FEATURE_CACHE = ""
     model = trainer_of(cfg).build_model(cfg)
     load_weights(model, cfg.MODEL.WEIGHTS)
     return model.eval()

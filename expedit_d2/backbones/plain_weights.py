@@ -2,7 +2,8 @@
 
 What Detectron2's has no place for is dropped (class and register tokens, the final norm, heads) or
 folded into the layer before it (LayerScale). Its relative positions, which no plain ViT has, start
-from zero as in ViTDet.
+from zero as in ViTDet. Where patches have another size, their kernel is resampled so that it sees
+in an enlarged patch what it saw before (FlexiViT, arXiv 2212.08013, section 3.4).
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import re
 from collections.abc import Mapping
 
 from detectron2.modeling import ViT
+from timm.layers import resample_patch_embed
 from torch import Tensor
 
 from ..files import check_finite, read_weights
@@ -20,6 +22,7 @@ __all__ = ["load_plain_weights"]
 _KEY = "MODEL.VIT.CHECKPOINT"
 #: LayerScale's vectors, in timm's names, and the layers whose output they scale.
 _SCALED = {"ls1.gamma": "attn.proj", "ls2.gamma": "mlp.fc2"}
+_PATCH = "patch_embed.proj.weight"
 _DROPPED = re.compile(r"(cls_token|reg_token|register_tokens|mask_token|norm|fc_norm|head|decoder)")
 
 
@@ -52,6 +55,9 @@ def load_plain_weights(vit: ViT, path: str) -> None:
     weights = _folded(read_weights(path, _KEY, ("model", "state_dict", "teacher")))
     weights = {name.removeprefix("backbone."): value for name, value in weights.items()}
     own = {key: value for key, value in vit.state_dict().items() if ".rel_pos_" not in key}
+    kernel, size = weights.get(_PATCH), own[_PATCH].shape[2:]
+    if kernel is not None and kernel.dim() == 4 and kernel.shape[2:] != size:
+        weights[_PATCH] = resample_patch_embed(kernel, list(size), interpolation="bilinear")
     wrong = [f"{key} is not in the file" for key in own if key not in weights]
     wrong += [
         f"{key} is {tuple(weights[key].shape)} in the file and {tuple(value.shape)} in the model"

@@ -12,6 +12,7 @@ from detectron2.modeling.backbone.fpn import LastLevelMaxPool
 from torch import Tensor
 
 from ..api import expedite_from_node
+from .feature_cache import cache_features
 
 __all__ = ["ViTPyramid"]
 
@@ -37,6 +38,7 @@ class ViTPyramid(SimpleFeaturePyramid):
         norm: str = "LN",
         square_pad: int = 0,
         freeze: bool = False,
+        feature_cache: str = "",
         expedit: Mapping[str, Any] | None = None,
     ) -> None:
         """
@@ -48,11 +50,12 @@ class ViTPyramid(SimpleFeaturePyramid):
             norm: normalisation in the pyramid.
             square_pad: pad images to a square of this side; 0 keeps their shape.
             freeze: train the pyramid alone.
+            feature_cache: folder of the frozen ViT's outputs, see `cache_features`; empty: none.
             expedit: a ``MODEL.EXPEDIT`` node; None is the plain ViT.
 
         Raises:
             ValueError: if the number of names and the number of levels disagree, or for what
-                `expedit_d2.expedite` refuses.
+                `cache_features` or `expedit_d2.expedite` refuse.
         """
         pooled = len(out_features) - len(scale_factors)
         if pooled not in (0, 1):
@@ -75,6 +78,7 @@ class ViTPyramid(SimpleFeaturePyramid):
             self.top_block.in_feature = self._out_features[-2]
         self._names = dict(zip(self._out_features, out_features, strict=True))
         net.requires_grad_(not freeze)
+        cache_features(feature_cache, net)
         if expedit is not None:
             expedite_from_node(self, expedit)
 
@@ -87,6 +91,7 @@ class ViTPyramid(SimpleFeaturePyramid):
             "scale_factors": list(node.SCALE_FACTORS),
             "square_pad": node.SQUARE_PAD,
             "freeze": node.FREEZE,
+            "feature_cache": cfg.MODEL.BACKBONE.FEATURE_CACHE,
             "expedit": cfg.MODEL.get("EXPEDIT"),
         }
 

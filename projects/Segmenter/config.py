@@ -18,6 +18,7 @@ _SEGMENTER: dict[str, Any] = {
     # together with the tokens, masks are their products (Seg-L-Mask).
     "DECODER": "mask_transformer",
     "DECODER_LAYERS": 2,  # transformer blocks of the mask transformer
+    "DECODER_DIM": None,  # their width, 64 for each head; None: as the encoder's
     "DECODER_DROPOUT": 0.1,  # in these blocks
     # Added to the variance in the encoder's norms; None: what the timm model has, mostly 1e-6.
     # Official checkpoints were trained with 1e-5.

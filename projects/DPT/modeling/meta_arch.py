@@ -12,6 +12,7 @@ from detectron2.modeling import META_ARCH_REGISTRY
 from torch import Tensor, nn
 
 from expedit_d2.api import expedite_from_node
+from expedit_d2.backbones.feature_cache import cache_features
 from expedit_d2.backbones.timm_vit import create_timm_vit
 from expedit_d2.tracing import shape_of
 
@@ -53,6 +54,7 @@ class DPT(nn.Module):
         silog_variance: float = 0.5,
         gradient_weight: float = 0.5,
         freeze_backbone: bool = False,
+        feature_cache: str = "",
     ) -> None:
         """
         Args:
@@ -70,9 +72,10 @@ class DPT(nn.Module):
             silog_variance: see `silog_loss`, for "metric".
             gradient_weight: of `gradient_loss`, for "inverse".
             freeze_backbone: train the head alone.
+            feature_cache: folder of the frozen encoder's outputs, see `cache_features`.
 
         Raises:
-            ValueError: for a name that is unknown or a size that does not fit.
+            ValueError: for an unknown name, a size that does not fit, or as `cache_features`.
         """
         super().__init__()
         for key, value, known in (
@@ -103,6 +106,7 @@ class DPT(nn.Module):
             values = torch.tensor(values, dtype=torch.float32).view(-1, 1, 1)
             self.register_buffer(name, values, persistent=False)
         backbone.requires_grad_(not freeze_backbone)
+        cache_features(feature_cache, backbone)
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
@@ -142,6 +146,7 @@ class DPT(nn.Module):
             "silog_variance": node.SILOG_VARIANCE,
             "gradient_weight": node.GRADIENT_WEIGHT,
             "freeze_backbone": timm.FREEZE,
+            "feature_cache": cfg.MODEL.BACKBONE.FEATURE_CACHE,
         }
 
     @property

@@ -46,19 +46,37 @@ class MaskTransformer(nn.Module):
     """Class embeddings and tokens through a few blocks; scores are the products of both."""
 
     def __init__(
-        self, num_classes: int, dim: int, num_heads: int, layers: int = 2, dropout: float = 0.1
+        self,
+        num_classes: int,
+        dim: int,
+        num_heads: int,
+        layers: int = 2,
+        dropout: float = 0.1,
+        width: int | None = None,
     ) -> None:
         """
         Args:
             num_classes: K.
-            dim: C, also the width of the blocks.
-            num_heads: of their attention.
+            dim: C, also the width of the blocks if no other is given.
+            num_heads: of their attention, if they are as wide as the tokens.
             layers: number of blocks.
             dropout: in them.
+            width: of the blocks, with a head for every 64 channels.
+
+        Raises:
+            ValueError: for a width that is no multiple of 64.
         """
         super().__init__()
         self.num_classes = num_classes
-        self.proj_dec = nn.Linear(dim, dim)
+        encoder_dim = dim
+        if width is not None:
+            if width < 1 or width % 64:
+                raise ValueError(
+                    "MODEL.SEGMENTER.DECODER_DIM must be a multiple of 64, the channels of a head, "
+                    f"or None, got {width}"
+                )
+            dim, num_heads = width, width // 64
+        self.proj_dec = nn.Linear(encoder_dim, dim)
         self.cls_emb = nn.Parameter(torch.empty(1, num_classes, dim))
         self.blocks = nn.ModuleList(
             Block(

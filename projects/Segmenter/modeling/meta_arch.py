@@ -18,6 +18,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from expedit_d2.api import expedite_from_node
+from expedit_d2.backbones.feature_cache import cache_features
 from expedit_d2.backbones.timm_vit import create_timm_vit
 from expedit_d2.hook import Rebuild, run_reduced
 from expedit_d2.tracing import shape_of
@@ -49,6 +50,7 @@ class Segmenter(nn.Module):
         window_stride: int = 512,
         window_batch: int = 4,
         freeze_encoder: bool = False,
+        feature_cache: str = "",
         expedit: Mapping[str, Any] | None = None,
     ) -> None:
         """
@@ -59,10 +61,11 @@ class Segmenter(nn.Module):
             ignore_value: label of pixels without a class.
             window_size, window_stride, window_batch: see `sliding_window`.
             freeze_encoder: train the decoder alone.
+            feature_cache: folder of the frozen encoder's outputs, see `cache_features`.
             expedit: a ``MODEL.EXPEDIT`` node.
 
         Raises:
-            ValueError: for windows out of range, or as `expedit_d2.expedite`.
+            ValueError: for windows out of range, or as `cache_features` and `expedit_d2.expedite`.
         """
         super().__init__()
         if window_size < 0 or window_size and not 0 < window_stride <= window_size:
@@ -85,6 +88,7 @@ class Segmenter(nn.Module):
         self.freeze_encoder = freeze_encoder
         if freeze_encoder:
             encoder.requires_grad_(False)
+        cache_features(feature_cache, encoder, "forward_features")
         if expedit is not None:
             expedite_from_node(encoder, expedit, outputs=(len(encoder.blocks) - 1,))
 
@@ -112,6 +116,7 @@ class Segmenter(nn.Module):
             num_heads=encoder.blocks[0].attn.num_heads,
             layers=node.DECODER_LAYERS,
             dropout=node.DECODER_DROPOUT,
+            width=node.DECODER_DIM,
         )
         return {
             "encoder": encoder,
@@ -123,6 +128,7 @@ class Segmenter(nn.Module):
             "window_stride": node.WINDOW_STRIDE,
             "window_batch": node.WINDOW_BATCH,
             "freeze_encoder": timm.FREEZE,
+            "feature_cache": cfg.MODEL.BACKBONE.FEATURE_CACHE,
             "expedit": cfg.MODEL.EXPEDIT,
         }
 

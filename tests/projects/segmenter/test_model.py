@@ -151,6 +151,21 @@ def test_mask_transformer_starts_as_the_official_one():
     assert decoder.blocks[0].mlp.fc1.weight.std().item() == pytest.approx(0.02, rel=0.1)
 
 
+def test_a_mask_transformer_of_another_width_is_one_behind_a_projection():
+    torch.manual_seed(0)
+    narrow, same = MaskTransformer(5, 96, 3, width=128), MaskTransformer(5, 128, 2)
+    weights = narrow.state_dict()
+    projection = weights["proj_dec.weight"], weights["proj_dec.bias"]
+    same.load_state_dict(
+        weights | {"proj_dec.weight": torch.eye(128), "proj_dec.bias": 0 * projection[1]}
+    )
+    tokens = torch.randn(2, 7, 96)
+    expected = same.eval()(F.linear(tokens, *projection))
+    torch.testing.assert_close(narrow.eval()(tokens), expected)
+    with pytest.raises(ValueError, match=r"DECODER_DIM must be a multiple of 64.* got 100"):
+        MaskTransformer(5, 96, 3, width=100)
+
+
 def test_autocast_is_close(model):
     x = images()
     expected = predict(model, x)

@@ -1,0 +1,137 @@
+"""Outputs of a frozen backbone on disk, so that heads train without running it again.
+
+One file an image, named after the image's content, in a folder named after the backbone: its
+weights and settings. So a cache can be shared by any number of models and data sets, filled as it
+is used, interrupted and gone on with.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+
+from ..api import is_expedited
+
+__all__ = ["cache_features"]
+
+
+def cache_features(folder: str | os.PathLike, module: nn.Module, method: str = "forward") -> None:
+    """Let a frozen module look up what it has put out before.
+
+    Features are kept in fp16 and returned in the type of the images, the first time as well, so
+    that training does not depend on what the cache holds. An image that was augmented is another
+    image. While the module is expedited, it runs as if there were no cache.
+
+    Args:
+        folder: of the cache; made when it is first needed. Empty: nothing is cached.
+        module: images (B, 3, H, W) to tensors (B, ...), in lists, dicts and named tuples.
+        method: the one that does so.
+
+    Raises:
+        ValueError: if something in the module is trained.
+    """
+    if not str(folder):
+        return
+    trained = [name for name, weight in module.named_parameters() if weight.requires_grad]
+    if trained:
+        raise ValueError(
+            "MODEL.BACKBONE.FEATURE_CACHE needs a frozen backbone, and this one is trained: set "
+            "MODEL.TIMM.FREEZE or MODEL.VIT.FREEZE, or leave the cache empty"
+        )
+    setattr(module, method, _Cached(Path(folder).expanduser(), module, getattr(module, method)))
+
+
+class _Cached:
+    """A module's method, looked up on disk image by image."""
+
+    def __init__(self, root: Path, module: nn.Module, run: Callable[[Tensor], Any]) -> None:
+        self.root, self.module, self.run = root, module, run
+        self.structure: TreeSpec | None = None
+        self._known: tuple[list[tuple[int, int]], Path] | None = None
+
+    def __call__(self, images: Tensor) -> Any:
+        if is_expedited(self.module):
+            return self.run(images)
+        files = [self.folder() / f"{_digest(image)}.pth" for image in images]
+        missing = [i for i, file in enumerate(files) if not file.is_file()]
+        if self.structure is None and not missing:
+            missing = [0]  # only a run tells how the tensors belong together
+        if missing:
+            for i, features in zip(missing, self._compute(images[missing]), strict=True):
+                _write(features, files[i])
+        found = [torch.load(file, map_location=images.device) for file in files]
+        stacked = [
+            torch.stack([part.to(images.dtype) for part in parts])
+            for parts in zip(*found, strict=True)
+        ]
+        return tree_unflatten(stacked, self.structure)
+
+    @torch.no_grad()
+    def _compute(self, images: Tensor) -> list[list[Tensor]]:
+        """The tensors of every image, in fp16 where that can hold them."""
+        training = self.module.training
+        self.module.eval()
+        try:
+            outputs, self.structure = tree_flatten(self.run(images))
+        finally:
+            self.module.train(training)
+        return [[_halved(x) for x in parts] for parts in zip(*outputs, strict=True)]
+
+    def folder(self) -> Path:
+        """Of the module as it is now. Its weights are read again only when they have changed."""
+        tensors = [*self.module.parameters(), *self.module.buffers()]
+        versions = [(tensor.data_ptr(), tensor._version) for tensor in tensors]
+        if self._known is None or self._known[0] != versions:
+            self._known = versions, self.root / _fingerprint(self.module)
+        return self._known[1]
+
+
+def _halved(x: Tensor) -> Tensor:
+    half = x.half()
+    return (half if torch.isfinite(half).all() else x).clone()
+
+
+def _bytes(x: Tensor) -> memoryview:
+    return memoryview(x.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+
+
+def _digest(image: Tensor) -> str:
+    """A name for an image (3, H, W) and the precision that it is run in."""
+    kind = image.device.type
+    precision = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else image.dtype
+    digest = hashlib.sha256(f"{image.dtype} {precision} {tuple(image.shape)}".encode())
+    digest.update(_bytes(image))
+    return digest.hexdigest()
+
+
+def _fingerprint(module: nn.Module) -> str:
+    """A name for a module's weights, its kinds of layers, and their settings."""
+    digest = hashlib.sha256()
+    for name, part in module.named_modules():
+        settings = {
+            key: value
+            for key, value in vars(part).items()
+            if key != "training" and isinstance(value, (bool, int, float, str, tuple))
+        }
+        digest.update(f"{name} {type(part).__qualname__} {sorted(settings.items())}".encode())
+    for name, tensor in module.state_dict().items():
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(_bytes(tensor))
+    return digest.hexdigest()[:16]
+
+
+def _write(features: list[Tensor], file: Path) -> None:
+    """Whole, or not at all: another process may read at any time."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    handle, unfinished = tempfile.mkstemp(dir=file.parent)
+    with os.fdopen(handle, "wb") as opened:
+        torch.save(features, opened)
+    os.replace(unfinished, file)
