@@ -9,8 +9,8 @@ from detectron2.config import CfgNode
 from detectron2.config import get_cfg as _get_detectron2_cfg
 from torch import nn
 
-from expedit_d2 import backbones as _  # noqa: F401  only registration
-from expedit_d2.config import add_expedit_config, add_timm_config, add_vit_config
+from expedit_d2.backbones import add_timm_config, add_vit_config
+from expedit_d2.config import add_expedit_config
 from expedit_d2.engine import (
     Trainer,
     add_solver_config,

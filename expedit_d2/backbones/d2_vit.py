@@ -14,10 +14,39 @@ from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, ViT
 from torch import nn
 
+from ..config import add_keys
+from .feature_cache import FEATURE_CACHE
 from .plain_weights import load_plain_weights
-from .pyramid import ViTPyramid
+from .pyramid import PYRAMID, ViTPyramid
 
-__all__ = ["D2ViT"]
+__all__ = ["D2ViT", "add_vit_config"]
+
+# Arguments of Detectron2's ViT, in upper case; defaults are ViTDet-B.
+_VIT: dict[str, Any] = {
+    "IMG_SIZE": 1024,  # pixels; sets the length of global relative-position tables
+    "PATCH_SIZE": 16,  # pixels
+    "EMBED_DIM": 768,
+    "DEPTH": 12,
+    "NUM_HEADS": 12,
+    "MLP_RATIO": 4.0,
+    "QKV_BIAS": True,
+    "DROP_PATH_RATE": 0.1,
+    "USE_ABS_POS": True,
+    "USE_REL_POS": True,
+    "WINDOW_SIZE": 14,  # tokens along a side of an attention window
+    "WINDOW_BLOCK_INDEXES": [0, 1, 3, 4, 6, 7, 9, 10],  # the others attend globally
+    "RESIDUAL_BLOCK_INDEXES": [],
+    "PRETRAIN_IMG_SIZE": 224,
+    "PRETRAIN_USE_CLS_TOKEN": True,
+}
+
+
+def add_vit_config(cfg: CfgNode) -> None:
+    """Add ``MODEL.VIT``, the keys of the ``D2ViT`` backbone. Defaults are ViTDet-B."""
+    # Weights of a plain ViT to start from (MAE, DINOv2, …), in timm's names; LayerScale is folded
+    # into the layers before it.
+    vit = {**_VIT, **PYRAMID, "CHECKPOINT": ""}
+    add_keys(cfg, {"MODEL": {"VIT": vit, "BACKBONE": FEATURE_CACHE}})
 
 
 @BACKBONE_REGISTRY.register()
@@ -30,23 +59,9 @@ class D2ViT(ViTPyramid):
     def from_config(cls, cfg: CfgNode, input_shape: ShapeSpec) -> dict[str, Any]:
         vit = cfg.MODEL.VIT
         net = ViT(
-            img_size=vit.IMG_SIZE,
-            patch_size=vit.PATCH_SIZE,
             in_chans=input_shape.channels,
-            embed_dim=vit.EMBED_DIM,
-            depth=vit.DEPTH,
-            num_heads=vit.NUM_HEADS,
-            mlp_ratio=vit.MLP_RATIO,
-            qkv_bias=vit.QKV_BIAS,
-            drop_path_rate=vit.DROP_PATH_RATE,
             norm_layer=partial(nn.LayerNorm, eps=1e-6),
-            use_abs_pos=vit.USE_ABS_POS,
-            use_rel_pos=vit.USE_REL_POS,
-            window_size=vit.WINDOW_SIZE,
-            window_block_indexes=vit.WINDOW_BLOCK_INDEXES,
-            residual_block_indexes=vit.RESIDUAL_BLOCK_INDEXES,
-            pretrain_img_size=vit.PRETRAIN_IMG_SIZE,
-            pretrain_use_cls_token=vit.PRETRAIN_USE_CLS_TOKEN,
+            **{key.lower(): vit[key] for key in _VIT},
         )
         if vit.CHECKPOINT:
             load_plain_weights(net, vit.CHECKPOINT)

@@ -20,7 +20,13 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from ..api import is_expedited
 
-__all__ = ["cache_features"]
+__all__ = ["FEATURE_CACHE", "cache_features"]
+
+#: Key of ``MODEL.BACKBONE``, for every backbone that can be frozen.
+FEATURE_CACHE: dict[str, Any] = {
+    # Folder where the outputs of a frozen backbone are kept while heads train; "": none are.
+    "FEATURE_CACHE": "",
+}
 
 
 def cache_features(folder: str | os.PathLike, module: nn.Module, method: str = "forward") -> None:

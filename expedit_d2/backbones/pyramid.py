@@ -14,7 +14,17 @@ from torch import Tensor
 from ..api import expedite_from_node
 from .feature_cache import cache_features
 
-__all__ = ["ViTPyramid"]
+__all__ = ["PYRAMID", "ViTPyramid"]
+
+#: Config keys of the pyramid and their defaults.
+PYRAMID: dict[str, Any] = {
+    # Levels, finest first, and their size relative to the token map.
+    "OUT_FEATURES": ["p2", "p3", "p4", "p5", "p6"],
+    "SCALE_FACTORS": [4.0, 2.0, 1.0, 0.5],
+    "OUT_CHANNELS": 256,
+    "SQUARE_PAD": 0,  # pad images to a square of this side; 0 keeps their shape
+    "FREEZE": False,  # train the pyramid and what follows, not the ViT itself
+}
 
 
 class ViTPyramid(SimpleFeaturePyramid):
@@ -85,15 +95,9 @@ class ViTPyramid(SimpleFeaturePyramid):
     @staticmethod
     def pyramid_args(cfg: CfgNode, node: CfgNode) -> dict[str, Any]:
         """The arguments beside ``net``, from the config and the backbone's node in it."""
-        return {
-            "out_features": list(node.OUT_FEATURES),
-            "out_channels": node.OUT_CHANNELS,
-            "scale_factors": list(node.SCALE_FACTORS),
-            "square_pad": node.SQUARE_PAD,
-            "freeze": node.FREEZE,
-            "feature_cache": cfg.MODEL.BACKBONE.FEATURE_CACHE,
-            "expedit": cfg.MODEL.get("EXPEDIT"),
-        }
+        keys = {key.lower(): node[key] for key in PYRAMID}
+        cache = cfg.MODEL.BACKBONE.FEATURE_CACHE
+        return {**keys, "feature_cache": cache, "expedit": cfg.MODEL.get("EXPEDIT")}
 
     def output_shape(self) -> dict[str, ShapeSpec]:
         return {self._names[name]: shape for name, shape in super().output_shape().items()}

@@ -15,169 +15,40 @@ import torch.nn.functional as F
 from detectron2.config import CfgNode, configurable
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, Backbone
-from timm.layers import DropPath, Mlp, trunc_normal_
+from timm.layers import trunc_normal_
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from ..api import expedite_from_node
-from ..operators import grid_positions
+from ..config import add_keys
 from ..tracing import shape_of
-from ..windows import partition, shifted_mask, unpartition
+from .swin_layers import PatchEmbed, Stage
 
-__all__ = ["D2SwinTransformer"]
+__all__ = ["D2SwinTransformer", "add_swin_config"]
 
-
-def _pad_to(x: Tensor, multiple: int) -> Tensor:
-    """Zeros at the bottom and right of a map (B, H, W, C)."""
-    height, width = shape_of(x)[1:3]
-    return F.pad(x, (0, 0, 0, -width % multiple, 0, -height % multiple))
-
-
-class _Attention(nn.Module):
-    """Self-attention in windows, with a bias for each relative position and head."""
-
-    def __init__(
-        self,
-        dim: int,
-        window_size: int,
-        num_heads: int,
-        qkv_bias: bool,
-        qk_scale: float | None,
-        attn_drop: float,
-        drop: float,
-    ) -> None:
-        super().__init__()
-        self.window_size = (window_size, window_size)
-        self.num_heads = num_heads
-        self.scale = qk_scale or (dim // num_heads) ** -0.5
-        side = 2 * window_size - 1
-        self.relative_position_bias_table = nn.Parameter(torch.zeros(side * side, num_heads))
-        trunc_normal_(self.relative_position_bias_table, std=0.02)
-        places = grid_positions(window_size, window_size).flatten(0, 2).long()
-        offsets = places[:, None] - places[None] + window_size - 1
-        self.register_buffer("relative_position_index", offsets[..., 0] * side + offsets[..., 1])
-        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
-        self.attn_drop = nn.Dropout(attn_drop)
-        self.proj = nn.Linear(dim, dim)
-        self.proj_drop = nn.Dropout(drop)
-
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Windows (B * windows, N, C); mask (windows, N, N)."""
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        bias = self.relative_position_bias_table[self.relative_position_index]  # (N, N, heads)
-        bias = bias.permute(2, 0, 1)[None]
-        if mask is not None:
-            bias = (bias + mask[:, None]).repeat(x.shape[0] // mask.shape[0], 1, 1, 1)
-        dropout = self.attn_drop.p if self.training else 0.0
-        out = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=bias.to(q.dtype), dropout_p=dropout, scale=self.scale
-        )
-        return self.proj_drop(self.proj(out.transpose(1, 2).flatten(2)))
+# Arguments of the backbone, in upper case; defaults are Swin-T.
+_SWIN: dict[str, Any] = {
+    "PRETRAIN_IMG_SIZE": 224,
+    "PATCH_SIZE": 4,
+    "EMBED_DIM": 96,
+    "DEPTHS": [2, 2, 6, 2],
+    "NUM_HEADS": [3, 6, 12, 24],
+    "WINDOW_SIZE": 7,
+    "MLP_RATIO": 4.0,
+    "QKV_BIAS": True,
+    "QK_SCALE": None,
+    "DROP_RATE": 0.0,
+    "ATTN_DROP_RATE": 0.0,
+    "DROP_PATH_RATE": 0.3,
+    "APE": False,
+    "PATCH_NORM": True,
+    "OUT_FEATURES": ["res2", "res3", "res4", "res5"],
+    "USE_CHECKPOINT": False,
+}
 
 
-class _Block(nn.Module):
-    """Attention in windows, shifted by ``shift_size``, and an MLP, on a map (B, H, W, C)."""
-
-    def __init__(
-        self,
-        dim: int,
-        num_heads: int,
-        window_size: int,
-        shift_size: int,
-        mlp_ratio: float,
-        qkv_bias: bool,
-        qk_scale: float | None,
-        drop: float,
-        attn_drop: float,
-        drop_path: float,
-    ) -> None:
-        super().__init__()
-        self.window_size = window_size
-        self.shift_size = shift_size
-        self.norm1 = nn.LayerNorm(dim)
-        self.attn = _Attention(dim, window_size, num_heads, qkv_bias, qk_scale, attn_drop, drop)
-        self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
-        self.norm2 = nn.LayerNorm(dim)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio), drop=drop)
-
-    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        x = x + self.drop_path(self._windowed(self.norm1(x), mask))
-        return x + self.drop_path(self.mlp(self.norm2(x)))
-
-    def _windowed(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        (height, width), window = shape_of(x)[1:3], (self.window_size, self.window_size)
-        x, shift = _pad_to(x, self.window_size), self.shift_size
-        size = shape_of(x)[1:3]
-        if shift > 0:
-            x = x.roll((-shift, -shift), dims=(1, 2))
-        x = self.attn(partition(x, window).flatten(1, 2), mask if shift > 0 else None)
-        x = unpartition(x.unflatten(1, window), size)
-        if shift > 0:
-            x = x.roll((shift, shift), dims=(1, 2))
-        return x[:, :height, :width]
-
-
-class _PatchMerging(nn.Module):
-    """Half of the height and width, twice the channels."""
-
-    def __init__(self, dim: int) -> None:
-        super().__init__()
-        self.reduction = nn.Linear(4 * dim, 2 * dim, bias=False)
-        self.norm = nn.LayerNorm(4 * dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = _pad_to(x, 2)
-        corners = [x[:, row::2, col::2] for col in (0, 1) for row in (0, 1)]
-        return self.reduction(self.norm(torch.cat(corners, dim=-1)))
-
-
-class _Stage(nn.Module):
-    """Blocks at one resolution."""
-
-    def __init__(
-        self, dim: int, drop_paths: Sequence[float], window_size: int, last: bool, **block: Any
-    ) -> None:
-        super().__init__()
-        self.window_size = window_size
-        self.use_checkpoint = block.pop("use_checkpoint")
-        self.blocks = nn.ModuleList(
-            _Block(
-                dim,
-                window_size=window_size,
-                shift_size=window_size // 2 * (index % 2),
-                drop_path=rate,
-                **block,
-            )
-            for index, rate in enumerate(drop_paths)
-        )
-        self.downsample = None if last else _PatchMerging(dim)
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The map after the blocks, and what the next stage is given."""
-        window, shift = self.window_size, self.window_size // 2
-        size = tuple(-(-side // window) * window for side in shape_of(x)[1:3])
-        mask = shifted_mask(size, (window, window), (shift, shift), x.device)
-        for block in self.blocks:
-            if self.use_checkpoint and torch.is_grad_enabled():
-                x = checkpoint(block, x, mask, use_reentrant=False)
-            else:
-                x = block(x, mask)
-        return x, x if self.downsample is None else self.downsample(x)
-
-
-class _PatchEmbed(nn.Module):
-    """Images (B, 3, H, W) to a map of patches (B, H, W, C)."""
-
-    def __init__(self, patch_size: int, channels: int, dim: int, norm: bool) -> None:
-        super().__init__()
-        self.patch_size = patch_size
-        self.proj = nn.Conv2d(channels, dim, patch_size, patch_size)
-        self.norm = nn.LayerNorm(dim) if norm else None
-
-    def forward(self, x: Tensor) -> Tensor:
-        (height, width), side = shape_of(x)[2:], self.patch_size
-        x = self.proj(F.pad(x, (0, -width % side, 0, -height % side))).permute(0, 2, 3, 1)
-        return x if self.norm is None else self.norm(x)
+def add_swin_config(cfg: CfgNode) -> None:
+    """Add ``MODEL.SWIN``, the keys of the ``D2SwinTransformer`` backbone."""
+    add_keys(cfg, {"MODEL": {"SWIN": _SWIN}})
 
 
 @BACKBONE_REGISTRY.register()
@@ -241,7 +112,7 @@ class D2SwinTransformer(Backbone):
         self._out_feature_channels = dict(zip(names, dims, strict=True))
         self._out_feature_strides = {n: patch_size * 2**i for i, n in enumerate(names)}
 
-        self.patch_embed = _PatchEmbed(patch_size, in_channels, embed_dim, patch_norm)
+        self.patch_embed = PatchEmbed(patch_size, in_channels, embed_dim, patch_norm)
         self.absolute_pos_embed = None
         if ape:
             side = pretrain_img_size // patch_size
@@ -250,7 +121,7 @@ class D2SwinTransformer(Backbone):
         self.pos_drop = nn.Dropout(drop_rate)
         rates = iter(torch.linspace(0, drop_path_rate, sum(depths), device="cpu").tolist())
         stage = partial(
-            _Stage,
+            Stage,
             window_size=window_size,
             mlp_ratio=mlp_ratio,
             qkv_bias=qkv_bias,
@@ -270,27 +141,9 @@ class D2SwinTransformer(Backbone):
 
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: ShapeSpec) -> dict[str, Any]:
-        swin = cfg.MODEL.SWIN
-        return {
-            "in_channels": input_shape.channels,
-            "pretrain_img_size": swin.PRETRAIN_IMG_SIZE,
-            "patch_size": swin.PATCH_SIZE,
-            "embed_dim": swin.EMBED_DIM,
-            "depths": swin.DEPTHS,
-            "num_heads": swin.NUM_HEADS,
-            "window_size": swin.WINDOW_SIZE,
-            "mlp_ratio": swin.MLP_RATIO,
-            "qkv_bias": swin.QKV_BIAS,
-            "qk_scale": swin.QK_SCALE,
-            "drop_rate": swin.DROP_RATE,
-            "attn_drop_rate": swin.ATTN_DROP_RATE,
-            "drop_path_rate": swin.DROP_PATH_RATE,
-            "ape": swin.APE,
-            "patch_norm": swin.PATCH_NORM,
-            "out_features": swin.OUT_FEATURES,
-            "use_checkpoint": swin.USE_CHECKPOINT,
-            "expedit": cfg.MODEL.get("EXPEDIT"),
-        }
+        keys = {key.lower(): cfg.MODEL.SWIN[key] for key in _SWIN}
+        expedit = cfg.MODEL.get("EXPEDIT")
+        return {"in_channels": input_shape.channels, **keys, "expedit": expedit}
 
     @property
     def size_divisibility(self) -> int:

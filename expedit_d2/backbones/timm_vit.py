@@ -18,16 +18,38 @@ from detectron2.modeling import BACKBONE_REGISTRY, Backbone
 from timm.models import clean_state_dict, eva, vision_transformer
 from torch import Tensor, nn
 
+from ..config import add_keys
 from ..files import check_finite, read_weights
 from ..tracing import shape_of
-from .pyramid import ViTPyramid
+from .feature_cache import FEATURE_CACHE
+from .pyramid import PYRAMID, ViTPyramid
 
-__all__ = ["TimmNet", "TimmViT", "build_timm_vit_backbone", "create_timm_vit"]
+__all__ = ["TimmNet", "TimmViT", "add_timm_config", "build_timm_vit_backbone", "create_timm_vit"]
+
+_TIMM: dict[str, Any] = {
+    # A plain ViT of timm's: vit_large_patch14_reg4_dinov2, vit_large_patch16_dinov3, …
+    "NAME": "vit_base_patch16_224",
+    "PRETRAINED": False,  # weights of this name, from the Hugging Face hub or its cache
+    "CHECKPOINT": "",  # a file of weights instead, in timm's format or the authors'
+    "DROP_PATH_RATE": 0.0,
+    # Further arguments of timm.create_model, by their own names; for config files only.
+    "KWARGS": CfgNode(new_allowed=True),
+    # Pixels of the image along the side of a token, a power of two. Where the patch has another
+    # size images are resized by patch / stride. None: the power of two nearest to the patch, so 16
+    # for patches of 14, and no resizing for 8, 16 and 32.
+    "STRIDE": None,
+    "GRAD_CHECKPOINTING": False,  # run blocks twice in training, to save memory
+}
 
 #: Families of plain ViTs, and the module of each, which knows the authors' checkpoints.
 _FAMILIES = {vision_transformer.VisionTransformer: vision_transformer, eva.Eva: eva}
 #: Where files of timm's and of the authors' have the weights, averaged ones first.
 _BELOW = ("state_dict_ema", "model_ema", "state_dict", "model", "module")
+
+
+def add_timm_config(cfg: CfgNode) -> None:
+    """Add ``MODEL.TIMM``, the keys of ``build_timm_vit_backbone``."""
+    add_keys(cfg, {"MODEL": {"TIMM": {**_TIMM, **PYRAMID}, "BACKBONE": FEATURE_CACHE}})
 
 
 def create_timm_vit(

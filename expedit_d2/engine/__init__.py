@@ -1,7 +1,7 @@
 """Training and evaluation with Detectron2, from YAML configs and from LazyConfigs."""
 
 from .checkpoint import Checkpointer, load_weights, slim_checkpoint, surplus_layers
-from .config import add_solver_config, choose_device
+from .config import choose_device
 from .errors import one_sentence
 from .imports import import_modules
 from .launch import launch
@@ -11,6 +11,7 @@ from .outputs import check_file, check_folder, check_new_file
 from .pypi_weights import PyPIWeights
 from .ranges import check_ranges
 from .safe_config import load_yaml
+from .solver import add_solver_config
 from .trainer import Trainer, check_data_sets
 from .yaml_config import merge_file, merge_overrides
 

@@ -1,19 +1,12 @@
-"""Config keys of the training loop, and defaults that depend on the machine."""
+"""Defaults that depend on the machine."""
 
 from __future__ import annotations
 
 import logging
 
 import torch
-from detectron2.config import CfgNode
 
-__all__ = ["add_solver_config", "choose_device"]
-
-
-def add_solver_config(cfg: CfgNode) -> None:
-    """Add ``SOLVER.OPTIMIZER``, a key that Mask2Former's configs have too."""
-    if "OPTIMIZER" not in cfg.SOLVER:
-        cfg.SOLVER.OPTIMIZER = "SGD"  # or "ADAMW"
+__all__ = ["choose_device"]
 
 
 def choose_device(device: str, key: str = "MODEL.DEVICE") -> str:

@@ -18,7 +18,6 @@ from detectron2.data import (
 )
 from detectron2.engine import DefaultTrainer, HookBase
 from detectron2.evaluation import DatasetEvaluator
-from detectron2.solver.build import get_default_optimizer_params, maybe_add_gradient_clipping
 from detectron2.utils import comm
 from torch import nn
 
@@ -29,10 +28,9 @@ from ..evaluation import build_evaluator
 from ..evaluation.build import predictions_folder
 from .checkpoint import Checkpointer
 from .errors import explain, unknown_data_set
+from .solver import build_lr_scheduler, build_optimizer, default_groups
 
 __all__ = ["Trainer", "check_data_sets", "missing_data"]
-
-OPTIMIZERS = ("SGD", "ADAMW")
 
 #: MODEL.META_ARCHITECTURE of a detector -> the key that has its number of classes.
 DETECTORS = {
@@ -82,7 +80,15 @@ def missing_data(key: str, names: Sequence[str]) -> Iterator[None]:
 
 
 class Trainer(DefaultTrainer):
-    """`DefaultTrainer` with AdamW and with bf16 autocast where there is no GPU."""
+    """`DefaultTrainer` with AdamW and with bf16 autocast where there is no GPU.
+
+    Projects replace the mappers, the evaluator and the attributes below.
+    """
+
+    #: Groups of the model's parameters, for `build_optimizer`.
+    param_groups = staticmethod(default_groups)
+    #: Whether training samples differ in size, so that batches of one aspect ratio save memory.
+    sizes_vary = True
 
     def __init__(self, cfg: CfgNode) -> None:
         """
@@ -152,19 +158,25 @@ class Trainer(DefaultTrainer):
     @classmethod
     def build_train_loader(cls, cfg: CfgNode) -> Any:
         with missing_data("DATASETS.TRAIN", cfg.DATASETS.TRAIN):
-            mapper = CheckedMapper(DatasetMapper(cfg, is_train=True))
-            return build_detection_train_loader(cfg, mapper=mapper)
+            grouped = cfg.DATALOADER.ASPECT_RATIO_GROUPING and cls.sizes_vary
+            mapper = CheckedMapper(cls.build_train_mapper(cfg))
+            return build_detection_train_loader(cfg, mapper=mapper, aspect_ratio_grouping=grouped)
 
     @classmethod
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> Any:
         with missing_data("DATASETS.TEST", [dataset_name]):
-            mapper = cls.build_test_mapper(cfg)
+            mapper = CheckedMapper(cls.build_test_mapper(cfg))
             return build_detection_test_loader(cfg, dataset_name, mapper=mapper)
+
+    @classmethod
+    def build_train_mapper(cls, cfg: CfgNode) -> Callable[[dict], dict]:
+        """What makes a training sample of a record."""
+        return DatasetMapper(cfg, is_train=True)
 
     @classmethod
     def build_test_mapper(cls, cfg: CfgNode) -> Callable[[dict], dict]:
         """What makes the model's input of a record of a test data set."""
-        return CheckedMapper(DatasetMapper(cfg, is_train=False))
+        return DatasetMapper(cfg, is_train=False)
 
     @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
@@ -174,17 +186,10 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
-        """SGD as Detectron2 builds it, or AdamW without weight decay on norms and positions."""
-        name = cfg.SOLVER.OPTIMIZER.upper()
-        if name not in OPTIMIZERS:
-            raise ValueError(f"SOLVER.OPTIMIZER must be one of {OPTIMIZERS}, got {name!r}")
-        if name == "SGD":
-            return super().build_optimizer(cfg, model)
-        no_decay: dict[str, Any] = {"weight_decay": 0.0}
-        params = get_default_optimizer_params(
-            model,
-            weight_decay_norm=0.0,
-            overrides={"pos_embed": no_decay, "rel_pos_h": no_decay, "rel_pos_w": no_decay},
-        )
-        optimizer = maybe_add_gradient_clipping(cfg, torch.optim.AdamW)
-        return optimizer(params, cfg.SOLVER.BASE_LR, weight_decay=cfg.SOLVER.WEIGHT_DECAY)
+        return build_optimizer(cfg, model, cls.param_groups)
+
+    @classmethod
+    def build_lr_scheduler(
+        cls, cfg: CfgNode, optimizer: torch.optim.Optimizer
+    ) -> torch.optim.lr_scheduler.LRScheduler:
+        return build_lr_scheduler(cfg, optimizer)

@@ -5,13 +5,14 @@
 - ``data``: mapper, KITTI and NYU Depth V2, and any list of images and depth files.
 - ``evaluation``: metrics.
 - ``convert``: official checkpoints.
-- ``trainer``: all of it in the trainer of `expedit_d2.engine`; imported only when asked for.
+- ``trainer``: all of it in the trainer of `expedit_d2.engine`.
 """
 
 from . import modeling as _  # noqa: F401  only registration
 from .config import add_dpt_config
 from .data import DepthMapper, register_depth_datasets, register_depth_lists
 from .evaluation import DepthEvaluator
+from .trainer import DPTTrainer
 
 __all__ = [
     "DPTTrainer",
@@ -23,12 +24,3 @@ __all__ = [
 ]
 
 register_depth_datasets()
-
-
-def __getattr__(name: str) -> object:
-    # The trainer imports expedit_d2.engine, which a config does not need.
-    if name == "DPTTrainer":
-        from .trainer import DPTTrainer
-
-        return DPTTrainer
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -10,7 +10,9 @@ from typing import Any
 
 from detectron2.config import CfgNode as CN
 
-from expedit_d2.config import add_timm_config
+from expedit_d2.backbones import add_timm_config
+from expedit_d2.config import add_keys
+from expedit_d2.engine import add_solver_config
 
 __all__ = ["add_dpt_config"]
 
@@ -70,27 +72,9 @@ _TEST: dict[str, Any] = {
     "ALIGN": "none",
 }
 
-# Keys of Mask2Former's optimizer, which is used here too.
-_SOLVER: dict[str, Any] = {
-    "OPTIMIZER": "ADAMW",
-    "BACKBONE_MULTIPLIER": 0.1,  # learning rate of the encoder, relative to BASE_LR
-    "WEIGHT_DECAY_EMBED": 0.0,
-}
-
-
-def _add(node: CN, name: str, defaults: dict[str, Any]) -> None:
-    """Add keys to a node that are not there yet."""
-    if name not in node:
-        node[name] = CN()
-    for key, value in defaults.items():
-        if key not in node[name]:
-            node[name][key] = list(value) if isinstance(value, list) else value
-
 
 def add_dpt_config(cfg: CN) -> None:
     """Add the keys of this project, and those of the encoder, that ``cfg`` does not have yet."""
     add_timm_config(cfg)
-    _add(cfg.MODEL, "DPT", _DPT)
-    _add(cfg.INPUT, "DEPTH", _INPUT)
-    _add(cfg.TEST, "DEPTH", _TEST)
-    _add(cfg, "SOLVER", _SOLVER)
+    add_solver_config(cfg)
+    add_keys(cfg, {"MODEL": {"DPT": _DPT}, "INPUT": {"DEPTH": _INPUT}, "TEST": {"DEPTH": _TEST}})

@@ -9,6 +9,10 @@ from typing import Any
 
 from detectron2.config import CfgNode as CN
 
+from expedit_d2.backbones import add_swin_config
+from expedit_d2.config import add_keys
+from expedit_d2.engine import add_solver_config
+
 __all__ = ["add_maskformer2_config"]
 
 _MASK_FORMER: dict[str, Any] = {
@@ -62,26 +66,6 @@ _SEM_SEG_HEAD: dict[str, Any] = {
     "DEFORMABLE_TRANSFORMER_ENCODER_N_HEADS": 8,
 }
 
-# The Swin backbone that most official models are built on.
-_SWIN: dict[str, Any] = {
-    "PRETRAIN_IMG_SIZE": 224,
-    "PATCH_SIZE": 4,
-    "EMBED_DIM": 96,
-    "DEPTHS": [2, 2, 6, 2],
-    "NUM_HEADS": [3, 6, 12, 24],
-    "WINDOW_SIZE": 7,
-    "MLP_RATIO": 4.0,
-    "QKV_BIAS": True,
-    "QK_SCALE": None,
-    "DROP_RATE": 0.0,
-    "ATTN_DROP_RATE": 0.0,
-    "DROP_PATH_RATE": 0.3,
-    "APE": False,
-    "PATCH_NORM": True,
-    "OUT_FEATURES": ["res2", "res3", "res4", "res5"],
-    "USE_CHECKPOINT": False,
-}
-
 _INPUT: dict[str, Any] = {
     # Training mapper: a name in data.mappers.MAPPERS.
     "DATASET_MAPPER_NAME": "mask_former_semantic",
@@ -96,15 +80,6 @@ _INPUT: dict[str, Any] = {
     "MAX_SCALE": 2.0,
 }
 
-_SOLVER: dict[str, Any] = {
-    "OPTIMIZER": "ADAMW",
-    "BACKBONE_MULTIPLIER": 0.1,  # learning rate of the backbone, relative to BASE_LR
-    "WEIGHT_DECAY_EMBED": 0.0,
-    # LR_SCHEDULER_NAME "WarmupPolyLR"
-    "POLY_LR_POWER": 0.9,
-    "POLY_LR_CONSTANT_ENDING": 0.0,
-}
-
 # DeepLab's keys: official YAML files set them, and nothing here reads them.
 _RESNETS: dict[str, Any] = {
     "STEM_TYPE": "deeplab",
@@ -113,32 +88,12 @@ _RESNETS: dict[str, Any] = {
 }
 
 
-def _add(node: CN, defaults: dict[str, Any]) -> None:
-    """Add keys, also in nested nodes, that are not there yet."""
-    for key, value in defaults.items():
-        if isinstance(value, dict):
-            if key not in node:
-                node[key] = CN()
-            _add(node[key], value)
-        elif key not in node:
-            node[key] = list(value) if isinstance(value, list) else value
-
-
 def add_maskformer2_config(cfg: CN) -> None:
     """Add every key of official Mask2Former configs that ``cfg`` does not have yet.
 
-    ``SOLVER.OPTIMIZER`` keeps the value it has, if any; official YAML files set it.
+    ``SOLVER.OPTIMIZER`` is that of all projects here; official YAML files set it.
     """
-    _add(
-        cfg,
-        {
-            "MODEL": {
-                "MASK_FORMER": _MASK_FORMER,
-                "SEM_SEG_HEAD": _SEM_SEG_HEAD,
-                "SWIN": _SWIN,
-                "RESNETS": _RESNETS,
-            },
-            "INPUT": _INPUT,
-            "SOLVER": _SOLVER,
-        },
-    )
+    add_solver_config(cfg)
+    add_swin_config(cfg)
+    model = {"MASK_FORMER": _MASK_FORMER, "SEM_SEG_HEAD": _SEM_SEG_HEAD, "RESNETS": _RESNETS}
+    add_keys(cfg, {"MODEL": model, "INPUT": _INPUT})

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from typing import Any
 
-import numpy as np
 from detectron2.config import CfgNode
 from detectron2.data import Metadata, MetadataCatalog
 from detectron2.evaluation import (
@@ -15,18 +14,16 @@ from detectron2.evaluation import (
     COCOPanopticEvaluator,
     DatasetEvaluator,
     DatasetEvaluators,
-    SemSegEvaluator,
 )
 from detectron2.structures import Instances
 
-from expedit_d2.data.classes import check_classes, check_ids, check_labels, class_names
-from expedit_d2.data.images import load_labels, read_header
+from expedit_d2.data.classes import check_classes, check_labels, class_names
 from expedit_d2.evaluation.build import check_scored, predictions_folder
+from expedit_d2.evaluation.semantic import SemanticEvaluator
 
 from .data.datasets import check_packages
 
 __all__ = [
-    "SemanticEvaluator",
     "ThingEvaluator",
     "build_evaluators",
     "check_dataset",
@@ -75,52 +72,6 @@ class ThingEvaluator(COCOEvaluator):
         classes = instances.pred_classes
         instances.pred_classes = classes.new_tensor([ranks[i] for i in kept])
         return instances
-
-
-class SemanticEvaluator(SemSegEvaluator):
-    """mIoU by Detectron2, which would count classes that the data set does not have as others."""
-
-    def __init__(self, dataset_name: str, output_dir: str, classes: int | None = None) -> None:
-        """
-        Args:
-            dataset_name: a registered data set.
-            output_dir: where predictions are written.
-            classes: of the model; taken where the data set only counted the ids in its files.
-        """
-        super().__init__(dataset_name, output_dir=output_dir, sem_seg_loading_fn=self._read)
-        counted = MetadataCatalog.get(dataset_name).get("counted_classes", False)
-        if counted and classes is not None and classes > self._num_classes:
-            self._class_names = [str(number) for number in range(classes)]
-            self._num_classes = classes
-            # Which has 8 bits in Detectron2, and needs one more than there are classes.
-            self._compute_boundary_iou &= classes < np.iinfo(np.uint8).max
-
-    def _read(self, file_name: str, dtype: Any) -> np.ndarray:
-        labels = load_labels(file_name).astype(dtype)
-        whose = repr(self._dataset_name)
-        check_ids(file_name, labels, self._num_classes, self._ignore_label, whose)
-        return labels
-
-    def process(self, inputs: Sequence[dict], outputs: Sequence[dict[str, Any]]) -> None:
-        """Compare the scores (K, height, width) of a batch with its labels.
-
-        Raises:
-            ValueError: if labels are no classes or of another size, or the model has more classes.
-        """
-        for item, output in zip(inputs, outputs, strict=True):
-            file = self.input_file_to_gt_file[item["file_name"]]
-            size, shape = read_header(file).size, tuple(output["sem_seg"].shape[1:])
-            if size != shape:
-                raise ValueError(
-                    f"{file} has {size[0]} x {size[1]} pixels, but the image "
-                    f"{item['file_name']} has {shape[0]} x {shape[1]}"
-                )
-            if len(output["sem_seg"]) > self._num_classes:
-                raise ValueError(
-                    f"DATASETS.TEST: {self._dataset_name!r} has {self._num_classes} classes, but "
-                    f"the model has {len(output['sem_seg'])} (MODEL.SEM_SEG_HEAD.NUM_CLASSES)"
-                )
-        super().process(inputs, outputs)
 
 
 class _CityscapesSemanticEvaluator(CityscapesSemSegEvaluator):

@@ -6,7 +6,9 @@ from typing import Any
 
 from detectron2.config import CfgNode as CN
 
-from expedit_d2.config import add_expedit_config, add_timm_config
+from expedit_d2.backbones import add_timm_config
+from expedit_d2.config import add_expedit_config, add_keys
+from expedit_d2.engine import add_solver_config
 
 __all__ = ["add_segmenter_config"]
 
@@ -30,27 +32,14 @@ _SEGMENTER: dict[str, Any] = {
     "WINDOW_BATCH": 4,  # windows, of all images together, that run at once
 }
 
-# Keys that projects of Detectron2's share; whoever comes first defines them.
-_SHARED: dict[str, dict[str, Any]] = {
-    "SOLVER": {"OPTIMIZER": "SGD", "POLY_LR_POWER": 0.9},
-    "INPUT": {"COLOR_AUG_SSD": False},
-}
-
-
-def _add(node: CN, defaults: dict[str, Any]) -> None:
-    for key, value in defaults.items():
-        if key not in node:
-            node[key] = value
+# As in Mask2Former's configs: colour distortion of SSD, and cropping again while one class fills
+# more than this share of the crop.
+_INPUT: dict[str, Any] = {"COLOR_AUG_SSD": False, "CROP": {"SINGLE_CATEGORY_MAX_AREA": 1.0}}
 
 
 def add_segmenter_config(cfg: CN) -> None:
     """Add every key that Segmenter's configs use and ``cfg`` does not have yet."""
     add_timm_config(cfg)
     add_expedit_config(cfg)
-    if "SEGMENTER" not in cfg.MODEL:
-        cfg.MODEL.SEGMENTER = CN()
-    _add(cfg.MODEL.SEGMENTER, _SEGMENTER)
-    for name, defaults in _SHARED.items():
-        _add(cfg[name], defaults)
-    # Crop again while one class fills more than this share of the crop.
-    _add(cfg.INPUT.CROP, {"SINGLE_CATEGORY_MAX_AREA": 1.0})
+    add_solver_config(cfg)
+    add_keys(cfg, {"MODEL": {"SEGMENTER": _SEGMENTER}, "INPUT": _INPUT})

@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetMapper
 from detectron2.evaluation import DatasetEvaluator
-from torch.utils.data import DataLoader
 
 from expedit_d2.data.classes import check_classes, check_labels
 from expedit_d2.engine import Trainer
-from expedit_d2.engine.trainer import missing_data
 from expedit_d2.evaluation.build import predictions_folder
-from projects.Mask2Former.evaluation import SemanticEvaluator
+from expedit_d2.evaluation.semantic import SemanticEvaluator
 
-from .data import build_test_mapper, build_train_loader
-from .solver import build_lr_scheduler
+from .data import SemanticMapper, build_test_mapper, build_train_mapper
 
 __all__ = ["SegmenterTrainer"]
 
 
 class SegmenterTrainer(Trainer):
     """For configs whose ``MODEL.META_ARCHITECTURE`` is ``Segmenter``."""
+
+    sizes_vary = False  # crops have one size, and records may not tell theirs
 
     @classmethod
     def check_dataset(cls, cfg: CfgNode, name: str, key: str = "DATASETS.TEST") -> None:
@@ -30,9 +28,8 @@ class SegmenterTrainer(Trainer):
         check_classes(name, key, "stuff", classes, "MODEL.SEM_SEG_HEAD.NUM_CLASSES")
 
     @classmethod
-    def build_train_loader(cls, cfg: CfgNode) -> DataLoader:
-        with missing_data("DATASETS.TRAIN", cfg.DATASETS.TRAIN):
-            return build_train_loader(cfg)
+    def build_train_mapper(cls, cfg: CfgNode) -> SemanticMapper:
+        return build_train_mapper(cfg)
 
     @classmethod
     def build_test_mapper(cls, cfg: CfgNode) -> DatasetMapper:
@@ -47,9 +44,3 @@ class SegmenterTrainer(Trainer):
             predictions_folder(cfg.OUTPUT_DIR, dataset_name),
             cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES,
         )
-
-    @classmethod
-    def build_lr_scheduler(
-        cls, cfg: CfgNode, optimizer: torch.optim.Optimizer
-    ) -> torch.optim.lr_scheduler.LRScheduler:
-        return build_lr_scheduler(cfg, optimizer)

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from expedit_d2 import expedite
 from expedit_d2.analysis.flops import count_flops
 from expedit_d2.api import is_expedited
+from expedit_d2.backbones import add_timm_config
 from expedit_d2.backbones.timm_vit import TimmNet, create_timm_vit
-from expedit_d2.config import add_timm_config
 from projects import Mask2Former, get_cfg
 from support.repository import ROOT
 

@@ -29,7 +29,7 @@ from torch import nn
 from expedit_d2.data import register_by_path
 from expedit_d2.data.panoptic import class_metadata, semantic_path
 from projects import get_cfg
-from projects.Mask2Former import MaskFormerTrainer, build_train_loader, register_panoptic_datasets
+from projects.Mask2Former import MaskFormerTrainer, register_panoptic_datasets
 from projects.Mask2Former.data import datasets
 from support.repository import ROOT, load_tool
 
@@ -367,7 +367,7 @@ def test_mappers_read_panoptic_files(tmp_path, mapper, classes):
     cfg.INPUT.CROP.ENABLED = True
     cfg.INPUT.CROP.SINGLE_CATEGORY_MAX_AREA = 0.9
     seen: set[int] = set()
-    for _, batch in zip(range(4), build_train_loader(cfg), strict=False):
+    for _, batch in zip(range(4), MaskFormerTrainer.build_train_loader(cfg), strict=False):
         for sample in batch:
             assert sample["instances"].gt_masks.shape[1:] == sample["image"].shape[1:]
             seen |= set(sample["instances"].gt_classes.tolist())

@@ -16,21 +16,18 @@ import pycocotools.mask as mask_util
 import torch
 import torch.nn.functional as F
 from detectron2.config import CfgNode
-from detectron2.data import MetadataCatalog, build_detection_train_loader
+from detectron2.data import MetadataCatalog
 from detectron2.data import detection_utils as utils
 from detectron2.data import transforms as T
 from detectron2.structures import Instances, polygons_to_bitmask
 from panopticapi.utils import rgb2id
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from expedit_d2.data.classes import check_ids
+from expedit_d2.data.color import ColorAugSSD
 from expedit_d2.data.images import load_labels
-from expedit_d2.data.mapper import CheckedMapper
 
-from .color import ColorAugSSD
-
-__all__ = ["MAPPERS", "MaskFormerMapper", "build_mapper", "build_train_loader", "read_segments"]
+__all__ = ["MAPPERS", "MaskFormerMapper", "build_mapper", "read_segments"]
 
 Record = Mapping[str, Any]
 # Class and bool mask (H, W) of every segment.
@@ -291,8 +288,3 @@ def build_mapper(cfg: CfgNode) -> MaskFormerMapper:
         cfg.INPUT.SIZE_DIVISIBILITY if augment is _resize_and_crop else 0,
         cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES,
     )
-
-
-def build_train_loader(cfg: CfgNode) -> DataLoader:
-    """Detectron2's training loader with the mapper of the config."""
-    return build_detection_train_loader(cfg, mapper=CheckedMapper(build_mapper(cfg)))

@@ -1,11 +1,11 @@
 """Training samples, and registration of the data sets that Detectron2 does not have."""
 
 from .datasets import register_semantic_datasets
-from .mapper import SemanticMapper, build_test_mapper, build_train_loader
+from .mapper import SemanticMapper, build_test_mapper, build_train_mapper
 
 __all__ = [
     "SemanticMapper",
     "build_test_mapper",
-    "build_train_loader",
+    "build_train_mapper",
     "register_semantic_datasets",
 ]

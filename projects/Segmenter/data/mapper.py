@@ -8,21 +8,19 @@ from typing import Any
 import numpy as np
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import DatasetMapper, MetadataCatalog, build_detection_train_loader
+from detectron2.data import DatasetMapper, MetadataCatalog
 from detectron2.data import detection_utils as utils
 from detectron2.data import transforms as T
-from torch.utils.data import DataLoader
 
 from expedit_d2.data.classes import check_ids
+from expedit_d2.data.color import ColorAugSSD
 from expedit_d2.data.images import load_labels
-from expedit_d2.data.mapper import CheckedMapper
-from projects.Mask2Former.data.color import ColorAugSSD
 
 __all__ = [
     "ResizeToFit",
     "SemanticMapper",
     "build_test_mapper",
-    "build_train_loader",
+    "build_train_mapper",
     "fitted_size",
 ]
 
@@ -138,28 +136,20 @@ class SemanticMapper:
         }
 
 
-def build_train_loader(cfg: CfgNode) -> DataLoader:
-    """Detectron2's training loader with the augmentations of the config.
+def build_train_mapper(cfg: CfgNode) -> SemanticMapper:
+    """The training mapper with the augmentations of the config.
 
     Raises:
         ValueError: if a data set and the model ignore different labels.
     """
+    head = cfg.MODEL.SEM_SEG_HEAD
     for name in cfg.DATASETS.TRAIN:
-        ignored = MetadataCatalog.get(name).get("ignore_label", cfg.MODEL.SEM_SEG_HEAD.IGNORE_VALUE)
-        if ignored != cfg.MODEL.SEM_SEG_HEAD.IGNORE_VALUE:
+        ignored = MetadataCatalog.get(name).get("ignore_label", head.IGNORE_VALUE)
+        if ignored != head.IGNORE_VALUE:
             raise ValueError(
                 f"MODEL.SEM_SEG_HEAD.IGNORE_VALUE must be {ignored}, as {name!r} has it, got "
-                f"{cfg.MODEL.SEM_SEG_HEAD.IGNORE_VALUE}"
+                f"{head.IGNORE_VALUE}"
             )
-    return build_detection_train_loader(
-        cfg,
-        mapper=CheckedMapper(
-            SemanticMapper(
-                _augmentations(cfg),
-                cfg.INPUT.FORMAT,
-                cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES,
-                cfg.MODEL.SEM_SEG_HEAD.IGNORE_VALUE,
-            )
-        ),
-        aspect_ratio_grouping=False,  # crops have one size, and records may not tell theirs
+    return SemanticMapper(
+        _augmentations(cfg), cfg.INPUT.FORMAT, head.NUM_CLASSES, head.IGNORE_VALUE
     )

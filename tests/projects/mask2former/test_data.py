@@ -17,17 +17,16 @@ from PIL import Image
 from torch import nn
 
 from expedit_d2.data import register_collage
+from expedit_d2.data.color import ColorAugSSD
+from expedit_d2.engine.solver import build_lr_scheduler
 from projects import get_cfg
 from projects.Mask2Former import (
+    MaskFormerTrainer,
     add_maskformer2_config,
     build_evaluators,
-    build_lr_scheduler,
     build_mapper,
-    build_optimizer,
-    build_train_loader,
     register_panoptic_datasets,
 )
-from projects.Mask2Former.data.color import ColorAugSSD
 from projects.Mask2Former.data.mappers import MAPPERS, MaskFormerMapper, read_segments
 
 HEIGHT, WIDTH = 64, 96
@@ -230,7 +229,7 @@ def test_class_map_of_a_panoptic_record_serves_the_constrained_crop(records):
 def test_loader_gives_batches(collage):
     cfg = config(INPUT__DATASET_MAPPER_NAME="coco_panoptic_lsj", INPUT__IMAGE_SIZE=64)
     cfg.SOLVER.IMS_PER_BATCH = 2
-    batch = next(iter(build_train_loader(cfg)))
+    batch = next(iter(MaskFormerTrainer.build_train_loader(cfg)))
     assert [x["image"].shape for x in batch] == [(3, 64, 64)] * 2
 
 
@@ -436,7 +435,7 @@ def test_optimizer_groups(name):
     cfg = config(SOLVER__OPTIMIZER=name, SOLVER__BASE_LR=0.1, SOLVER__WEIGHT_DECAY=0.05)
     cfg.SOLVER.WEIGHT_DECAY_EMBED, cfg.SOLVER.WEIGHT_DECAY_NORM = 0.01, 0.02
     model = _Model()
-    optimizer = build_optimizer(cfg, model)
+    optimizer = MaskFormerTrainer.build_optimizer(cfg, model)
     names = {id(p): n for n, p in model.named_parameters()}
     found = {
         names[id(p)]: (group["lr"], group["weight_decay"])
@@ -464,7 +463,7 @@ def test_full_model_clipping_limits_the_norm_of_all_gradients_together():
     cfg.SOLVER.WEIGHT_DECAY = 0.0
     model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
     before = [p.detach().clone() for p in model.parameters()]
-    optimizer = build_optimizer(cfg, model)
+    optimizer = MaskFormerTrainer.build_optimizer(cfg, model)
     model(torch.randn(5, 3)).square().sum().backward()
     optimizer.step()
     moved = [(a - b).flatten() for a, b in zip(before, model.parameters(), strict=True)]
@@ -473,7 +472,7 @@ def test_full_model_clipping_limits_the_norm_of_all_gradients_together():
 
 def test_unknown_optimizer_is_refused():
     with pytest.raises(ValueError, match="SOLVER.OPTIMIZER"):
-        build_optimizer(config(SOLVER__OPTIMIZER="LION"), nn.Linear(1, 1))
+        MaskFormerTrainer.build_optimizer(config(SOLVER__OPTIMIZER="LION"), nn.Linear(1, 1))
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -13,11 +13,11 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from PIL import Image
 
 from expedit_d2.comparison import Options, Subject, compare
+from expedit_d2.engine.solver import build_lr_scheduler
 from expedit_d2.settings import Settings
 from projects import load_cfg, load_model
-from projects.Segmenter import SegmenterTrainer, build_train_loader, register_semantic_datasets
+from projects.Segmenter import SegmenterTrainer, register_semantic_datasets
 from projects.Segmenter.data import SemanticMapper
-from projects.Segmenter.solver import build_lr_scheduler
 from support.segmenter import CLASSES, CONFIGS, tiny_cfg, tiny_model
 from support.vits import error
 
@@ -151,7 +151,7 @@ def camvid_cfg(*opts) -> CfgNode:
 
 def test_samples_stay_aligned(camvid):
     cfg = camvid_cfg("INPUT.MIN_SIZE_TRAIN", (20, 70), "INPUT.CROP.SIZE", (32, 48))
-    loader = iter(build_train_loader(cfg))
+    loader = iter(SegmenterTrainer.build_train_loader(cfg))
     for _ in range(5):
         for sample in next(loader):
             image, labels = sample["image"], sample["sem_seg"]
@@ -181,7 +181,7 @@ def test_palette_images_are_read_as_ids(tmp_path):
 
 def test_ignored_labels_must_agree(camvid):
     with pytest.raises(ValueError, match="IGNORE_VALUE must be 11, as 'camvid_train' has it"):
-        build_train_loader(camvid_cfg("MODEL.SEM_SEG_HEAD.IGNORE_VALUE", 255))
+        SegmenterTrainer.build_train_loader(camvid_cfg("MODEL.SEM_SEG_HEAD.IGNORE_VALUE", 255))
 
 
 def test_pascal_context_is_listed_by_its_files(folder, camvid):

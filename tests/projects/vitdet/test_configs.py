@@ -22,7 +22,8 @@ from detectron2.structures import Instances
 from torch import nn
 
 from expedit_d2.api import is_expedited
-from expedit_d2.config import add_expedit_config, add_vit_config
+from expedit_d2.backbones import add_vit_config
+from expedit_d2.config import add_expedit_config
 from expedit_d2.settings import Settings
 from projects import get_cfg
 from support.repository import ROOT
