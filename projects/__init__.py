@@ -7,7 +7,7 @@ from pathlib import Path
 
 from detectron2.config import CfgNode
 from detectron2.config import get_cfg as _get_detectron2_cfg
-from torch import nn
+from torch import Tensor, nn
 
 from expedit_d2.backbones import add_timm_config, add_vit_config
 from expedit_d2.config import add_expedit_config
@@ -16,16 +16,18 @@ from expedit_d2.engine import (
     add_solver_config,
     check_ranges,
     choose_device,
+    frozen_weights,
     load_weights,
     merge_file,
     merge_overrides,
 )
+from expedit_d2.files import read_weights
 
 from .DPT import DPTTrainer, add_dpt_config
 from .Mask2Former import MaskFormerTrainer, add_maskformer2_config
 from .Segmenter import SegmenterTrainer, add_segmenter_config
 
-__all__ = ["get_cfg", "load_cfg", "load_model", "trainer_of"]
+__all__ = ["frozen_part", "get_cfg", "load_cfg", "load_model", "trainer_of"]
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -60,7 +62,8 @@ def trainer_of(cfg: CfgNode) -> type[Trainer]:
 def load_model(cfg: CfgNode) -> nn.Module:
     """The configured model in evaluation mode, with every weight from ``MODEL.WEIGHTS``.
 
-    Weights to start training from (``MODEL.TIMM``) are not looked for, cached features neither.
+    That file may have the head alone, where the config freezes the backbone and says where its
+    weights are. Else those to start training from are not looked for, and cached features never.
 
     Raises:
         ValueError: for a wrong config, or weights that `load_weights` refuses.
@@ -68,12 +71,45 @@ def load_model(cfg: CfgNode) -> nn.Module:
     """
     cfg = cfg.clone()
     cfg.defrost()
+    cfg.MODEL.BACKBONE.FEATURE_CACHE = ""
+    build, path = trainer_of(cfg).build_model, cfg.MODEL.WEIGHTS
+    model = build(_without_sources(cfg))
+    elsewhere = frozen_weights(model) if path and _has_source(cfg) else {}
+    if elsewhere and elsewhere.keys().isdisjoint(read_weights(path, "MODEL.WEIGHTS")):
+        model = build(cfg)
+    load_weights(model, path, elsewhere=elsewhere)
+    return model.eval()
+
+
+def frozen_part(cfg: CfgNode) -> dict[str, Tensor]:
+    """The weights that a config freezes, from where it says they are.
+
+    Raises:
+        ValueError: if it freezes none, or does not say.
+        OSError: if there is no such file, or it cannot be downloaded.
+    """
+    if not _has_source(cfg):
+        raise ValueError(
+            "the config must freeze its ViT and say where its weights are, or there is nothing to "
+            "leave out: MODEL.TIMM.FREEZE and CHECKPOINT, or those of MODEL.VIT"
+        )
+    return frozen_weights(trainer_of(cfg).build_model(cfg))
+
+
+def _without_sources(cfg: CfgNode) -> CfgNode:
+    cfg = cfg.clone()
     cfg.MODEL.TIMM.PRETRAINED, cfg.MODEL.TIMM.CHECKPOINT = False, ""
     cfg.MODEL.VIT.CHECKPOINT = ""
-    cfg.MODEL.BACKBONE.FEATURE_CACHE = ""
-    model = trainer_of(cfg).build_model(cfg)
-    load_weights(model, cfg.MODEL.WEIGHTS)
-    return model.eval()
+    return cfg
+
+
+def _has_source(cfg: CfgNode) -> bool:
+    """Whether the model has a frozen ViT, with weights of its own."""
+    name = cfg.MODEL.BACKBONE.NAME
+    if cfg.MODEL.META_ARCHITECTURE in ("DPT", "Segmenter") or name == "build_timm_vit_backbone":
+        node = cfg.MODEL.TIMM
+        return node.FREEZE and bool(node.PRETRAINED or node.CHECKPOINT)
+    return name == "D2ViT" and cfg.MODEL.VIT.FREEZE and bool(cfg.MODEL.VIT.CHECKPOINT)
 
 
 def load_cfg(path: str | Path, opts: Sequence[str] = ()) -> CfgNode:

@@ -1,15 +1,20 @@
 #!/usr/bin/env python
 """Keep a checkpoint's weights only, in half precision: small enough to ship.
 
-Example::
+Examples::
 
     python tools/slim_checkpoint.py output/vitdet_collage/model_final.pth vitdet_collage.pth
+
+    # the head alone, of a model whose backbone is frozen and has a checkpoint of its own
+    python tools/slim_checkpoint.py output/segmenter/model_final.pth head.pth \
+        --head-of my_segmenter.yaml
 """
 
 from __future__ import annotations
 
 from expedit_d2.engine import one_sentence, slim_checkpoint
 from expedit_d2.files import add_trust_option, code_in_files
+from projects import frozen_part, load_cfg
 from projects.arguments import ToolParser
 
 
@@ -18,10 +23,16 @@ def run(arguments: list[str] | None = None) -> None:
     parser = ToolParser("slim_checkpoint.py", __doc__)
     parser.add_argument("source", help="checkpoint of a training run, or its URL")
     parser.add_argument("target", help="file to write; must not exist yet")
+    parser.add_argument(
+        "--head-of",
+        metavar="CONFIG",
+        help="leave out what this config freezes and takes from elsewhere",
+    )
     add_trust_option(parser)
     args = parser.parse_args(arguments)
     with code_in_files(args.run_code_in_files), one_sentence("slim_checkpoint.py"):
-        slimmed = slim_checkpoint(args.source, args.target)
+        elsewhere = frozen_part(load_cfg(args.head_of)) if args.head_of else {}
+        slimmed = slim_checkpoint(args.source, args.target, elsewhere)
     print(f"{args.target}: {slimmed.size / 1e6:.1f} MB")
     if slimmed.kept:
         print(f"not in half precision, which has no numbers as large: {', '.join(slimmed.kept)}")

@@ -1,6 +1,12 @@
 """Training and evaluation with Detectron2, from YAML configs and from LazyConfigs."""
 
-from .checkpoint import Checkpointer, load_weights, slim_checkpoint, surplus_layers
+from .checkpoint import (
+    Checkpointer,
+    frozen_weights,
+    load_weights,
+    slim_checkpoint,
+    surplus_layers,
+)
 from .config import choose_device
 from .errors import one_sentence
 from .imports import import_modules
@@ -27,6 +33,7 @@ __all__ = [
     "check_ranges",
     "choose_device",
     "evaluate_lazy",
+    "frozen_weights",
     "import_modules",
     "launch",
     "load_lazy_config",

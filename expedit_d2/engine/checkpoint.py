@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import os
 import zipfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 from urllib.parse import parse_qs
 
@@ -17,7 +17,14 @@ from ..files import check_finite, read_checkpoint, read_weights
 from ..files.weights import check_tensors, suffix_of
 from .outputs import check_new_file
 
-__all__ = ["Checkpointer", "Slimmed", "load_weights", "slim_checkpoint", "surplus_layers"]
+__all__ = [
+    "Checkpointer",
+    "Slimmed",
+    "frozen_weights",
+    "load_weights",
+    "slim_checkpoint",
+    "surplus_layers",
+]
 
 # State that other code bases write into their blocks, and that follows from the settings.
 _NOT_WEIGHTS = {
@@ -124,7 +131,13 @@ def _without(weights: Any, ending: str) -> dict[str, Any]:
 
 
 class _StrictCheckpointer(Checkpointer):
-    """Raises where the weights and the model do not fit, instead of logging it."""
+    """Raises where the weights and the model do not fit, instead of logging it.
+
+    ``elsewhere`` names weights that the model has already: a file that has none of them is one of a
+    head alone, and then nothing else may be missing or left over.
+    """
+
+    elsewhere: frozenset[str] = frozenset()
 
     def _load_model(self, checkpoint: Any) -> Any:
         incompatible = super()._load_model(checkpoint)
@@ -132,11 +145,15 @@ class _StrictCheckpointer(Checkpointer):
             f"{key} is {tuple(found)} in the file and {tuple(wanted)} in the model"
             for key, found, wanted in incompatible.incorrect_shapes
         ]
+        head_only = self.elsewhere and self.elsewhere.issubset(incompatible.missing_keys)
+        if head_only:
+            missing = [key for key in incompatible.missing_keys if key not in self.elsewhere]
+            incompatible.missing_keys[:] = missing
+            surplus = incompatible.unexpected_keys
+        else:
+            surplus = surplus_layers(self.model, incompatible.unexpected_keys)
         wrong += [f"{key} is not in the file" for key in incompatible.missing_keys]
-        wrong += [
-            f"{key} is not in the model"
-            for key in surplus_layers(self.model, incompatible.unexpected_keys)
-        ]
+        wrong += [f"{key} is not in the model" for key in surplus]
         if wrong:
             more = f", and {len(wrong) - 1} more" if len(wrong) > 1 else ""
             raise ValueError(f"the weights do not fit the model: {wrong[0]}{more}")
@@ -170,13 +187,25 @@ def surplus_layers(model: nn.Module, keys: Iterable[str]) -> list[str]:
     return [key for key in keys if belongs(key)]
 
 
-def load_weights(model: nn.Module, path: str, key: str = "MODEL.WEIGHTS") -> None:
+def frozen_weights(model: nn.Module) -> dict[str, Tensor]:
+    """The weights that are not trained, by their names."""
+    return {name: weight for name, weight in model.named_parameters() if not weight.requires_grad}
+
+
+def load_weights(
+    model: nn.Module,
+    path: str,
+    key: str = "MODEL.WEIGHTS",
+    elsewhere: Collection[str] = (),
+) -> None:
     """Load every weight of a model.
 
     Args:
         model: the model.
         path: a file or anything iopath opens: ``detectron2://…``, ``https://…``.
         key: the config key that gave the path, for the message.
+        elsewhere: names of weights that the model has from another file, and that this one may
+            leave out, all of them or none.
 
     Raises:
         ValueError: if there is no path, or the file holds something else; if weights are missing,
@@ -185,7 +214,9 @@ def load_weights(model: nn.Module, path: str, key: str = "MODEL.WEIGHTS") -> Non
     """
     if not path:
         raise ValueError(f"{key} is empty; give the checkpoint to evaluate")
-    _StrictCheckpointer(model, key=key).load(path)
+    checkpointer = _StrictCheckpointer(model, key=key)
+    checkpointer.elsewhere = frozenset(elsewhere)
+    checkpointer.load(path)
 
 
 class Slimmed(NamedTuple):
@@ -206,18 +237,33 @@ def _halved(weight: Tensor) -> Tensor:
     return half if torch.isfinite(half).all() else weight
 
 
-def slim_checkpoint(source: str, target: str) -> Slimmed:
+def slim_checkpoint(
+    source: str, target: str, elsewhere: Mapping[str, Tensor] | None = None
+) -> Slimmed:
     """Write a checkpoint's weights alone, compressed, floating-point ones in fp16.
+
+    Args:
+        source: the checkpoint, or anything iopath opens.
+        target: the file to write.
+        elsewhere: weights that are left out, as they are in another file.
 
     Raises:
         OSError: if there is no source, or it cannot be downloaded; or as `check_new_file`.
-        ValueError: if the source is no checkpoint, or has weights that are not finite.
+        ValueError: if the source is no checkpoint, has weights that are not finite, or other ones
+            than ``elsewhere`` under the same names.
     """
     check_new_file(target, "target")
     # Training checkpoints hold the state of the optimizer and schedule beside the tensors.
     weights = read_weights(source, "the checkpoint")
     check_finite(weights, f"the checkpoint {source!r}")
-    halves = {key: _halved(w) for key, w in weights.items()}
+    elsewhere = elsewhere or {}
+    for key, weight in elsewhere.items():
+        if key not in weights or not torch.equal(weights[key], weight.cpu()):
+            raise ValueError(
+                f"the checkpoint {source!r} has another {key} than the weights that it was trained "
+                "from, so it cannot be left out"
+            )
+    halves = {key: _halved(w) for key, w in weights.items() if key not in elsewhere}
     # torch.load inflates what is deflated; torch.save does not deflate.
     buffer = io.BytesIO()
     torch.save({"model": halves}, buffer)
