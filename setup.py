@@ -26,6 +26,26 @@ def read_readme() -> str:
     return readme.read_text(encoding="utf-8") if readme.exists() else ""
 
 
+#: Package -> its folder. Projects and configs lie at the top, as in Detectron2, and become a part
+#: of the package when it is installed, so that no top-level name but its own is taken.
+FOLDERS = {
+    "expedit_d2": "expedit_d2",
+    "expedit_d2.configs": "configs",
+    **{
+        f"expedit_d2.projects.{name}": f"projects/{name}"
+        for name in ("DPT", "Mask2Former", "Segmenter", "ViTDet")
+    },
+}
+
+
+def packages_in(name: str) -> list[str]:
+    """A package of `FOLDERS` and all below it."""
+    found = find_namespace_packages(
+        str(ROOT / FOLDERS[name]), exclude=["*__pycache__", "*__pycache__.*"]
+    )
+    return [name, *(f"{name}.{below}" for below in found)]
+
+
 setup(
     name="expedit_d2",
     version=read_version(),
@@ -35,12 +55,9 @@ setup(
     long_description_content_type="text/markdown",
     author="The Expedit-D2 contributors",
     license="Apache-2.0",
-    # `projects` holds one folder a model, as in Detectron2, and is imported by that name.
     # Namespace packages count as well: a folder of configs has no __init__.py.
-    packages=find_namespace_packages(
-        include=["expedit_d2", "expedit_d2.*", "projects", "projects.*"],
-        exclude=["*.__pycache__", "*.__pycache__.*"],
-    ),
+    packages=[folder for name in FOLDERS for folder in packages_in(name)],
+    package_dir=FOLDERS,
     # Everything beside the modules: py.typed, configs, the embedded data set.
     package_data={"": ["*"]},
     exclude_package_data={"": ["*.pyc"]},

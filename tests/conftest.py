@@ -37,7 +37,7 @@ def tiny_opts(tiny_data, tmp_path):
     """Config overrides for the tiny detector, with random weights on disk."""
     from detectron2.modeling import build_model
 
-    from projects import get_cfg
+    from expedit_d2.projects import get_cfg
 
     cfg = get_cfg()
     cfg.merge_from_file(EMBEDDED)

@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from expedit_d2 import expedite, sized_blocks
 from expedit_d2.hook import run_reduced
-from projects.DPT.modeling.encoder import Encoder
+from expedit_d2.projects.DPT.modeling.encoder import Encoder
 from support.vits import detectron2_vit, embedded, error
 
 LANDSCAPE, PORTRAIT = (8, 16), (16, 8)

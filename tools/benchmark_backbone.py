@@ -36,12 +36,12 @@ from expedit_d2.analysis.flops import count_flops
 from expedit_d2.analysis.memory import peak_memory
 from expedit_d2.analysis.timing import interleaved, processor, synchronize
 from expedit_d2.api import Expedited
+from expedit_d2.cli.arguments import ToolParser, add_config_options, at_least
 from expedit_d2.comparison import share_weights
 from expedit_d2.engine import check_file, import_modules, one_sentence
 from expedit_d2.files import code_in_files
+from expedit_d2.projects import load_cfg
 from expedit_d2.settings import Settings
-from projects import load_cfg
-from projects.arguments import ToolParser, add_config_options, at_least
 
 DTYPES = ["float32", "bfloat16", "float16"]
 

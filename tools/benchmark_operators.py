@@ -27,9 +27,9 @@ from torch import Tensor, nn
 from expedit_d2.analysis.dense import dense_clustering, dense_reconstruction
 from expedit_d2.analysis.memory import peak_memory
 from expedit_d2.analysis.timing import Timing, interleaved, processor
+from expedit_d2.cli.arguments import ToolParser, at_least
 from expedit_d2.engine import check_file, one_sentence
 from expedit_d2.operators import cluster_tokens, reconstruct_tokens
-from projects.arguments import ToolParser, at_least
 
 SIZES = ["40x40:28x28", "48x48:32x32", "64x64:45x45"]
 VIT_DEPTH = 24

@@ -23,6 +23,14 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from expedit_d2.cli.arguments import (
+    ToolParser,
+    add_measuring_options,
+    at_least,
+    measuring_options,
+    prepare,
+)
+from expedit_d2.cli.subjects import needed_setting, setting_of, settings_beside
 from expedit_d2.comparison import (
     Comparison,
     check_finished,
@@ -37,14 +45,6 @@ from expedit_d2.engine.interrupt import interruptible
 from expedit_d2.files import code_in_files
 from expedit_d2.report import draw_pictures, headline_row, write_report
 from expedit_d2.settings import Settings
-from projects.arguments import (
-    ToolParser,
-    add_measuring_options,
-    at_least,
-    measuring_options,
-    prepare,
-)
-from projects.subjects import needed_setting, setting_of, settings_beside
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:

@@ -14,11 +14,11 @@ from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 from torch import nn
 
+from expedit_d2.cli.arguments import ToolParser, add_config_options
 from expedit_d2.engine import import_modules, one_sentence
 from expedit_d2.files import code_in_files
-from projects import load_cfg
-from projects.arguments import ToolParser, add_config_options
-from projects.DPT.convert import convert_checkpoint
+from expedit_d2.projects import load_cfg
+from expedit_d2.projects.DPT.convert import convert_checkpoint
 
 
 def build_on_meta(cfg: CfgNode) -> nn.Module:

@@ -11,10 +11,10 @@ Example::
 
 from __future__ import annotations
 
+from expedit_d2.cli.arguments import ToolParser
 from expedit_d2.engine import one_sentence
 from expedit_d2.files import add_trust_option, code_in_files
-from projects.arguments import ToolParser
-from projects.Segmenter.convert import convert_checkpoint
+from expedit_d2.projects.Segmenter.convert import convert_checkpoint
 
 
 def run(arguments: list[str] | None = None) -> None:

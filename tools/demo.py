@@ -15,6 +15,8 @@ import numpy as np
 from detectron2.data import MetadataCatalog
 from detectron2.utils.logger import setup_logger
 
+from expedit_d2.cli.arguments import ToolParser, add_config_options, at_least
+from expedit_d2.cli.subjects import load_subject, needed_setting
 from expedit_d2.comparison import (
     Comparison,
     Options,
@@ -27,12 +29,11 @@ from expedit_d2.comparison import (
 from expedit_d2.data import register_collage
 from expedit_d2.engine import check_folder, import_modules, one_sentence
 from expedit_d2.files import code_in_files
+from expedit_d2.files.shipped import SHIPPED
 from expedit_d2.settings import Settings
 from expedit_d2.visualize import save_panels, side_by_side
-from projects.arguments import ToolParser, add_config_options, at_least
-from projects.subjects import load_subject, needed_setting
 
-CONFIGS = Path(__file__).resolve().parent.parent / "configs" / "embedded"
+CONFIGS = SHIPPED / "configs" / "embedded"
 
 
 @dataclass(frozen=True)

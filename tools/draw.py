@@ -29,6 +29,8 @@ from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 from tqdm import tqdm
 
+from expedit_d2.cli.arguments import ToolParser, add_config_options, at_least
+from expedit_d2.cli.subjects import load_subject, needed_setting
 from expedit_d2.comparison import Subject
 from expedit_d2.comparison.session import expedited_copy
 from expedit_d2.data import register_collage
@@ -36,8 +38,6 @@ from expedit_d2.engine import check_folder, import_modules, launch, one_sentence
 from expedit_d2.files import code_in_files
 from expedit_d2.settings import Settings
 from expedit_d2.visualize import save_panels, side_by_side
-from projects.arguments import ToolParser, add_config_options, at_least
-from projects.subjects import load_subject, needed_setting
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:

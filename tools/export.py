@@ -33,12 +33,12 @@ from tabulate import tabulate
 from torch import Tensor, nn
 
 from expedit_d2.analysis.timing import interleaved
+from expedit_d2.cli.arguments import ToolParser, add_config_options, at_least
+from expedit_d2.cli.subjects import load_any_model, needed_setting
 from expedit_d2.data import register_collage
 from expedit_d2.engine import check_file, import_modules, one_sentence
 from expedit_d2.export import ImageModel, check_onnx, export_onnx, export_program, onnx_session
 from expedit_d2.files import code_in_files
-from projects.arguments import ToolParser, add_config_options, at_least
-from projects.subjects import load_any_model, needed_setting
 
 
 def parse_size(text: str) -> tuple[int, int]:

@@ -24,9 +24,17 @@ import torch
 from detectron2.utils.logger import setup_logger
 from tqdm import tqdm
 
+from expedit_d2.cli.arguments import ToolParser, at_least
 from expedit_d2.engine import check_file, choose_device, one_sentence
-from projects.arguments import ToolParser, at_least
-from projects.paper import Result, Table, count_row, select_tables, time_table, to_text, write_json
+from expedit_d2.paper import (
+    Result,
+    Table,
+    count_row,
+    select_tables,
+    time_table,
+    to_text,
+    write_json,
+)
 
 DTYPES = ["float32", "float16", "bfloat16"]
 

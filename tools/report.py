@@ -13,10 +13,10 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from expedit_d2.cli.arguments import ToolParser
 from expedit_d2.comparison import Comparison
 from expedit_d2.engine import check_file, one_sentence
 from expedit_d2.report import read_pictures, write_report
-from projects.arguments import ToolParser
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:

@@ -33,6 +33,8 @@ from detectron2.engine import default_setup
 from detectron2.evaluation import print_csv_format
 from detectron2.utils import comm
 
+from expedit_d2.cli.arguments import ToolParser, add_config_options, at_least
+from expedit_d2.cli.subjects import is_lazy, load_subject, needed_setting, subject_of
 from expedit_d2.comparison import Subject, check_finished, compare, to_terminal
 from expedit_d2.data import register_by_path, register_collage
 from expedit_d2.engine import (
@@ -46,10 +48,8 @@ from expedit_d2.engine import (
     train_lazy,
 )
 from expedit_d2.files import code_in_files
+from expedit_d2.projects import load_cfg, load_model, trainer_of
 from expedit_d2.settings import Settings
-from projects import load_cfg, load_model, trainer_of
-from projects.arguments import ToolParser, add_config_options, at_least
-from projects.subjects import is_lazy, load_subject, needed_setting, subject_of
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:

@@ -26,6 +26,14 @@ from dataclasses import replace
 from pathlib import Path
 
 from expedit_d2.adapters import find_host
+from expedit_d2.cli.arguments import (
+    ToolParser,
+    add_measuring_options,
+    at_least,
+    measuring_options,
+    prepare,
+)
+from expedit_d2.cli.subjects import write_winner
 from expedit_d2.comparison import (
     Target,
     Tuning,
@@ -38,14 +46,6 @@ from expedit_d2.comparison import (
 from expedit_d2.comparison.columns import spell_settings
 from expedit_d2.engine import import_modules, one_sentence
 from expedit_d2.files import code_in_files
-from projects.arguments import (
-    ToolParser,
-    add_measuring_options,
-    at_least,
-    measuring_options,
-    prepare,
-)
-from projects.subjects import write_winner
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:

@@ -13,9 +13,8 @@ from typing import Any
 from ..data.content import file_digest
 from .store import fingerprint
 
-__all__ = ["PACKAGE", "code_digest", "data_digest", "sources", "versions"]
+__all__ = ["code_digest", "data_digest", "sources", "versions"]
 
-PACKAGE = Path(__file__).resolve().parent.parent
 #: Packages whose versions numbers depend on.
 _LIBRARIES = ("detectron2", "numpy", "pycocotools", "timm", "torch", "torchvision")
 #: Folders in a data set's metadata with labels that no record names: Cityscapes' evaluators.
@@ -47,10 +46,12 @@ def sources(definitions: Iterable[type | Callable[..., Any]]) -> set[Path]:
     """Where classes and functions are defined: files, or folders of packages.
 
     What lies in a package that is not installed brings all of the package, as its other files are
-    as likely to change.
+    as likely to change. This package's own are left out: they always count.
     """
     found = set()
     for definition in definitions:
+        if definition.__module__.partition(".")[0] == __name__.partition(".")[0]:
+            continue
         try:
             file = Path(inspect.getsourcefile(definition) or "")
         except (TypeError, OSError):

@@ -20,7 +20,8 @@ from PIL import Image
 from torch import nn
 
 from ..data.images import DataError, check_image
-from .origin import PACKAGE, code_digest, data_digest, sources, versions
+from ..files.shipped import CODE
+from .origin import code_digest, data_digest, sources, versions
 from .store import fingerprint
 
 __all__ = ["Subject", "find_images", "image_name", "register_images"]
@@ -82,7 +83,7 @@ class Subject:
             weights.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy())
         classes = {type(module) for module in self.model.modules()}
         return fingerprint(
-            code_digest({PACKAGE, *self.code, *sources(classes)}),
+            code_digest({*CODE, *self.code, *sources(classes)}),
             versions(),
             self.config,
             weights.hexdigest(),

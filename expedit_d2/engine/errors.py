@@ -228,7 +228,7 @@ def _of_import(error: ImportError) -> str | None:
     if line.startswith("raise "):
         return message
     package = (error.name or "").partition(".")[0]
-    if not isinstance(error, ModuleNotFoundError) or package in ("", "expedit_d2", "projects"):
+    if not isinstance(error, ModuleNotFoundError) or package in ("", "expedit_d2"):
         return None
     return f"the package {package!r} is not installed; install it with pip"
 
@@ -237,7 +237,7 @@ def _of_value(error: ValueError) -> str | None:
     message, file, line = _origin(error)
     if not line.startswith("raise "):
         return None
-    ours = type(error).__module__.startswith(("expedit_d2.", "projects."))
+    ours = type(error).__module__.startswith("expedit_d2.")
     return message if ours else message + _hint(file)
 
 

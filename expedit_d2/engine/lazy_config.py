@@ -11,7 +11,6 @@ import inspect
 import traceback
 from collections.abc import Iterator, Sequence
 from dataclasses import fields
-from pathlib import Path
 from typing import Any
 
 from detectron2 import model_zoo
@@ -22,6 +21,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from ..files.shipped import config_file
 from ..settings import Settings
 from .config import choose_device
 from .errors import close_to
@@ -35,7 +35,7 @@ def load_lazy_config(path: str, overrides: Sequence[str]) -> DictConfig:
     What ``train`` does not say is Detectron2's own, from ``common/train.py``.
 
     Args:
-        path: the ``.py`` file.
+        path: the ``.py`` file, or the name of one that comes with the package.
         overrides: ``key.path=value``, as Detectron2 takes them; ``+key.path=value`` for a key that
             the config does not have.
 
@@ -47,8 +47,7 @@ def load_lazy_config(path: str, overrides: Sequence[str]) -> DictConfig:
     """
     if not path.endswith(".py"):
         raise ValueError(f"a LazyConfig is a .py file, got {path!r}")
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"there is no config file {path!r}")
+    path = str(config_file(path))
     cfg = _run(path)
     for name, example in (
         ("model", "common/models/mask_rcnn_vitdet.py"),

@@ -19,9 +19,9 @@ from expedit_d2.adapters import find_host
 from expedit_d2.analysis.flops import count_flops
 from expedit_d2.backbones.swin import D2SwinTransformer
 from expedit_d2.operators import cluster_tokens, reconstruct_tokens
+from expedit_d2.projects import Mask2Former, get_cfg
+from expedit_d2.projects.Mask2Former import add_maskformer2_config
 from expedit_d2.windows import partition, shifted_mask
-from projects import Mask2Former, get_cfg
-from projects.Mask2Former import add_maskformer2_config
 
 CONFIGS = Path(Mask2Former.__file__).parent / "configs"
 PATCH = 4

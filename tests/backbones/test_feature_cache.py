@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from expedit_d2 import expedite
 from expedit_d2.backbones.feature_cache import cache_features
-from projects import get_cfg, load_model
+from expedit_d2.projects import get_cfg, load_model
 
 
 class Pair(NamedTuple):

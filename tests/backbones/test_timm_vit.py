@@ -19,7 +19,7 @@ from expedit_d2.analysis.flops import count_flops
 from expedit_d2.api import is_expedited
 from expedit_d2.backbones import add_timm_config
 from expedit_d2.backbones.timm_vit import TimmNet, create_timm_vit
-from projects import Mask2Former, get_cfg
+from expedit_d2.projects import Mask2Former, get_cfg
 from support.repository import ROOT
 
 CONFIGS = Path(Mask2Former.__file__).parent / "configs"

@@ -12,13 +12,13 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.utils.file_io import PathManager
 from PIL import Image
 
-from expedit_d2.comparison import Comparison, origin
+from expedit_d2.cli.subjects import load_subject
+from expedit_d2.comparison import Comparison
 from expedit_d2.comparison import subject as subject_module
 from expedit_d2.comparison.origin import code_digest, data_digest
 from expedit_d2.data import register_by_path
 from expedit_d2.data.content import file_digest
-from projects import subjects as projects_subjects
-from projects.subjects import load_subject
+from expedit_d2.files.shipped import CODE
 from support.detector import LAZY
 from support.repository import EMBEDDED, load_tool
 
@@ -40,14 +40,13 @@ PLACES = [
 def copied_code(tmp_path_factory):
     """The code of both packages, to be changed."""
     folder = tmp_path_factory.mktemp("code")
-    for package in (origin.PACKAGE, *projects_subjects._CODE):
+    for package in CODE:
         shutil.copytree(package, folder / package.name, ignore=shutil.ignore_patterns("*.html"))
     return folder
 
 
 def patch_code(monkeypatch, copied_code):
-    monkeypatch.setattr(subject_module, "PACKAGE", copied_code / "expedit_d2")
-    monkeypatch.setattr(projects_subjects, "_CODE", (copied_code / "projects",))
+    monkeypatch.setattr(subject_module, "CODE", tuple(copied_code / path.name for path in CODE))
 
 
 @pytest.mark.parametrize("place", PLACES)

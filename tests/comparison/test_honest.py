@@ -10,6 +10,7 @@ from PIL import Image
 
 from expedit_d2.analysis.flops import Flops
 from expedit_d2.analysis.timing import Ratio, Timing
+from expedit_d2.cli.subjects import load_subject
 from expedit_d2.comparison import (
     Comparison,
     Conditions,
@@ -28,7 +29,6 @@ from expedit_d2.comparison import session as session_module
 from expedit_d2.report import best_row, headline, headline_row, write_report
 from expedit_d2.report.summary import tradeoffs
 from expedit_d2.settings import Settings
-from projects.subjects import load_subject
 from support.repository import EMBEDDED, ROOT, load_tool
 
 QUIET = Options(timed_images=0, progress=False)

@@ -10,6 +10,7 @@ import torch
 from detectron2.data import DatasetCatalog
 from torch import nn
 
+from expedit_d2.cli.subjects import load_subject
 from expedit_d2.comparison import (
     Comparison,
     Options,
@@ -21,9 +22,8 @@ from expedit_d2.comparison import (
     to_markdown,
 )
 from expedit_d2.comparison import session as session_module
+from expedit_d2.projects import load_cfg
 from expedit_d2.settings import Settings
-from projects import load_cfg
-from projects.subjects import load_subject
 from support.repository import EMBEDDED
 
 QUIET = Options(timed_images=0, progress=False)

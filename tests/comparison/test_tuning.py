@@ -10,6 +10,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from expedit_d2.adapters import find_host
 from expedit_d2.analysis.timing import Timing
+from expedit_d2.cli.subjects import load_subject, setting_of, write_winner
 from expedit_d2.comparison import (
     Comparison,
     Options,
@@ -23,9 +24,8 @@ from expedit_d2.comparison import (
 from expedit_d2.comparison import session as session_module
 from expedit_d2.comparison import tuning as tuning_module
 from expedit_d2.data import register_collage
+from expedit_d2.projects import load_cfg, trainer_of
 from expedit_d2.settings import Settings
-from projects import load_cfg, trainer_of
-from projects.subjects import load_subject, setting_of, write_winner
 from support.detector import LAZY, make_confident
 from support.repository import ROOT, load_tool
 
@@ -224,7 +224,7 @@ def test_candidates_of_stages_lie_in_the_longest():
     from detectron2.layers import ShapeSpec
 
     from expedit_d2.backbones.swin import D2SwinTransformer
-    from projects import get_cfg
+    from expedit_d2.projects import get_cfg
 
     cfg = get_cfg()
     cfg.MODEL.SWIN.EMBED_DIM, cfg.MODEL.SWIN.DEPTHS = 24, [2, 2, 6, 2]

@@ -28,9 +28,9 @@ from torch import nn
 
 from expedit_d2.data import register_by_path
 from expedit_d2.data.panoptic import class_metadata, semantic_path
-from projects import get_cfg
-from projects.Mask2Former import MaskFormerTrainer, register_panoptic_datasets
-from projects.Mask2Former.data import datasets
+from expedit_d2.projects import get_cfg
+from expedit_d2.projects.Mask2Former import MaskFormerTrainer, register_panoptic_datasets
+from expedit_d2.projects.Mask2Former.data import datasets
 from support.repository import ROOT, load_tool
 
 SHARED = ROOT.parent / "shared" / "data"

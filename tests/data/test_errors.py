@@ -23,7 +23,7 @@ from expedit_d2.data import register_by_path
 from expedit_d2.data.coco_checks import run_lengths
 from expedit_d2.data.images import MAX_PIXELS, DataError, load_labels, read_image
 from expedit_d2.data.mapper import CheckedMapper
-from projects import get_cfg, trainer_of
+from expedit_d2.projects import get_cfg, trainer_of
 from support.detector import TINY
 from support.repository import EMBEDDED, ROOT, load_tool
 

@@ -14,7 +14,7 @@ from PIL import Image
 from expedit_d2.data import register_collage
 from expedit_d2.engine import launch
 from expedit_d2.evaluation import Agreement
-from projects import load_cfg, trainer_of
+from expedit_d2.projects import load_cfg, trainer_of
 from support.detector import TINY
 from support.repository import EMBEDDED, ROOT
 

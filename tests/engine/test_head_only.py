@@ -11,7 +11,7 @@ from detectron2.config import CfgNode
 from torch import Tensor
 
 from expedit_d2.engine import slim_checkpoint
-from projects import frozen_part, get_cfg, load_model, trainer_of
+from expedit_d2.projects import frozen_part, get_cfg, load_model, trainer_of
 
 _VIT = {"embed_dim": 24, "depth": 3, "num_heads": 2, "img_size": 56}
 

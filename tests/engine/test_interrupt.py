@@ -7,13 +7,13 @@ import threading
 
 import pytest
 
+from expedit_d2.cli.subjects import load_subject
 from expedit_d2.comparison import Comparison, Options, Store, compare, tune
 from expedit_d2.comparison import session as session_module
 from expedit_d2.comparison.tuning import Target
 from expedit_d2.engine.interrupt import check_interrupt, interruptible
 from expedit_d2.evaluation import Agreement
 from expedit_d2.settings import Settings
-from projects.subjects import load_subject
 from support.repository import EMBEDDED, load_tool
 
 QUIET = Options(timed_images=0, progress=False)

@@ -10,10 +10,10 @@ from detectron2.config import LazyConfig, instantiate
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from PIL import Image
 
+from expedit_d2.cli.subjects import load_subject
 from expedit_d2.comparison import Options, compare
 from expedit_d2.data import collage
 from expedit_d2.settings import Settings
-from projects.subjects import load_subject
 from support.detector import TINY_VITDET
 from support.repository import load_tool
 

@@ -15,7 +15,7 @@ from detectron2.utils.file_io import PathManager
 
 from expedit_d2.engine import pypi_weights
 from expedit_d2.engine.pypi_weights import dinov2_from_onnx
-from projects import get_cfg
+from expedit_d2.projects import get_cfg
 
 DIM, DEPTH, SIDE = 8, 4, 3
 

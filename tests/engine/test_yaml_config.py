@@ -3,7 +3,7 @@
 import pytest
 
 from expedit_d2.engine import merge_overrides
-from projects import load_cfg
+from expedit_d2.projects import load_cfg
 from support.repository import EMBEDDED
 
 

@@ -29,7 +29,7 @@ from expedit_d2.engine import (
 )
 from expedit_d2.files import code_in_files, read_checkpoint, read_weights, runs_code
 from expedit_d2.files import download as downloading
-from projects import get_cfg, load_cfg, load_model
+from expedit_d2.projects import get_cfg, load_cfg, load_model
 from support.detector import LAZY, evaluate, fails, predictions
 from support.repository import EMBEDDED, ROOT, load_tool
 from support.segmenter import tiny_model, write_official

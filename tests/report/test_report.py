@@ -19,6 +19,7 @@ from PIL import Image
 from expedit_d2.analysis.flops import Flops
 from expedit_d2.analysis.timing import Timing
 from expedit_d2.comparison import PLAIN, Comparison, Conditions, Row, Subject, describe
+from expedit_d2.projects import load_cfg, load_model
 from expedit_d2.report import (
     Picture,
     best_row,
@@ -30,7 +31,6 @@ from expedit_d2.report import (
 from expedit_d2.report.figures import Point, draw_tradeoff
 from expedit_d2.report.summary import tradeoffs
 from expedit_d2.settings import Settings
-from projects import load_cfg, load_model
 from support.repository import EMBEDDED, load_tool
 
 VOID = {"meta", "img", "br", "link", "input", "hr"}

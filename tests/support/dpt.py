@@ -8,7 +8,7 @@ import torch
 from detectron2.config import CfgNode
 from torch import nn
 
-from projects import DPT, get_cfg
+from expedit_d2.projects import DPT, get_cfg
 
 CONFIGS = Path(DPT.__file__).parent / "configs"
 TINY = {

@@ -10,7 +10,7 @@ from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 from torch import Tensor, nn
 
-from projects import Segmenter, load_cfg
+from expedit_d2.projects import Segmenter, load_cfg
 
 CONFIGS = Path(Segmenter.__file__).parent / "configs"
 PATCH, SIDE, CLASSES = 4, 32, 7

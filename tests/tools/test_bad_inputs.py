@@ -9,7 +9,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.modeling import build_model
 
 from expedit_d2.data import register_collage
-from projects import get_cfg
+from expedit_d2.projects import get_cfg
 from support.detector import LAZY, TINY
 from support.repository import EMBEDDED, ROOT, load_tool
 

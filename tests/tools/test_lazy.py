@@ -8,9 +8,9 @@ from detectron2.config import LazyConfig, instantiate
 from detectron2.data import DatasetCatalog
 from PIL import Image
 
+from expedit_d2.cli.subjects import load_any_model
 from expedit_d2.comparison import Comparison
 from expedit_d2.engine import load_lazy_config
-from projects.subjects import load_any_model
 from support.detector import LAZY
 from support.repository import load_tool
 

@@ -15,6 +15,7 @@ from expedit_d2.api import expedite, is_expedited
 from expedit_d2.evaluation.agreement import match_segments
 from expedit_d2.methods import METHODS, build_method
 from expedit_d2.operators import cluster_tokens
+from expedit_d2.projects import load_cfg, load_model
 from expedit_d2.settings import OFF_GRID, Settings
 from expedit_d2.tokens import Tokens
 from expedit_d2.visualize import (
@@ -30,7 +31,6 @@ from expedit_d2.visualize import (
 )
 from expedit_d2.visualize.clusters import Reduction
 from expedit_d2.visualize.predictions import DRAWN, _inside
-from projects import load_cfg, load_model
 from support.repository import EMBEDDED, load_tool
 
 SEGMENTER = Path(EMBEDDED).with_name("segmenter.yaml")

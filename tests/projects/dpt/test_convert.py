@@ -11,8 +11,8 @@ from detectron2.modeling import build_model
 from torch import Tensor, nn
 
 from expedit_d2.engine import load_weights
-from projects import DPT, load_cfg
-from projects.DPT.convert import convert_checkpoint, convert_state
+from expedit_d2.projects import DPT, load_cfg
+from expedit_d2.projects.DPT.convert import convert_checkpoint, convert_state
 from support.repository import EMBEDDED, load_tool
 
 CONFIGS = Path(DPT.__file__).parent / "configs"

@@ -12,13 +12,13 @@ from PIL import Image
 
 from expedit_d2.api import is_expedited
 from expedit_d2.engine import load_weights
+from expedit_d2.projects import load_cfg, trainer_of
+from expedit_d2.projects.DPT import DepthMapper, DPTTrainer
+from expedit_d2.projects.DPT.data import load_depth_list, read_depth, register_depth_list
+from expedit_d2.projects.DPT.data.datasets import depth_scale_of
+from expedit_d2.projects.DPT.data.mapper import bottom_crop
+from expedit_d2.projects.DPT.evaluation import align, depth_metrics
 from expedit_d2.visualize import colorize_depth
-from projects import load_cfg, trainer_of
-from projects.DPT import DepthMapper, DPTTrainer
-from projects.DPT.data import load_depth_list, read_depth, register_depth_list
-from projects.DPT.data.datasets import depth_scale_of
-from projects.DPT.data.mapper import bottom_crop
-from projects.DPT.evaluation import align, depth_metrics
 from support.dpt import tiny_cfg
 from support.repository import ROOT, load_tool
 

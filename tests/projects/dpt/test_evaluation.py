@@ -12,9 +12,9 @@ from detectron2.data import MetadataCatalog
 from detectron2.utils import comm
 from PIL import Image
 
+from expedit_d2.projects.DPT import DepthEvaluator
+from expedit_d2.projects.DPT.evaluation import align, depth_metrics
 from expedit_d2.visualize import colorize_depth
-from projects.DPT import DepthEvaluator
-from projects.DPT.evaluation import align, depth_metrics
 
 
 @pytest.fixture

@@ -15,10 +15,15 @@ from torch import Tensor, nn
 from expedit_d2 import expedite
 from expedit_d2.analysis.flops import count_flops
 from expedit_d2.operators import cluster_tokens, reconstruct_tokens
+from expedit_d2.projects import load_cfg
+from expedit_d2.projects.DPT.modeling.losses import (
+    gradient_loss,
+    normalized,
+    silog_loss,
+    trimmed_loss,
+)
+from expedit_d2.projects.DPT.modeling.resize import network_size
 from expedit_d2.settings import Settings
-from projects import load_cfg
-from projects.DPT.modeling.losses import gradient_loss, normalized, silog_loss, trimmed_loss
-from projects.DPT.modeling.resize import network_size
 from support.dpt import CONFIGS, TINY, randomized, tiny_cfg
 from support.vits import error
 

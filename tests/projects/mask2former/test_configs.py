@@ -11,7 +11,7 @@ from detectron2.data import DatasetCatalog
 from detectron2.modeling import build_backbone
 
 from expedit_d2.hook import ExpeditedBlocks
-from projects import Mask2Former, get_cfg
+from expedit_d2.projects import Mask2Former, get_cfg
 
 CONFIGS = Path(Mask2Former.__file__).parent / "configs"
 EXPEDIT = sorted(p.relative_to(CONFIGS) for p in CONFIGS.rglob("*_expedit_*.yaml"))

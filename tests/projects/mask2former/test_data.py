@@ -19,15 +19,15 @@ from torch import nn
 from expedit_d2.data import register_collage
 from expedit_d2.data.color import ColorAugSSD
 from expedit_d2.engine.solver import build_lr_scheduler
-from projects import get_cfg
-from projects.Mask2Former import (
+from expedit_d2.projects import get_cfg
+from expedit_d2.projects.Mask2Former import (
     MaskFormerTrainer,
     add_maskformer2_config,
     build_evaluators,
     build_mapper,
     register_panoptic_datasets,
 )
-from projects.Mask2Former.data.mappers import MAPPERS, MaskFormerMapper, read_segments
+from expedit_d2.projects.Mask2Former.data.mappers import MAPPERS, MaskFormerMapper, read_segments
 
 HEIGHT, WIDTH = 64, 96
 

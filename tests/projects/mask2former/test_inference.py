@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from projects.Mask2Former.modeling.inference import (
+from expedit_d2.projects.Mask2Former.modeling.inference import (
     instance_inference,
     panoptic_inference,
     semantic_inference,

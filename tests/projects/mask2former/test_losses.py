@@ -9,9 +9,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from projects.Mask2Former.modeling.criterion import SetCriterion, bce_loss, dice_loss
-from projects.Mask2Former.modeling.matcher import HungarianMatcher, pairwise_bce, pairwise_dice
-from projects.Mask2Former.modeling.points import sample_at, uncertain_points
+from expedit_d2.projects.Mask2Former.modeling.criterion import SetCriterion, bce_loss, dice_loss
+from expedit_d2.projects.Mask2Former.modeling.matcher import (
+    HungarianMatcher,
+    pairwise_bce,
+    pairwise_dice,
+)
+from expedit_d2.projects.Mask2Former.modeling.points import sample_at, uncertain_points
 
 WEIGHTS = {"loss_ce": 2.0, "loss_mask": 5.0, "loss_dice": 3.0}
 NO_OBJECT = 0.1

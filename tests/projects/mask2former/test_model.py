@@ -14,8 +14,8 @@ from detectron2.modeling import build_model
 from detectron2.structures import BitMasks, Instances, PolygonMasks
 from torch import nn
 
-from projects import Mask2Former, get_cfg
-from projects.Mask2Former import add_maskformer2_config
+from expedit_d2.projects import Mask2Former, get_cfg
+from expedit_d2.projects.Mask2Former import add_maskformer2_config
 from support.repository import ROOT
 
 CONFIGS = Path(Mask2Former.__file__).parent / "configs"

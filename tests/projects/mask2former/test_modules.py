@@ -10,10 +10,10 @@ import torch
 from detectron2.layers import ShapeSpec
 from torch import Tensor, nn
 
-from projects.Mask2Former.modeling import deformable_attention as da
-from projects.Mask2Former.modeling.pixel_decoder import MSDeformAttnPixelDecoder
-from projects.Mask2Former.modeling.position import sine_embedding
-from projects.Mask2Former.modeling.transformer_decoder import (
+from expedit_d2.projects.Mask2Former.modeling import deformable_attention as da
+from expedit_d2.projects.Mask2Former.modeling.pixel_decoder import MSDeformAttnPixelDecoder
+from expedit_d2.projects.Mask2Former.modeling.position import sine_embedding
+from expedit_d2.projects.Mask2Former.modeling.transformer_decoder import (
     MultiScaleMaskedTransformerDecoder,
     _Attention,
 )

@@ -13,8 +13,7 @@ from torch import nn
 from expedit_d2 import expedite
 from expedit_d2.analysis.meta import traceable
 from expedit_d2.backbones.timm_vit import create_timm_vit
-from expedit_d2.settings import Settings
-from projects.paper import (
+from expedit_d2.paper import (
     RULES,
     Result,
     count_published,
@@ -24,6 +23,7 @@ from projects.paper import (
     time_table,
     to_text,
 )
+from expedit_d2.settings import Settings
 from support.repository import ROOT, load_tool
 
 TABLES = load_tables()

@@ -8,8 +8,8 @@ from detectron2.modeling import build_model
 from torch import nn
 
 from expedit_d2.engine import load_weights
-from projects import load_cfg
-from projects.Segmenter.convert import config_of, convert_checkpoint, match_weights
+from expedit_d2.projects import load_cfg
+from expedit_d2.projects.Segmenter.convert import config_of, convert_checkpoint, match_weights
 from support.repository import load_tool
 from support.segmenter import (
     CLASSES,

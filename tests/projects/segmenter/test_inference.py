@@ -14,10 +14,10 @@ from PIL import Image
 from torch import Tensor, nn
 
 from expedit_d2 import expedite
-from projects.Segmenter.data.mapper import fitted_size
-from projects.Segmenter.modeling import sliding_window
-from projects.Segmenter.modeling.inference import enlarged_size
-from projects.Segmenter.trainer import SegmenterTrainer
+from expedit_d2.projects.Segmenter.data.mapper import fitted_size
+from expedit_d2.projects.Segmenter.modeling import sliding_window
+from expedit_d2.projects.Segmenter.modeling.inference import enlarged_size
+from expedit_d2.projects.Segmenter.trainer import SegmenterTrainer
 from support.segmenter import CLASSES, SIDE, tiny_cfg, tiny_model
 from support.vits import error
 

@@ -13,11 +13,11 @@ from expedit_d2 import expedite
 from expedit_d2.analysis.flops import count_flops
 from expedit_d2.api import is_expedited
 from expedit_d2.operators import cluster_tokens, reconstruct_tokens
+from expedit_d2.projects import get_cfg, load_cfg, trainer_of
+from expedit_d2.projects.Segmenter import SegmenterTrainer, add_segmenter_config
+from expedit_d2.projects.Segmenter.flops import count_config_flops
+from expedit_d2.projects.Segmenter.modeling import LinearDecoder, MaskTransformer
 from expedit_d2.settings import Settings
-from projects import get_cfg, load_cfg, trainer_of
-from projects.Segmenter import SegmenterTrainer, add_segmenter_config
-from projects.Segmenter.flops import count_config_flops
-from projects.Segmenter.modeling import LinearDecoder, MaskTransformer
 from support.segmenter import CLASSES, CONFIGS, PATCH, SIDE, images, predict, tiny_cfg, tiny_model
 from support.vits import error
 

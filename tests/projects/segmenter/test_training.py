@@ -14,10 +14,10 @@ from PIL import Image
 
 from expedit_d2.comparison import Options, Subject, compare
 from expedit_d2.engine.solver import build_lr_scheduler
+from expedit_d2.projects import load_cfg, load_model
+from expedit_d2.projects.Segmenter import SegmenterTrainer, register_semantic_datasets
+from expedit_d2.projects.Segmenter.data import SemanticMapper
 from expedit_d2.settings import Settings
-from projects import load_cfg, load_model
-from projects.Segmenter import SegmenterTrainer, register_semantic_datasets
-from projects.Segmenter.data import SemanticMapper
 from support.segmenter import CLASSES, CONFIGS, tiny_cfg, tiny_model
 from support.vits import error
 

@@ -24,8 +24,8 @@ from torch import nn
 from expedit_d2.api import is_expedited
 from expedit_d2.backbones import add_vit_config
 from expedit_d2.config import add_expedit_config
+from expedit_d2.projects import get_cfg
 from expedit_d2.settings import Settings
-from projects import get_cfg
 from support.repository import ROOT
 
 CONFIGS = ROOT / "configs"

@@ -21,9 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from expedit_d2.adapters import find_host
-from expedit_d2.hook import ExpeditedBlocks
-from expedit_d2.settings import Settings
+from ..adapters import find_host
+from ..hook import ExpeditedBlocks
+from ..settings import Settings
 
 __all__ = ["RULES", "Rule", "count_published"]
 

@@ -13,7 +13,8 @@ from detectron2.config import CfgNode
 from detectron2.modeling import build_backbone, build_model
 from torch import nn
 
-from .. import load_cfg
+from ..files.shipped import SHIPPED
+from ..projects import load_cfg
 
 __all__ = ["Row", "Table", "load_tables", "select_tables"]
 
@@ -70,7 +71,7 @@ class Table:
 
     def cfg(self, row: Row, device: str) -> CfgNode:
         """The config of a row."""
-        return load_cfg(HERE.parent / row.config, [*self.opts, "MODEL.DEVICE", device])
+        return load_cfg(SHIPPED / "projects" / row.config, [*self.opts, "MODEL.DEVICE", device])
 
     def build(self, row: Row, device: str) -> tuple[nn.Module, Any]:
         """The model of a row with random weights, in evaluation mode, and one image for it."""

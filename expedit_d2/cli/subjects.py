@@ -15,16 +15,16 @@ from detectron2.utils.registry import locate
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from expedit_d2.comparison import Subject, describe, register_images
-from expedit_d2.comparison.origin import sources
-from expedit_d2.comparison.spelling import changes_tokens
-from expedit_d2.comparison.winner import to_overrides, to_yaml
-from expedit_d2.data import register_by_path
-from expedit_d2.engine import check_data_sets, load_lazy_config, load_lazy_model, merge_file
-from expedit_d2.engine.lazy_data import build_lazy_evaluator, build_lazy_loader
-from expedit_d2.settings import Settings
-
-from . import get_cfg, load_cfg, load_model, trainer_of
+from ..comparison import Subject, describe, register_images
+from ..comparison.origin import sources
+from ..comparison.spelling import changes_tokens
+from ..comparison.winner import to_overrides, to_yaml
+from ..data import register_by_path
+from ..engine import check_data_sets, load_lazy_config, load_lazy_model, merge_file
+from ..engine.lazy_data import build_lazy_evaluator, build_lazy_loader
+from ..files.shipped import find_config
+from ..projects import get_cfg, load_cfg, load_model, trainer_of
+from ..settings import Settings
 
 __all__ = [
     "is_lazy",
@@ -36,9 +36,6 @@ __all__ = [
     "subject_of",
     "write_winner",
 ]
-
-#: What makes the models and data of the projects here.
-_CODE = (Path(__file__).resolve().parent,)
 
 
 def is_lazy(config_file: str | Path) -> bool:
@@ -67,12 +64,13 @@ def load_subject(
     """
     if limit is not None and limit < 1:
         raise ValueError(f"at least one image is needed, got {limit}")
-    name = Path(config_file).stem
+    config_file = find_config(config_file)
+    name = config_file.stem
     if not is_lazy(config_file):
         cfg = load_cfg(config_file, opts)
         return subject_of(cfg, name, images=images, limit=limit, config_file=str(config_file))
     cfg = load_lazy_config(str(config_file), list(opts))
-    return _lazy_subject(cfg, Path(config_file), images, limit)
+    return _lazy_subject(cfg, config_file, images, limit)
 
 
 def subject_of(
@@ -109,7 +107,6 @@ def subject_of(
         config=told.dump(),
         color=cfg.INPUT.FORMAT,
         limit=limit,
-        code=_CODE,
         config_file=config_file,
     )
 
@@ -162,7 +159,7 @@ def _lazy_subject(
         color=cfg.model.get("input_format", "BGR"),
         limit=limit,
         records=lambda: instantiate(data.test.dataset),
-        code=(*_CODE, config_file.resolve(), *sources(_called(told))),
+        code=(config_file.resolve(), *sources(_called(told))),
         config_file=str(config_file),
     )
 
@@ -248,7 +245,7 @@ def needed_setting(config_file: str | Path, opts: Sequence[str] = ()) -> Setting
 
 def settings_beside(config_file: str | Path) -> dict[str, Settings]:
     """Settings of the files that lie beside a config and are named after it: ``model_*.yaml``."""
-    path = Path(config_file)
+    path = find_config(config_file)
     found = {
         file.stem.removeprefix(f"{path.stem}_"): setting_of(file)
         for file in sorted(path.parent.glob(f"{path.stem}_*.yaml"))

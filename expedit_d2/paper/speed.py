@@ -7,11 +7,10 @@ from functools import partial
 import torch
 from torch import nn
 
-from expedit_d2.analysis.timing import Timing, interleaved
-from expedit_d2.api import expedite
-from expedit_d2.comparison import share_weights
-from expedit_d2.settings import Settings
-
+from ..analysis.timing import Timing, interleaved
+from ..api import expedite
+from ..comparison import share_weights
+from ..settings import Settings
 from .tables import Table
 
 __all__ = ["time_table"]

@@ -1,4 +1,8 @@
-"""Detectron2 projects of this repository: their common configuration, and the trainer of each."""
+"""Detectron2 projects of this repository: their common configuration, and the trainer of each.
+
+As with Detectron2's own, the projects' folders lie in ``projects/`` of a checkout, and an installed
+package holds them here. They are ``expedit_d2.projects.Mask2Former`` and so on in both cases.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +13,9 @@ from detectron2.config import CfgNode
 from detectron2.config import get_cfg as _get_detectron2_cfg
 from torch import Tensor, nn
 
-from expedit_d2.backbones import add_timm_config, add_vit_config
-from expedit_d2.config import add_expedit_config
-from expedit_d2.engine import (
+from ..backbones import add_timm_config, add_vit_config
+from ..config import add_expedit_config
+from ..engine import (
     Trainer,
     add_solver_config,
     check_ranges,
@@ -21,15 +25,17 @@ from expedit_d2.engine import (
     merge_file,
     merge_overrides,
 )
-from expedit_d2.files import read_weights
+from ..files import read_weights
+from ..files.shipped import SHIPPED, config_file, shipped_file
+
+if not (Path(__file__).parent / "Mask2Former").is_dir():
+    __path__.append(str(SHIPPED / "projects"))
 
 from .DPT import DPTTrainer, add_dpt_config
 from .Mask2Former import MaskFormerTrainer, add_maskformer2_config
 from .Segmenter import SegmenterTrainer, add_segmenter_config
 
 __all__ = ["frozen_part", "get_cfg", "load_cfg", "load_model", "trainer_of"]
-
-ROOT = Path(__file__).resolve().parent.parent
 
 #: MODEL.META_ARCHITECTURE -> its trainer; `Trainer` for all others.
 TRAINERS: dict[str, type[Trainer]] = {
@@ -116,7 +122,7 @@ def load_cfg(path: str | Path, opts: Sequence[str] = ()) -> CfgNode:
     """The config of a YAML file with overrides, on a device that is there.
 
     Args:
-        path: of the file.
+        path: of the file, or the name of one that comes with the package (`config_file`).
         opts: keys and values in turn.
 
     Raises:
@@ -125,11 +131,10 @@ def load_cfg(path: str | Path, opts: Sequence[str] = ()) -> CfgNode:
             values of another type or out of their range, or a device that this machine has not.
     """
     cfg = get_cfg()
-    merge_file(cfg, path)
+    merge_file(cfg, config_file(path))
     merge_overrides(cfg, opts)
     check_ranges(cfg)
     cfg.MODEL.DEVICE = choose_device(cfg.MODEL.DEVICE)
-    # A relative path means the repository, wherever this is started from.
-    if not Path(cfg.MODEL.WEIGHTS).exists() and (ROOT / cfg.MODEL.WEIGHTS).is_file():
-        cfg.MODEL.WEIGHTS = str(ROOT / cfg.MODEL.WEIGHTS)
+    # Embedded weights are found wherever this is started from.
+    cfg.MODEL.WEIGHTS = shipped_file(cfg.MODEL.WEIGHTS)
     return cfg

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-from pathlib import Path
 from typing import NoReturn
 
 import torch
 from detectron2.utils.logger import setup_logger
 
-from expedit_d2.comparison import Options, Store, Subject
-from expedit_d2.comparison.session import DTYPES
-from expedit_d2.data import register_collage
-from expedit_d2.engine import check_folder
-from expedit_d2.engine.errors import end
-from expedit_d2.files import add_trust_option
-
+from ..comparison import Options, Store, Subject
+from ..comparison.session import DTYPES
+from ..data import register_collage
+from ..engine import check_folder
+from ..engine.errors import end
+from ..files import add_trust_option
+from ..files.shipped import find_config
 from .subjects import load_subject
 
 __all__ = [
@@ -28,7 +27,7 @@ __all__ = [
     "prepare",
 ]
 
-EMBEDDED = str(Path(__file__).resolve().parent.parent / "configs" / "embedded" / "segmenter.yaml")
+EMBEDDED = "configs/embedded/segmenter.yaml"
 
 
 class ToolParser(argparse.ArgumentParser):
@@ -78,7 +77,14 @@ def add_config_options(
         default: of ``--config-file``, which is required without one.
     """
     option = parser.add_argument
-    option("--config-file", metavar="FILE", required=default is None, default=default, help=help)
+    option(
+        "--config-file",
+        type=lambda name: str(find_config(name)) if name else name,
+        metavar="FILE",
+        required=default is None,
+        default=default,
+        help=f"{help}; or the name of one that comes with the package, such as {EMBEDDED}",
+    )
     option(
         "--import",
         dest="imports",

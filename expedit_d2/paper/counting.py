@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from expedit_d2.analysis.flops import count_flops
-from expedit_d2.analysis.meta import traceable
-
+from ..analysis.flops import count_flops
+from ..analysis.meta import traceable
 from .report import Result
 from .rules import RULES, count_published
 from .tables import Row, Table
