@@ -1,6 +1,7 @@
 """Registration: Detectron2's own evaluators give full marks to the truth, and less to less."""
 
 import copy
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -152,6 +153,13 @@ def test_metadata_follows_the_conventions(tiny):
     assert meta.stuff_colors[:6] == meta.thing_colors and len(meta.stuff_colors) == 10
     assert meta.thing_dataset_id_to_contiguous_id == {i + 1: i for i in range(6)}
     assert (meta.ignore_label, meta.evaluator_type) == (255, "coco_panoptic_seg")
+
+
+def test_both_sizes_are_registered(catalog):
+    register_collage()
+    names = [f"{name}_{split}" for name in ("collage", "collage_448") for split in ("train", "val")]
+    folders = [Path(MetadataCatalog.get(name).image_root).parent.name for name in names]
+    assert folders == ["collage-v2"] * 2 + ["collage-v2-1200+200-448x448"] * 2
 
 
 def test_nothing_is_written_before_first_use_and_registering_again_is_harmless(tmp_path, catalog):

@@ -22,6 +22,8 @@ COLORS = (
 SPLITS = ("train", "val")
 COUNTS = {"train": 2000, "val": 200}
 SIZE = (256, 256)
+LARGE_COUNTS = {"train": 1200, "val": 200}
+LARGE_SIZE = (448, 448)
 LABEL_DIVISOR = 1000  # panoptic id = COCO category id * LABEL_DIVISOR + number in the image
 DEPTH_SCALE = 1000  # depth PNG values per metre
 MIN_SIDE = 64  # pixels, of an image

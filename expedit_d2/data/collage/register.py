@@ -1,7 +1,7 @@
 """Registers the embedded data set "collage" with Detectron2.
 
-``register_collage()`` adds ``collage_train`` and ``collage_val``; nothing is written before one of
-them is first read.
+``register_collage()`` adds ``collage_train`` and ``collage_val``, and ``collage_448_train`` and
+``collage_448_val``; nothing is written before one of them is first read.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import load_coco_json
 
 from ..panoptic import class_metadata, contiguous_segments
-from .definition import DEPTH_SCALE, SIZE, SPLITS, categories
+from .definition import DEPTH_SCALE, LARGE_COUNTS, LARGE_SIZE, SIZE, SPLITS, categories
 from .write import collage_folder, write_collage
 
 
@@ -58,6 +58,9 @@ def register_collage(
 ) -> None:
     """Registers ``<name>_train`` and ``<name>_val``; again is harmless.
 
+    Without arguments ``collage_448_train`` and ``collage_448_val`` as well: the same scenes at
+    448 x 448 pixels, 1200 and 200 of them.
+
     The files are written when a data set is first read (``DatasetCatalog.get``), not here. Each
     record has an image's annotations (run-length masks: set ``INPUT.MASK_FORMAT`` to "bitmask"),
     ``sem_seg_file_name``, ``pan_seg_file_name``, ``segments_info`` and ``depth_file_name``
@@ -73,7 +76,19 @@ def register_collage(
         ValueError: when arguments are given and the names already stand for another folder.
     """
     given = not (root is None and counts is None and size is None)
-    size = SIZE if size is None else size
+    if not given and name == "collage":
+        _register("collage_448", None, LARGE_COUNTS, LARGE_SIZE, check=False)
+    _register(name, root, counts, SIZE if size is None else size, check=given)
+
+
+def _register(
+    name: str,
+    root: str | os.PathLike | None,
+    counts: Mapping[str, int] | None,
+    size: tuple[int, int],
+    check: bool,
+) -> None:
+    """One size of the data set; ``check`` refuses names that stand for another folder."""
     folder = collage_folder(root, counts, size)
     for split in SPLITS:
         full_name = f"{name}_{split}"
@@ -83,7 +98,7 @@ def register_collage(
                 full_name, _CollageLoader(full_name, root=folder.parent, counts=counts, size=size)
             )
             MetadataCatalog.get(full_name).set(**metadata)
-        elif given and MetadataCatalog.get(full_name).get("json_file") != metadata["json_file"]:
+        elif check and MetadataCatalog.get(full_name).get("json_file") != metadata["json_file"]:
             raise ValueError(
                 f"The data set {full_name} is already registered from "
                 f"{MetadataCatalog.get(full_name).get('image_root')}, not {folder}; "
