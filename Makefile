@@ -9,11 +9,11 @@ STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test lint clean
+.PHONY: help setup demo test test-fast lint clean
 
 help: ## list the targets
-	@grep -E '^[a-z]+:.*## ' Makefile | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 16
-	@echo '  Variables: PYTHON=$(PYTHON) VENV=$(VENV) ARGS="..." (for demo and test)'
+	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 16
+	@echo '  Variables: PYTHON=$(PYTHON) VENV=$(VENV) ARGS="..." (for demo, test and test-fast)'
 
 setup: $(STAMP) ## make the virtual environment and install everything into it
 	@echo '$(VENV) is ready; use it with: . $(BIN)/activate'
@@ -23,6 +23,9 @@ demo: $(STAMP) ## run the demo
 
 test: $(STAMP) ## run the tests
 	$(BIN)/python -m pytest $(ARGS)
+
+test-fast: $(STAMP) ## run the tests that are not marked slow
+	$(BIN)/python -m pytest -m 'not slow' $(ARGS)
 
 lint: $(STAMP) ## check style and formatting with ruff
 	$(BIN)/python -m ruff check .

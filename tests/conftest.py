@@ -1,8 +1,10 @@
 """Shared fixtures: a tiny detector and a tiny data set."""
 
 import logging
+import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
@@ -12,16 +14,49 @@ from support.repository import EMBEDDED
 
 
 @pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+    np.random.seed(0)
+
+
+@pytest.fixture(autouse=True)
 def loggers_of_earlier_tests(monkeypatch):
     """Detectron2's loggers keep writing to the stdout of an earlier test, which is closed."""
     monkeypatch.setattr(logging, "raiseExceptions", False)
 
 
+@pytest.fixture(scope="session")
+def rendered_scenes(tmp_path_factory):
+    """The folder of a train and a val set with four 64 x 64 scenes each. Not to be changed."""
+    from expedit_d2.data.collage import write_collage
+
+    return write_collage(tmp_path_factory.mktemp("scenes"), {"train": 4, "val": 4}, (64, 64))
+
+
+@pytest.fixture(scope="session")
+def tiny_weights(tmp_path_factory):
+    """Random weights of the tiny detector. Not to be changed."""
+    from detectron2.modeling import build_model
+
+    from expedit_d2.projects import get_cfg
+
+    cfg = get_cfg()
+    cfg.merge_from_file(EMBEDDED)
+    cfg.merge_from_list(TINY)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        state = build_model(cfg).state_dict()
+    weights = tmp_path_factory.mktemp("detector") / "weights.pth"
+    torch.save({"model": state}, weights)
+    return weights
+
+
 @pytest.fixture
-def tiny_data(tmp_path):
-    """Names of a train and a val set with four 64 x 64 scenes each."""
+def tiny_data(rendered_scenes, tmp_path):
+    """Names of a train and a val set with four 64 x 64 scenes each, in the test's folder."""
     from expedit_d2.data import register_collage
 
+    shutil.copytree(rendered_scenes, tmp_path / rendered_scenes.name)
     register_collage(
         root=tmp_path, counts={"train": 4, "val": 4}, size=(64, 64), name=tmp_path.name
     )
@@ -33,18 +68,9 @@ def tiny_data(tmp_path):
 
 
 @pytest.fixture
-def tiny_opts(tiny_data, tmp_path):
+def tiny_opts(tiny_data, tiny_weights, tmp_path):
     """Config overrides for the tiny detector, with random weights on disk."""
-    from detectron2.modeling import build_model
-
-    from expedit_d2.projects import get_cfg
-
-    cfg = get_cfg()
-    cfg.merge_from_file(EMBEDDED)
-    cfg.merge_from_list(TINY)
-    torch.manual_seed(0)
-    weights = tmp_path / "weights.pth"
-    torch.save({"model": build_model(cfg).state_dict()}, weights)
+    weights = shutil.copy(tiny_weights, tmp_path / "weights.pth")
     train, val = tiny_data
     return [
         *TINY,
@@ -60,3 +86,26 @@ def confident_opts(tiny_opts):
     """`tiny_opts` with a detector whose instances have scores above 0.5."""
     make_confident(Path(tiny_opts[tiny_opts.index("MODEL.WEIGHTS") + 1]))
     return tiny_opts
+
+
+@pytest.fixture
+def catalogs(monkeypatch, tmp_path):
+    """Forgets what a test registers, and keeps its cache in the test's folder."""
+    for catalog in (DatasetCatalog, MetadataCatalog):
+        monkeypatch.setattr(catalog, "data", dict(catalog.data))
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def fails(capsys):
+    """Runs a tool, which must end with one sentence; returns that."""
+
+    def run(tool, *arguments: str) -> str:
+        with pytest.raises(SystemExit) as stopped:
+            tool.run([str(argument) for argument in arguments])
+        if isinstance(stopped.value.code, str):
+            return stopped.value.code
+        assert stopped.value.code not in (0, None)
+        return capsys.readouterr().err.strip().splitlines()[-1]
+
+    return run

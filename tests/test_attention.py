@@ -28,11 +28,6 @@ from expedit_d2.windows import partition, unpartition
 from support import oracles
 
 
-@pytest.fixture(autouse=True)
-def seed():
-    torch.manual_seed(0)
-
-
 def test_key_bias_gives_a_key_as_many_votes_as_copies_of_it_would_have():
     counts = torch.tensor([1, 4, 2, 7, 1])
     q, k, v = torch.randn(3, 8), torch.randn(5, 8), torch.randn(5, 8)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
-from detectron2.modeling import ViT
-from timm.models.eva import Eva
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -14,68 +13,28 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from expedit_d2 import expedite, fuse_attention
 from expedit_d2.adapters.timm_vit import PrefixLayout
 from expedit_d2.attention import MasksAsChannels
-from expedit_d2.backbones.swin import D2SwinTransformer
 from expedit_d2.methods import METHODS
 from expedit_d2.settings import OFF_GRID
+from support.vits import detectron2_vit, images, swin, timm_eva, timm_vit
+
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(autouse=True)
 def fresh():
-    torch.manual_seed(0)
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
 
 
-def timm_vit(depth: int = 2) -> nn.Module:
-    return VisionTransformer(
-        img_size=(24, 32),
-        patch_size=4,
-        embed_dim=32,
-        depth=depth,
-        num_heads=4,
-        num_classes=0,
-        dynamic_img_size=True,
-    )
-
-
-def timm_eva() -> nn.Module:
-    return Eva(
-        img_size=(24, 32),
-        patch_size=4,
-        embed_dim=32,
-        depth=2,
-        num_heads=4,
-        num_classes=0,
-        use_rot_pos_emb=True,
-        dynamic_img_size=True,
-    )
-
-
-def detectron2_vit(depth: int = 2) -> nn.Module:
-    return ViT(
-        img_size=32,
-        patch_size=4,
-        embed_dim=32,
-        depth=depth,
-        num_heads=4,
-        use_rel_pos=True,
-        window_size=4,
-        window_block_indexes=(0,),
-    )
-
-
-def swin() -> nn.Module:
-    return D2SwinTransformer(
-        embed_dim=16, depths=(2,), num_heads=(2,), window_size=4, out_features=["res2"]
-    )
-
-
+SIZE = (6, 8)  # tokens of the images here
 MODELS = {
-    "timm_vit": timm_vit,
-    "timm_eva": timm_eva,
-    "detectron2_vit": detectron2_vit,
-    "swin": swin,
+    "timm_vit": partial(timm_vit, SIZE, depth=2, dynamic_img_size=True),
+    "timm_eva": partial(timm_eva, SIZE, depth=2, use_rot_pos_emb=True, dynamic_img_size=True),
+    "detectron2_vit": partial(
+        detectron2_vit, img_size=32, depth=2, window_size=4, window_block_indexes=(0,)
+    ),
+    "swin": partial(swin, depths=(2,), num_heads=(2,), out_features=["res2"]),
 }
 
 
@@ -97,10 +56,6 @@ PAIRS = [
 ]
 
 
-def images(batch: int = 2, device: str = "cpu") -> Tensor:
-    return torch.randn(batch, 3, 24, 32, device=device)
-
-
 def outputs(model: nn.Module, x: Tensor) -> Tensor:
     out = model(x)
     if isinstance(out, dict):
@@ -109,7 +64,7 @@ def outputs(model: nn.Module, x: Tensor) -> Tensor:
 
 
 def assert_compiles(model: nn.Module) -> None:
-    x = images()
+    x = images(SIZE)
     with torch.no_grad():
         expected = outputs(model, x)
         compiled = torch.compile(model, fullgraph=True, backend="eager")
@@ -118,7 +73,7 @@ def assert_compiles(model: nn.Module) -> None:
 
 @pytest.mark.parametrize("kind,method", PAIRS)
 def test_expedited_models_compile_to_one_graph(kind, method):
-    model = MODELS[kind]().eval()
+    model = MODELS[kind]()
     with expedite(model, **settings_for(kind, method), fused_attention=True):
         assert_compiles(model)
 
@@ -134,7 +89,7 @@ SIZES = [
 @pytest.mark.parametrize("kind,settings", SIZES, ids=str)
 def test_a_size_is_compiled_once(kind, settings):
     """No break in a graph, and no shape or guard in it that depends on what is in an image."""
-    model = MODELS[kind](depth=4).eval()
+    model = MODELS[kind](depth=4)
     counter = CompileCounterWithBackend("aot_eager")
     with expedite(model, outputs=(3,), **settings), torch.no_grad():
         # The sizes are known to the graph: with CUDA graphs they have to be.
@@ -149,7 +104,7 @@ def test_a_size_is_compiled_once(kind, settings):
 
 @pytest.mark.parametrize("kind", ["detectron2_vit", "swin"])
 def test_fused_plain_models_compile_to_one_graph(kind):
-    model = MODELS[kind]().eval()
+    model = MODELS[kind]()
     with fuse_attention(model):
         assert_compiles(model)
 
@@ -175,17 +130,17 @@ class _NoWaiting(TorchDispatchMode):
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("kind,method", PAIRS)
 def test_nothing_waits_for_the_device(kind, method, batch):
-    model = MODELS[kind]().eval()
+    model = MODELS[kind]()
     settings = settings_for(kind, method) | {"fused_attention": True}
     with expedite(model, **settings), torch.no_grad():
-        x = images(batch)
+        x = images(SIZE, batch)
         outputs(model, x)  # what a model computes once and keeps
         with _NoWaiting():
             outputs(model, x)
 
 
 def test_waiting_would_be_noticed():
-    x = images()
+    x = images(SIZE)
     for waits in (
         lambda: x.sum().item(),
         lambda: x.new_tensor([1.0, 2.0]),
@@ -201,6 +156,6 @@ def test_waiting_would_be_noticed():
 def test_sizes_as_channels_compile_to_one_graph(monkeypatch, kind):
     """As on a GPU; see `MasksAsChannels`."""
     monkeypatch.setattr(PrefixLayout, "_masks", staticmethod(lambda x: MasksAsChannels()))
-    model = MODELS[kind]().eval()
+    model = MODELS[kind]()
     with expedite(model, alpha=1, grid=(4, 5), iterations=2):
         assert_compiles(model)

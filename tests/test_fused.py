@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import copy
 import pickle
+from functools import partial
 
 import pytest
 import torch
-from detectron2.modeling import SwinTransformer, ViT
+from detectron2.modeling import SwinTransformer
 from detectron2.modeling.backbone.swin import WindowAttention
 from detectron2.modeling.backbone.vit import Attention
 from timm.models.vision_transformer import VisionTransformer
@@ -17,43 +18,19 @@ from expedit_d2 import attention, expedite, fuse_attention
 from expedit_d2.adapters.detectron2_vit import _attend
 from expedit_d2.analysis.memory import peak_memory
 from expedit_d2.api import expedite_from_node, is_expedited
-from expedit_d2.backbones.swin import D2SwinTransformer
 from expedit_d2.settings import Settings
+from support.tensors import error, perturbed
+from support.vits import detectron2_vit, swin
 
-
-@pytest.fixture(autouse=True)
-def seed():
-    torch.manual_seed(0)
-
-
-def detectron2_vit(**changes) -> ViT:
-    settings = {
-        "img_size": 48,
-        "patch_size": 4,
-        "embed_dim": 32,
-        "depth": 4,
-        "num_heads": 4,
-        "use_rel_pos": True,
-        "window_size": 7,
-        "window_block_indexes": (0, 2),
-        "residual_block_indexes": (1,),
-    }
-    return ViT(**(settings | changes))
-
-
-def swin(kind: type, **changes) -> nn.Module:
-    settings = {"embed_dim": 24, "depths": (2, 4), "num_heads": (2, 4), "window_size": 4}
-    outputs = {"out_indices": (0, 1)} if kind is SwinTransformer else {"out_features": ["res2"]}
-    return kind(**(settings | outputs | changes))
-
-
+#: Windows of 7 do not divide the tables of 12 x 12, and a block has convolutions.
+VIT = {"window_size": 7, "residual_block_indexes": (1,)}
 MODELS = {
-    "vit": detectron2_vit,
-    "vit without positions": lambda: detectron2_vit(use_rel_pos=False),
-    "vit, small tables": lambda: detectron2_vit(img_size=20),
-    "vit, global": lambda: detectron2_vit(window_size=0, window_block_indexes=()),
-    "swin": lambda: swin(SwinTransformer),
-    "our swin": lambda: swin(D2SwinTransformer),
+    "vit": partial(detectron2_vit, **VIT),
+    "vit without positions": partial(detectron2_vit, use_rel_pos=False, **VIT),
+    "vit, small tables": partial(detectron2_vit, img_size=20, **VIT),
+    "vit, global": partial(detectron2_vit, **VIT | {"window_size": 0, "window_block_indexes": ()}),
+    "swin": partial(swin, SwinTransformer, embed_dim=24),
+    "our swin": partial(swin, embed_dim=24),
 }
 #: What is expedited where a test asks for it.
 SETTINGS = {"vit": {"alpha": 2, "grid": (5, 6)}, "our swin": {"alpha": 3, "grid": (2, 2)}}
@@ -61,12 +38,8 @@ SETTINGS = {"vit": {"alpha": 2, "grid": (5, 6)}, "our swin": {"alpha": 3, "grid"
 
 @pytest.fixture(params=MODELS)
 def model(request) -> nn.Module:
-    """A random model, nothing in it zero; names of heads and positions large enough to matter."""
-    model = MODELS[request.param]().eval()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.add_(torch.randn_like(parameter) * (0.5 if "rel" in name else 0.1))
-    return model
+    """A random model with relative positions that are large enough to matter."""
+    return perturbed(MODELS[request.param](), relative=0.5)
 
 
 def images(batch: int = 2) -> Tensor:
@@ -78,11 +51,6 @@ def maps(model: nn.Module, x: Tensor) -> Tensor:
     if isinstance(out, dict):
         out = tuple(out.values())
     return torch.cat([t.flatten() for t in out])
-
-
-def error(actual: Tensor, expected: Tensor) -> float:
-    assert actual.shape == expected.shape
-    return ((actual - expected).abs().max() / expected.abs().max()).item()
 
 
 def test_outputs_are_those_of_the_models_own_attention(model):
@@ -179,7 +147,7 @@ def test_mixed_precision_stays_near(model):
 
 @pytest.mark.parametrize("kind", SETTINGS)
 def test_expedited_models_are_fused_before_alpha(kind):
-    model, x = MODELS[kind]().eval(), images()
+    model, x = MODELS[kind](), images()
     scope = {"scope": "window"} if "swin" in kind else {}
     with torch.no_grad(), expedite(model, **SETTINGS[kind], **scope):
         expected = maps(model, x)

@@ -20,15 +20,11 @@ from torch.utils.checkpoint import checkpoint
 from expedit_d2 import expedite, sized_blocks
 from expedit_d2.hook import run_reduced
 from expedit_d2.projects.DPT.modeling.encoder import Encoder
-from support.vits import detectron2_vit, embedded, error
+from support.tensors import error, perturbed
+from support.vits import detectron2_vit, embedded
 
 LANDSCAPE, PORTRAIT = (8, 16), (16, 8)
 SETTING = {"alpha": 1, "ratio": 0.5}
-
-
-@pytest.fixture(autouse=True)
-def seed():
-    torch.manual_seed(0)
 
 
 def vit_tiny(**changes) -> nn.Module:
@@ -36,22 +32,15 @@ def vit_tiny(**changes) -> nn.Module:
     vit = timm.create_model(
         "vit_tiny_patch16_224", depth=4, dynamic_img_size=True, num_classes=0, **changes
     )
-    return noisy(vit)
+    return perturbed(vit)
 
 
 def eva_tiny() -> nn.Module:
-    return noisy(
+    return perturbed(
         timm.create_model(
             "eva02_tiny_patch14_224", depth=4, dynamic_img_size=True, num_classes=0, patch_size=16
         )
     )
-
-
-def noisy(model: nn.Module) -> nn.Module:
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.05)
-    return model.eval()
 
 
 def images(size: tuple[int, int]) -> Tensor:
@@ -286,7 +275,7 @@ def official_swin(**changes) -> SwinTransformer:
 
 @torch.no_grad()
 def test_layers_of_the_official_swin_that_take_turns():
-    swin = noisy(official_swin())
+    swin = perturbed(official_swin())
     layer, outputs = swin.layers[0], []
     maps = [torch.randn(1, 16 * 8, 16) for _ in range(2)]
     with expedite(swin, 1, grid=(2, 2), scope="window"):

@@ -13,27 +13,13 @@ from torch import Tensor, nn
 from expedit_d2 import expedite, fuse_attention
 from expedit_d2.adapters import find_host
 from expedit_d2.analysis.flops import count_flops
+from support.tensors import IDENTITY, constant_cells, error, perturbed
 
 sam_modeling = pytest.importorskip(
     "segment_anything.modeling", reason="segment-anything is not installed: pip install .[sam]"
 )
 PATCH = 4
 SIDE = 10  # tokens along the sides of the model's own map
-# Every token its own cluster: nothing is lost.
-IDENTITY = {"temperature": 1e6, "neighbors": 1}
-
-
-@pytest.fixture(autouse=True)
-def seed():
-    torch.manual_seed(0)
-
-
-def randomised(model: nn.Module) -> nn.Module:
-    """Nothing in the model is zero, and its positions are large enough to matter."""
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.add_(torch.randn_like(parameter) * (0.5 if "rel_pos" in name else 0.1))
-    return model.eval()
 
 
 def encoder(**changes) -> nn.Module:
@@ -49,11 +35,11 @@ def encoder(**changes) -> nn.Module:
         "window_size": 7,
         "global_attn_indexes": (1, 3),
     }
-    return randomised(sam_modeling.ImageEncoderViT(**(settings | changes)))
+    return perturbed(sam_modeling.ImageEncoderViT(**(settings | changes)), relative=0.5)
 
 
 def sam(**changes) -> nn.Module:
-    return randomised(
+    return perturbed(
         sam_modeling.Sam(
             image_encoder=encoder(**changes),
             prompt_encoder=sam_modeling.PromptEncoder(
@@ -70,7 +56,8 @@ def sam(**changes) -> nn.Module:
                 transformer_dim=16,
                 iou_head_hidden_dim=16,
             ),
-        )
+        ),
+        relative=0.5,
     )
 
 
@@ -81,12 +68,6 @@ def images(size: tuple[int, int] = (SIDE, SIDE), batch: int = 2) -> Tensor:
 def run(model: nn.Module, x: Tensor) -> Tensor:
     with torch.no_grad():
         return model(x)
-
-
-def error(actual: Tensor, expected: Tensor) -> float:
-    assert actual.shape == expected.shape
-    assert torch.isfinite(actual).all()
-    return ((actual - expected).abs().max() / expected.abs().max()).item()
 
 
 # --- nothing is lost where there is nothing to lose ------------------------------------------
@@ -150,13 +131,6 @@ def test_other_sizes(size):
         assert error(run(model, x), expected) < 1e-5
     with expedite(model, 1, method="merge", keep=1.0):
         assert error(run(model, x), expected) < 1e-5
-
-
-def constant_cells(size: tuple[int, int], grid: tuple[int, int]) -> Tensor:
-    """Images whose tokens are equal within each cell of the grid: a random patch for each cell."""
-    rows, cols = (torch.arange(s) * g // s for s, g in zip(size, grid, strict=True))
-    patches = torch.randn(2, 3, *grid, PATCH, PATCH)[:, :, rows][:, :, :, cols]
-    return patches.transpose(3, 4).flatten(4, 5).flatten(2, 3)
 
 
 @pytest.mark.parametrize("method", ["expedit", "hard"])

@@ -11,17 +11,8 @@ from torch import Tensor
 
 from expedit_d2 import expedite
 from expedit_d2.operators import cluster_tokens, reconstruct_tokens
-
-PATCH = 4
-SIZE = (8, 12)  # tokens of the images here
-# Every token its own cluster: nothing is lost.
-IDENTITY = {"temperature": 1e6, "neighbors": 1}
-
-
-@pytest.fixture(autouse=True)
-def seed():
-    torch.manual_seed(0)
-
+from support.tensors import IDENTITY, distance, error
+from support.vits import PATCH, SIZE, images, timm_eva
 
 ROPE = {"use_rot_pos_emb": True, "use_abs_pos_emb": False}
 KINDS = {
@@ -57,31 +48,13 @@ KINDS = {
 }
 
 
-def tiny_eva(kind: str = "dinov3", size: tuple[int, int] = SIZE, **changes) -> Eva:
-    """A random Eva for a map of ``size``; nothing in it is zero."""
-    settings = {
-        "img_size": (size[0] * PATCH, size[1] * PATCH),
-        "patch_size": PATCH,
-        "embed_dim": 32,
-        "depth": 3,
-        "num_heads": 2,
-        "mlp_ratio": 2.0,
-        "num_classes": 7,
-    }
-    eva = Eva(**(settings | KINDS[kind] | changes)).eval()
-    with torch.no_grad():
-        for parameter in eva.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.1)
-    return eva
+def tiny_eva(kind: str = "dinov3", **changes) -> Eva:
+    return timm_eva(**(KINDS[kind] | changes))
 
 
 @pytest.fixture(params=KINDS)
 def eva(request) -> Eva:
     return tiny_eva(request.param)
-
-
-def images(size: tuple[int, int] = SIZE, batch: int = 2) -> Tensor:
-    return torch.randn(batch, 3, size[0] * PATCH, size[1] * PATCH)
 
 
 def run(eva, x: Tensor) -> Tensor:
@@ -92,12 +65,6 @@ def run(eva, x: Tensor) -> Tensor:
 def set_fused(eva, fused: bool) -> None:
     for block in eva.blocks:
         block.attn.fused_attn = fused
-
-
-def error(actual: Tensor, expected: Tensor) -> float:
-    assert actual.shape == expected.shape
-    assert torch.isfinite(actual).all()
-    return ((actual - expected).abs().max() / expected.abs().max()).item()
 
 
 # --- off, and one cluster a token, is the plain model ----------------------------------------
@@ -316,11 +283,6 @@ def test_several_alphas_cluster_clusters(eva):
 
 
 # --- types, gradients, compilation -----------------------------------------------------------
-
-
-def distance(actual: Tensor, expected: Tensor) -> float:
-    assert torch.isfinite(actual).all()
-    return ((actual.float() - expected).norm() / expected.norm()).item()
 
 
 @pytest.mark.parametrize("dynamic", [True, False])

@@ -10,17 +10,9 @@ from torch import Tensor
 
 from expedit_d2 import expedite
 from expedit_d2.operators import cluster_tokens, reconstruct_tokens
-from support.vits import PATCH, SIZE, error, images, timm_vit
+from support.tensors import IDENTITY, constant_cells, distance, error
+from support.vits import PATCH, SIZE, images, timm_vit
 from support.vits import run_timm as run
-
-# Every token its own cluster: nothing is lost.
-IDENTITY = {"temperature": 1e6, "neighbors": 1}
-
-
-@pytest.fixture(autouse=True)
-def seed():
-    torch.manual_seed(0)
-
 
 KINDS = {
     "plain": {},
@@ -99,20 +91,13 @@ def test_fewer_clusters_differ_and_fused_attention_does_not(vit, residual):
 # --- size-aware attention is exact where clusters hold equal tokens --------------------------
 
 
-def constant_cells(grid: tuple[int, int], size: tuple[int, int] = SIZE) -> Tensor:
-    """Images whose tokens are equal within each cell of the grid: a random patch for each cell."""
-    rows, cols = (torch.arange(s) * g // s for s, g in zip(size, grid, strict=True))
-    patches = torch.randn(2, 3, *grid, PATCH, PATCH)[:, :, rows][:, :, :, cols]
-    return patches.transpose(3, 4).flatten(4, 5).flatten(2, 3)
-
-
 @pytest.mark.parametrize("fused", [True, False])
 @pytest.mark.parametrize("grid", [(4, 6), (3, 5), (8, 1)])
 def test_equal_tokens_cluster_without_loss(vit, grid, fused):
     set_fused(vit, fused)
     if vit.pos_embed is not None:
         vit.pos_embed.data.zero_()
-    x = constant_cells(grid)
+    x = constant_cells(SIZE, grid)
     expected = run(vit, x)
     settings = {"grid": grid, "temperature": 1e4, "neighbors": 1}
     with expedite(vit, 0, **settings):
@@ -276,11 +261,6 @@ def test_several_alphas_cluster_clusters(vit):
 
 
 # --- types, gradients, compilation -----------------------------------------------------------
-
-
-def distance(actual: Tensor, expected: Tensor) -> float:
-    assert torch.isfinite(actual).all()
-    return ((actual.float() - expected).norm() / expected.norm()).item()
 
 
 @pytest.mark.parametrize("fused", [True, False])

@@ -18,17 +18,11 @@ from expedit_d2 import expedite, fuse_attention
 from expedit_d2.adapters import find_host
 from expedit_d2.analysis.flops import count_flops
 from expedit_d2.operators import cluster_tokens, reconstruct_tokens
+from support.tensors import IDENTITY, constant_cells, error, perturbed
 
 PATCH = 4
 SIDE = 10  # tokens along the sides of the map
-# Every token its own cluster: nothing is lost.
-IDENTITY = {"temperature": 1e6, "neighbors": 1}
 METHODS = ["merge", "tome", "density"]
-
-
-@pytest.fixture(autouse=True)
-def seed():
-    torch.manual_seed(0)
 
 
 def tiny_vit(side: int = SIDE, **changes) -> VisionTransformer:
@@ -42,11 +36,7 @@ def tiny_vit(side: int = SIDE, **changes) -> VisionTransformer:
         "mlp_dim": 64,
         "num_classes": 7,
     }
-    vit = VisionTransformer(**(settings | changes)).eval()
-    with torch.no_grad():
-        for parameter in vit.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.1)
-    return vit
+    return perturbed(VisionTransformer(**(settings | changes)))
 
 
 def images(side: int = SIDE, batch: int = 2) -> Tensor:
@@ -61,12 +51,6 @@ def tokens_of(vit: VisionTransformer, x: Tensor) -> Tensor:
         vit(x)
     hook.remove()
     return seen[0]
-
-
-def error(actual: Tensor, expected: Tensor) -> float:
-    assert actual.shape == expected.shape
-    assert torch.isfinite(actual).all()
-    return ((actual - expected).abs().max() / expected.abs().max()).item()
 
 
 # --- nothing is lost where there is nothing to lose ------------------------------------------
@@ -121,13 +105,6 @@ def test_positions_made_for_another_size():
         assert error(tokens_of(vit, x), expected) < 1e-5
 
 
-def constant_cells(grid: tuple[int, int]) -> Tensor:
-    """Images whose tokens are equal within each cell of the grid: a random patch for each cell."""
-    rows, cols = (torch.arange(SIDE) * g // SIDE for g in grid)
-    patches = torch.randn(2, 3, *grid, PATCH, PATCH)[:, :, rows][:, :, :, cols]
-    return patches.transpose(3, 4).flatten(4, 5).flatten(2, 3)
-
-
 @pytest.mark.parametrize(
     "settings",
     [
@@ -141,7 +118,7 @@ def constant_cells(grid: tuple[int, int]) -> Tensor:
 )
 def test_equal_tokens_cluster_without_loss(settings):
     """The class token sees as many votes as there were tokens; without them it does not."""
-    vit, x = tiny_vit(), constant_cells(settings.get("grid", (5, 5)))
+    vit, x = tiny_vit(), constant_cells((SIDE, SIDE), settings.get("grid", (5, 5)))
     vit.encoder.pos_embedding.data.zero_()
     expected = tokens_of(vit, x)
     with expedite(vit, 0, **settings):

@@ -13,14 +13,13 @@ from torch import Tensor, nn
 from expedit_d2 import expedite, fuse_attention
 from expedit_d2.adapters import find_host
 from expedit_d2.analysis.flops import count_flops
+from support.tensors import IDENTITY, constant_cells, error, perturbed
 
 transformers = pytest.importorskip(
     "transformers", reason="transformers is not installed: pip install .[transformers]"
 )
 PATCH = 4
 SIDE = 8  # tokens along the sides of the model's own map
-# Every token its own cluster: nothing is lost.
-IDENTITY = {"temperature": 1e6, "neighbors": 1}
 KINDS = {
     "ViT": {},
     "Dinov2": {"mlp_ratio": 2, "layerscale_value": 0.5},
@@ -32,11 +31,6 @@ KINDS = {
 #: Those that embed images of any size.
 RESIZED = [kind for kind in KINDS if kind != "ViT"]
 BACKBONES = [kind for kind in KINDS if kind != "ViT"]
-
-
-@pytest.fixture(autouse=True)
-def seed():
-    torch.manual_seed(0)
 
 
 def config_of(kind: str, **changes):
@@ -54,11 +48,7 @@ def config_of(kind: str, **changes):
 
 def build(kind: str, part: str = "Model", **changes) -> nn.Module:
     """A random model; nothing in it is zero."""
-    model = getattr(transformers, kind.split()[0] + part)(config_of(kind, **changes)).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.1)
-    return model
+    return perturbed(getattr(transformers, kind.split()[0] + part)(config_of(kind, **changes)))
 
 
 @pytest.fixture(params=KINDS)
@@ -73,12 +63,6 @@ def images(size: tuple[int, int] = (SIDE, SIDE), batch: int = 2) -> Tensor:
 def run(model: nn.Module, x: Tensor) -> Tensor:
     with torch.no_grad():
         return model(x).last_hidden_state
-
-
-def error(actual: Tensor, expected: Tensor) -> float:
-    assert actual.shape == expected.shape
-    assert torch.isfinite(actual).all()
-    return ((actual - expected).abs().max() / expected.abs().max()).item()
 
 
 # --- nothing is lost where there is nothing to lose ------------------------------------------
@@ -118,13 +102,6 @@ def test_other_sizes_of_a_vit_with_its_positions_interpolated():
     assert error(actual, expected) < 1e-5
 
 
-def constant_cells(grid: tuple[int, int]) -> Tensor:
-    """Images whose tokens are equal within each cell of the grid: a random patch for each cell."""
-    rows, cols = (torch.arange(SIDE) * g // SIDE for g in grid)
-    patches = torch.randn(2, 3, *grid, PATCH, PATCH)[:, :, rows][:, :, :, cols]
-    return patches.transpose(3, 4).flatten(4, 5).flatten(2, 3)
-
-
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 @pytest.mark.parametrize(
     "settings",
@@ -139,7 +116,7 @@ def constant_cells(grid: tuple[int, int]) -> Tensor:
 def test_equal_tokens_cluster_without_loss(model, settings, implementation):
     """Class and register tokens see as many votes as there were tokens."""
     model.set_attn_implementation(implementation)
-    x = constant_cells(settings.get("grid", (4, 4)))
+    x = constant_cells((SIDE, SIDE), settings.get("grid", (4, 4)))
     with torch.no_grad():  # tokens are equal only without positions
         if hasattr(model.embeddings, "position_embeddings"):
             model.embeddings.position_embeddings.zero_()

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from functools import partial
 
 import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from timm.models.eva import Eva
-from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
@@ -17,11 +16,7 @@ from expedit_d2 import expedite
 from expedit_d2.adapters.timm_vit import PrefixLayout
 from expedit_d2.analysis.launches import count_launches
 from expedit_d2.attention import MasksAsChannels
-
-
-@pytest.fixture(autouse=True)
-def _seed() -> None:
-    torch.manual_seed(0)
+from support.vits import timm_eva, timm_vit
 
 
 class Calls(nn.Module):
@@ -130,33 +125,15 @@ class MasksOfAttention(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def timm_vit() -> nn.Module:
-    return VisionTransformer(
-        img_size=(24, 32), patch_size=4, embed_dim=32, depth=4, num_heads=4, num_classes=0
-    )
-
-
-def timm_eva() -> nn.Module:
-    return Eva(
-        img_size=(24, 32),
-        patch_size=4,
-        embed_dim=32,
-        depth=4,
-        num_heads=4,
-        num_classes=0,
-        use_rot_pos_emb=True,
-    )
-
-
 @pytest.mark.parametrize("settings", [{"alpha": 1, "grid": (4, 5)}, {"budget": 0.5}], ids=str)
 def test_launches_do_not_grow_with_the_batch(settings):
-    model = timm_vit().eval()
+    model = timm_vit((6, 8))
     with expedite(model, **settings):
         counts = [count_launches(model, torch.randn(n, 3, 24, 32)) for n in (2, 5)]
     assert counts[0] == counts[1]
 
 
-@pytest.mark.parametrize("build", [timm_vit, timm_eva])
+@pytest.mark.parametrize("build", [timm_vit, partial(timm_eva, use_rot_pos_emb=True)])
 @pytest.mark.parametrize(
     "settings",
     [{"alpha": 1, "grid": (4, 5)}, {"alpha": (0, 2), "keep": 0.6, "method": "merge"}],
@@ -164,7 +141,7 @@ def test_launches_do_not_grow_with_the_batch(settings):
 )
 def test_sizes_are_a_channel_on_a_gpu(monkeypatch, build, settings):
     """What is done for CUDA, done here: no mask reaches attention, and the result is the same."""
-    model, x = build().eval(), torch.randn(2, 3, 24, 32)
+    model, x = build((6, 8)), torch.randn(2, 3, 24, 32)
     with expedite(model, **settings), torch.no_grad():
         with MasksOfAttention() as before:
             expected = model.forward_features(x)

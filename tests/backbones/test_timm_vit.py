@@ -21,6 +21,7 @@ from expedit_d2.backbones import add_timm_config
 from expedit_d2.backbones.timm_vit import TimmNet, create_timm_vit
 from expedit_d2.projects import Mask2Former, get_cfg
 from support.repository import ROOT
+from support.tensors import IDENTITY, error, perturbed
 
 CONFIGS = Path(Mask2Former.__file__).parent / "configs"
 TINY = {"embed_dim": 32, "depth": 3, "num_heads": 2}
@@ -39,12 +40,6 @@ NAMES = {
     "vit_pe_core_small_patch16_384": (16, 16),
     "vit_small_patch16_rope_mixed_224": (16, 16),
 }
-IDENTITY = {"temperature": 1e6, "neighbors": 1}
-
-
-@pytest.fixture(autouse=True)
-def seed():
-    torch.manual_seed(0)
 
 
 def config(name: str = "vit_small_patch16_dinov3", expedit: dict | None = None, **keys) -> CfgNode:
@@ -59,16 +54,8 @@ def config(name: str = "vit_small_patch16_dinov3", expedit: dict | None = None, 
     return cfg
 
 
-def randomize(model: nn.Module) -> nn.Module:
-    """Nothing in it is zero, or one."""
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.1)
-    return model.eval()
-
-
 def build(*args, **kwargs) -> nn.Module:
-    return randomize(build_backbone(config(*args, **kwargs)))
+    return perturbed(build_backbone(config(*args, **kwargs)))
 
 
 def images(height: int = 96, width: int = 128, batch: int = 2) -> Tensor:
@@ -82,12 +69,6 @@ def run(backbone, x: Tensor) -> dict[str, Tensor]:
 
 def token_map(backbone, x: Tensor) -> Tensor:
     return run(backbone.net, x)["last_feat"]
-
-
-def error(actual: Tensor, expected: Tensor) -> float:
-    assert actual.shape == expected.shape
-    assert torch.isfinite(actual).all()
-    return ((actual - expected).abs().max() / expected.abs().max()).item()
 
 
 # --- the plain backbone ----------------------------------------------------------------------
@@ -290,7 +271,7 @@ def test_flops():
 @pytest.fixture
 def saved(tmp_path):
     """A file of timm's with a head for classification, and its model."""
-    model = randomize(timm.create_model("vit_small_patch16_224", num_classes=10, **TINY))
+    model = perturbed(timm.create_model("vit_small_patch16_224", num_classes=10, **TINY))
     torch.save(model.state_dict(), tmp_path / "vit.pth")
     return str(tmp_path / "vit.pth"), model
 
@@ -306,7 +287,7 @@ def test_a_checkpoint_is_loaded(saved):
 
 def test_the_authors_files_are_converted(tmp_path):
     """DINOv3's own names: storage_tokens, and gammas in modules."""
-    model = randomize(timm.create_model("vit_small_patch16_dinov3", **TINY))
+    model = perturbed(timm.create_model("vit_small_patch16_dinov3", **TINY))
     theirs = {"rope_embed.periods": torch.ones(4), "mask_token": torch.zeros(1, 32)}
     for key, value in model.state_dict().items():
         key = key.replace("reg_token", "storage_tokens")

@@ -22,6 +22,8 @@ from expedit_d2.files.shipped import CODE
 from support.detector import LAZY
 from support.repository import EMBEDDED, load_tool
 
+pytestmark = pytest.mark.slow
+
 # --- code --------------------------------------------------------------------------------------
 
 PLACES = [

@@ -26,6 +26,8 @@ from expedit_d2.projects import load_cfg
 from expedit_d2.settings import Settings
 from support.repository import EMBEDDED
 
+pytestmark = pytest.mark.slow
+
 QUIET = Options(timed_images=0, progress=False)
 SETTINGS = {
     # As many clusters as tokens and no softness: nothing may change.

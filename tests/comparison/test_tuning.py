@@ -29,6 +29,8 @@ from expedit_d2.settings import Settings
 from support.detector import LAZY, make_confident
 from support.repository import ROOT, load_tool
 
+pytestmark = pytest.mark.slow
+
 SEGMENTER = str(ROOT / "configs" / "embedded" / "segmenter.yaml")
 QUIET = Options(timed_images=0, progress=False)
 

@@ -18,6 +18,8 @@ from expedit_d2.projects import load_cfg, trainer_of
 from support.detector import TINY
 from support.repository import EMBEDDED, ROOT
 
+pytestmark = pytest.mark.slow
+
 SMALL_VIT = [
     *("MODEL.DEVICE", "cpu"),
     *("MODEL.TIMM.KWARGS.img_size", "64"),

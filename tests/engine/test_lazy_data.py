@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 from detectron2.config import LazyConfig, instantiate
-from detectron2.data import DatasetCatalog, MetadataCatalog
 from PIL import Image
 
 from expedit_d2.cli.subjects import load_subject
@@ -76,13 +75,6 @@ optimizer.params.overrides = {"pos_embed": {"weight_decay": 0.0}}
 )
 
 
-@pytest.fixture
-def catalogs(monkeypatch):
-    """Forgets what a test registers."""
-    for catalog in (DatasetCatalog, MetadataCatalog):
-        monkeypatch.setattr(catalog, "data", dict(catalog.data))
-
-
 @pytest.fixture(scope="module")
 def scenes(tmp_path_factory):
     """A rendered data set: its folder, and the path of a COCO file in the package's spelling."""
@@ -145,6 +137,7 @@ def test_paths_are_evaluated_as_by_name(config, scenes, catalogs, tmp_path):
     assert results[0] and results[0] == results[1]
 
 
+@pytest.mark.slow
 def test_comparison_and_training_by_path(config, scenes, catalogs, tmp_path):
     names = [f"dataloader.{split}.dataset.names={scenes}" for split in ("train", "test")]
     subject = load_subject(config[0], [*config[1], *names])

@@ -12,15 +12,11 @@ from expedit_d2.methods import matching
 from expedit_d2.methods.matching import cluster_means, cluster_sizes, match, snake_order
 from expedit_d2.settings import Settings
 from support.oracles import plain_matching
-from support.vits import SIZE, detectron2_vit, equal_in_pairs, error, images, timm_vit
+from support.tensors import error
+from support.vits import SIZE, detectron2_vit, equal_in_pairs, images, timm_vit
 from support.vits import run_timm as run
 
 TOKENS = SIZE[0] * SIZE[1]
-
-
-@pytest.fixture(autouse=True)
-def seed():
-    torch.manual_seed(0)
 
 
 # --- matching ----------------------------------------------------------------------------------

@@ -9,60 +9,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from detectron2.modeling import ViT
 from detectron2.modeling.backbone.swin import SwinTransformer
 from torch import Tensor, nn
 
 from expedit_d2 import expedite
-from expedit_d2.backbones.swin import D2SwinTransformer
-
-PATCH = 4
-
-
-@pytest.fixture(autouse=True)
-def seed():
-    torch.manual_seed(0)
-
-
-def vit(**changes) -> ViT:
-    settings = {
-        "img_size": 64,
-        "patch_size": PATCH,
-        "embed_dim": 32,
-        "depth": 4,
-        "num_heads": 4,
-        "use_rel_pos": True,
-        "window_size": 5,
-        "window_block_indexes": (0, 2),
-        "pretrain_img_size": 32,
-    }
-    return perturbed(ViT(**(settings | changes)))
-
-
-def swin(**changes) -> D2SwinTransformer:
-    settings = {"embed_dim": 16, "depths": (2, 4), "num_heads": (2, 4), "window_size": 4}
-    settings |= {"out_features": ["res2", "res3"], "drop_path_rate": 0.0}
-    return perturbed(D2SwinTransformer(**(settings | changes)))
-
-
-def official_swin() -> SwinTransformer:
-    return perturbed(
-        SwinTransformer(
-            embed_dim=16,
-            depths=[2, 4],
-            num_heads=[2, 4],
-            window_size=4,
-            out_indices=(0, 1),
-            drop_path_rate=0.0,
-        )
-    )
-
-
-def perturbed(model: nn.Module) -> nn.Module:
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.1)
-    return model.eval()
+from support.tensors import distance
+from support.vits import PATCH, detectron2_vit, swin
 
 
 @torch.no_grad()
@@ -70,11 +22,11 @@ def run(model: nn.Module, x: Tensor) -> Tensor:
     return torch.cat([out.flatten(1) for out in model(x).values()], dim=1)
 
 
-def error(actual: Tensor, expected: Tensor) -> float:
-    return float((actual - expected).norm() / expected.norm())
-
-
-MODELS = {"vit": vit, "swin": swin, "official swin": official_swin}
+MODELS = {
+    "vit": lambda: detectron2_vit(img_size=64),
+    "swin": swin,
+    "official swin": lambda: swin(SwinTransformer),
+}
 ALPHAS = {"vit": (0, 1, 2), "swin": (2, 3, 5), "official swin": (2, 3, 5)}
 
 
@@ -86,7 +38,7 @@ def test_the_stock_model_where_nothing_is_merged(kind, size):
     for positions in ("clusters", "grid"):
         settings = {"method": "merge", "keep": 1.0, "positions": positions}
         with expedite(model, ALPHAS[kind], **settings):
-            assert error(run(model, x), plain) < 1e-5
+            assert distance(run(model, x), plain) < 1e-5
     assert torch.equal(run(model, x), plain)
 
 
@@ -107,7 +59,7 @@ def without_positions(model: nn.Module) -> nn.Module:
 def test_equal_tokens_merge_without_loss(kind):
     """Windows of 4, regular and shifted, hold whole pairs; the map is padded to 12 x 16."""
     if kind == "vit":
-        model = vit(use_rel_pos=False, use_abs_pos=False, window_size=4)
+        model = detectron2_vit(img_size=64, use_rel_pos=False, use_abs_pos=False, window_size=4)
         x, alpha = pairs(11, 14), 1
     else:
         # The second stage sees pairs of pairs: equal tokens of 2 x 2 patches.
@@ -115,9 +67,9 @@ def test_equal_tokens_merge_without_loss(kind):
         x = pairs(11, 14)
     plain = run(model, x)
     with expedite(model, alpha, method="merge", keep=0.5, rounds=1):
-        assert error(run(model, x), plain) < 1e-5
+        assert distance(run(model, x), plain) < 1e-5
     with expedite(model, alpha, method="merge", keep=0.5, rounds=1, size_aware=False):
-        assert error(run(model, x), plain) > 1e-4
+        assert distance(run(model, x), plain) > 1e-4
 
 
 @pytest.mark.parametrize("alpha", [0, 1, 2])
@@ -125,7 +77,7 @@ def test_equal_tokens_merge_without_loss(kind):
 @pytest.mark.parametrize("size", [(60, 40), (52, 76)])
 def test_stock_blocks_on_the_map_of_means(alpha, rounds, size):
     """Attention with sizes is that of the stock blocks where members all hold their mean."""
-    model, x = vit(use_rel_pos=False), torch.randn(2, 3, *size)
+    model, x = detectron2_vit(img_size=64, use_rel_pos=False), torch.randn(2, 3, *size)
     with expedite(model, alpha, method="merge", keep=0.6, rounds=rounds) as handle:
         reduce = handle.blocks.methods[f"after_{alpha}"].reduce
         found = []
@@ -146,17 +98,17 @@ def test_stock_blocks_on_the_map_of_means(alpha, rounds, size):
     with torch.no_grad():
         for block in model.blocks[alpha:]:
             expected = block(expected)
-    assert error(ours, expected.permute(0, 3, 1, 2).flatten(1)) < 1e-5
+    assert distance(ours, expected.permute(0, 3, 1, 2).flatten(1)) < 1e-5
 
 
 def test_relative_positions_follow_the_clusters():
     """Or stay at the places that clusters keep; both are near the plain model, and differ."""
-    model, x = vit(), torch.randn(1, 3, 60, 60)
+    model, x = detectron2_vit(img_size=64), torch.randn(1, 3, 60, 60)
     outs = []
     for positions in ("clusters", "grid"):
         with expedite(model, (0, 1), method="merge", keep=0.8, positions=positions):
             outs.append(run(model, x))
-    assert 1e-4 < error(outs[0], outs[1])
+    assert 1e-4 < distance(outs[0], outs[1])
 
 
 @pytest.mark.parametrize("kind", MODELS)
@@ -164,7 +116,7 @@ def test_relative_positions_follow_the_clusters():
 def test_images_of_a_batch_do_not_matter_to_each_other(kind, method):
     model, x = MODELS[kind](), torch.randn(3, 3, 52, 68)
     with expedite(model, ALPHAS[kind], method=method, keep=0.5):
-        assert error(run(model, x)[1:2], run(model, x[1:2])) < 1e-5
+        assert distance(run(model, x)[1:2], run(model, x[1:2])) < 1e-5
 
 
 @pytest.mark.parametrize("kind", ["vit", "swin"])  # the official Swin's own mask is fp32
@@ -174,7 +126,7 @@ def test_half_precision(kind):
         exact = run(model, x)
         low = run(model.to(torch.bfloat16), x.to(torch.bfloat16))
     assert torch.isfinite(low).all()
-    assert error(low.float(), exact) < 0.4  # some pairs differ
+    assert distance(low.float(), exact) < 0.4  # some pairs differ
 
 
 @pytest.mark.parametrize("kind", MODELS)
@@ -187,7 +139,7 @@ def test_gradients_and_training(kind):
 
 
 def test_tome_takes_equally_many_from_every_window():
-    model, x = vit(window_size=4), torch.randn(2, 3, 48, 64)
+    model, x = detectron2_vit(img_size=64, window_size=4), torch.randn(2, 3, 48, 64)
     with expedite(model, (0, 1, 2, 3), method="tome", keep=0.5) as handle:
         found = []
         for method in handle.blocks.methods.values():
@@ -206,7 +158,7 @@ def test_tome_takes_equally_many_from_every_window():
 
 
 def test_tome_with_all_tokens_is_the_stock_model():
-    model, x = vit(window_size=4), torch.randn(2, 3, 48, 64)
+    model, x = detectron2_vit(img_size=64, window_size=4), torch.randn(2, 3, 48, 64)
     plain = run(model, x)
     with expedite(model, (0, 1, 2, 3), method="tome", keep=1.0):
-        assert error(run(model, x), plain) < 1e-5
+        assert distance(run(model, x), plain) < 1e-5

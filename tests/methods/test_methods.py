@@ -16,15 +16,11 @@ from expedit_d2.methods.matching import snake_order
 from expedit_d2.settings import OFF_GRID, Settings
 from expedit_d2.tokens import Tokens
 from support.oracles import allowed_pairs, plain_matching
-from support.vits import SIZE, detectron2_vit, equal_in_pairs, error, images, perturbed, timm_vit
+from support.tensors import error, perturbed
+from support.vits import SIZE, detectron2_vit, equal_in_pairs, images, timm_vit
 from support.vits import run_timm as run
 
 H, W = SIZE
-
-
-@pytest.fixture(autouse=True)
-def seed():
-    torch.manual_seed(0)
 
 
 def tokens_of(features: Tensor, **more) -> Tokens:

@@ -48,3 +48,10 @@ def randomized(model: nn.Module) -> nn.Module:
                 parameter.add_(torch.randn_like(parameter) * 0.1)
         model.head.predict[2].bias.fill_(3.0)
     return model.eval()
+
+
+def expedit_cfg(cfg: CfgNode, **settings) -> CfgNode:
+    cfg.MODEL.EXPEDIT.ENABLED = True
+    for key, value in settings.items():
+        cfg.MODEL.EXPEDIT[key.upper()] = value
+    return cfg

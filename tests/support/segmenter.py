@@ -11,6 +11,7 @@ from detectron2.modeling import build_model
 from torch import Tensor, nn
 
 from expedit_d2.projects import Segmenter, load_cfg
+from support.tensors import perturbed
 
 CONFIGS = Path(Segmenter.__file__).parent / "configs"
 PATCH, SIDE, CLASSES = 4, 32, 7
@@ -53,11 +54,7 @@ def tiny_cfg(**segmenter) -> CfgNode:
 
 def tiny_model(cfg: CfgNode | None = None, **segmenter) -> nn.Module:
     """A random model in which nothing is zero."""
-    model = build_model(cfg or tiny_cfg(**segmenter)).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.1)
-    return model
+    return perturbed(build_model(cfg or tiny_cfg(**segmenter)))
 
 
 def images(height: int = SIDE, width: int = SIDE, batch: int = 2) -> Tensor:

@@ -1,21 +1,18 @@
-"""Tiny ViTs with random weights, images for them, and how far two results are apart."""
+"""Tiny transformers with random weights, and images for them."""
 
 from __future__ import annotations
 
 import torch
-from detectron2.modeling import ViT
+from detectron2.modeling import SwinTransformer, ViT
+from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from expedit_d2.backbones.swin import D2SwinTransformer
+from support.tensors import perturbed
+
 PATCH = 4
 SIZE = (8, 12)  # tokens of the images here
-
-
-def perturbed(vit: nn.Module) -> nn.Module:
-    with torch.no_grad():
-        for parameter in vit.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.1)
-    return vit.eval()
 
 
 def timm_vit(size: tuple[int, int] = SIZE, **changes) -> VisionTransformer:
@@ -32,6 +29,20 @@ def timm_vit(size: tuple[int, int] = SIZE, **changes) -> VisionTransformer:
     return perturbed(VisionTransformer(**(settings | changes)))
 
 
+def timm_eva(size: tuple[int, int] = SIZE, **changes) -> Eva:
+    """A random Eva for a map of ``size``."""
+    settings = {
+        "img_size": (size[0] * PATCH, size[1] * PATCH),
+        "patch_size": PATCH,
+        "embed_dim": 32,
+        "depth": 3,
+        "num_heads": 2,
+        "mlp_ratio": 2.0,
+        "num_classes": 7,
+    }
+    return perturbed(Eva(**(settings | changes)))
+
+
 def detectron2_vit(**changes) -> ViT:
     settings = {
         "img_size": 12 * PATCH,
@@ -45,6 +56,13 @@ def detectron2_vit(**changes) -> ViT:
         "pretrain_img_size": 8 * PATCH,
     }
     return perturbed(ViT(**(settings | changes)))
+
+
+def swin(kind: type[nn.Module] = D2SwinTransformer, **changes) -> nn.Module:
+    """A random Swin of two stages, ours or Detectron2's."""
+    settings = {"embed_dim": 16, "depths": (2, 4), "num_heads": (2, 4), "window_size": 4}
+    two = {"out_indices": (0, 1)} if kind is SwinTransformer else {"out_features": ("res2", "res3")}
+    return perturbed(kind(**(settings | {"drop_path_rate": 0.0} | two | changes)))
 
 
 def images(size: tuple[int, int] = SIZE, batch: int = 2) -> Tensor:
@@ -67,9 +85,3 @@ def embedded(vit: nn.Module, x: Tensor) -> Tensor:
     if isinstance(vit, ViT):
         return vit.patch_embed(x)
     return vit.norm_pre(vit._pos_embed(vit.patch_embed(x)))
-
-
-def error(actual: Tensor, expected: Tensor) -> float:
-    assert actual.shape == expected.shape
-    assert torch.isfinite(actual).all()
-    return ((actual - expected).abs().max() / expected.abs().max()).item()

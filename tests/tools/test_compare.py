@@ -14,6 +14,8 @@ from expedit_d2.settings import Settings
 from support.detector import LAZY
 from support.repository import EMBEDDED, load_tool
 
+pytestmark = pytest.mark.slow
+
 compare = load_tool("compare")
 
 HALF = (

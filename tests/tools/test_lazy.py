@@ -14,6 +14,8 @@ from expedit_d2.engine import load_lazy_config
 from support.detector import LAZY
 from support.repository import load_tool
 
+pytestmark = pytest.mark.slow
+
 EXPEDIT = ["expedit.alpha=1", "expedit.ratio=0.5"]
 
 

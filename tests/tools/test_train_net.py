@@ -10,6 +10,8 @@ from detectron2.data import DatasetCatalog
 from support.detector import LAZY, evaluate, fails, predictions, train_net
 from support.repository import EMBEDDED, ROOT
 
+pytestmark = pytest.mark.slow
+
 EXPEDIT = ["MODEL.EXPEDIT.ENABLED", "True", "MODEL.EXPEDIT.ALPHA", "1"]
 
 

@@ -161,11 +161,6 @@ TINY = {
 }
 
 
-@pytest.fixture(autouse=True)
-def seed():
-    torch.manual_seed(0)
-
-
 @pytest.fixture(params=TINY)
 def kind(request) -> str:
     return request.param

@@ -44,12 +44,6 @@ def records(collage) -> list[dict]:
     return DatasetCatalog.get(collage + "_train")
 
 
-@pytest.fixture(autouse=True)
-def seed():
-    torch.manual_seed(0)
-    np.random.seed(0)
-
-
 def config(name: str = "mask2former_collage", **changes) -> CfgNode:
     cfg = get_cfg()
     add_maskformer2_config(cfg)
@@ -340,16 +334,16 @@ def test_instances_whose_class_ids_have_gaps_are_scored(collage, tmp_path):
     test = cfg.MODEL.MASK_FORMER.TEST
     test.PANOPTIC_ON = test.SEMANTIC_ON = False
     test.INSTANCE_ON = True
+    records = DatasetCatalog.get(name)  # which writes the files that the evaluator reads
     evaluator = build_evaluators(cfg, name)
     evaluator.reset()
-    for record in DatasetCatalog.get(name):
+    for record in records:
         found = perfect_outputs(record, classes=10)["instances"]
         found.pred_classes = 2 * found.pred_classes + 1
         stuff = found[[0]]
         stuff.pred_classes = stuff.pred_classes - 1
-        evaluator.process([{"image_id": record["image_id"]}], [{"instances": found}])
         both = Instances.cat([found, stuff])
-        assert len(evaluator._renumber(both)) == len(found)
+        evaluator.process([{"image_id": record["image_id"]}], [{"instances": both}])
     assert evaluator.evaluate()["segm"]["AP"] == pytest.approx(100)
 
 

@@ -18,11 +18,6 @@ CLASSES = 5
 THINGS = frozenset((0, 2, 3))
 
 
-@pytest.fixture(autouse=True)
-def seed():
-    torch.manual_seed(0)
-
-
 def blobs(queries: int, height: int = 9, width: int = 13) -> tuple[Tensor, Tensor]:
     """Confident classes and overlapping rectangles."""
     logits = torch.randn(queries, CLASSES + 1) * 3

@@ -21,11 +21,6 @@ from expedit_d2.projects.Mask2Former.modeling.transformer_decoder import (
 SIZES = [(2, 3), (4, 5), (7, 6)]
 
 
-@pytest.fixture(autouse=True)
-def seed():
-    torch.manual_seed(0)
-
-
 def randomize(module: nn.Module, std: float = 0.2) -> nn.Module:
     for parameter in module.parameters():
         nn.init.normal_(parameter, std=std)

@@ -23,11 +23,6 @@ from support.segmenter import (
 )
 
 
-@pytest.fixture(autouse=True)
-def seed():
-    torch.manual_seed(0)
-
-
 def official(model) -> dict[str, torch.Tensor]:
     """The weights as an official checkpoint has them: with the classifier of the ViT."""
     head = {"encoder.head.weight": torch.randn(1000, 64), "encoder.head.bias": torch.randn(1000)}

@@ -19,14 +19,9 @@ from expedit_d2.projects.Segmenter.modeling import sliding_window
 from expedit_d2.projects.Segmenter.modeling.inference import enlarged_size
 from expedit_d2.projects.Segmenter.trainer import SegmenterTrainer
 from support.segmenter import CLASSES, SIDE, tiny_cfg, tiny_model
-from support.vits import error
+from support.tensors import error
 
 SIZES = [(32, 32), (32, 33), (70, 32), (45, 90), (33, 64), (64, 64), (95, 41)]
-
-
-@pytest.fixture(autouse=True)
-def seed():
-    torch.manual_seed(0)
 
 
 class Scores(nn.Module):

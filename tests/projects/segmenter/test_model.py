@@ -19,13 +19,11 @@ from expedit_d2.projects.Segmenter.flops import count_config_flops
 from expedit_d2.projects.Segmenter.modeling import LinearDecoder, MaskTransformer
 from expedit_d2.settings import Settings
 from support.segmenter import CLASSES, CONFIGS, PATCH, SIDE, images, predict, tiny_cfg, tiny_model
-from support.vits import error
+from support.tensors import IDENTITY, error
 
 HEADS = 2
 GRID = (SIDE // PATCH, SIDE // PATCH)
 DECODERS = ("linear", "mask_transformer")
-# Every token its own cluster: nothing is lost.
-IDENTITY = {"temperature": 1e6, "neighbors": 1}
 PUBLISHED = {
     "scope": "map",
     "iterations": 5,
@@ -38,11 +36,6 @@ PUBLISHED = {
     "residual": False,
     "positions": "grid",
 }
-
-
-@pytest.fixture(autouse=True)
-def seed():
-    torch.manual_seed(0)
 
 
 @pytest.fixture(params=DECODERS)

@@ -19,14 +19,9 @@ from expedit_d2.projects.Segmenter import SegmenterTrainer, register_semantic_da
 from expedit_d2.projects.Segmenter.data import SemanticMapper
 from expedit_d2.settings import Settings
 from support.segmenter import CLASSES, CONFIGS, tiny_cfg, tiny_model
-from support.vits import error
+from support.tensors import error
 
 IGNORE = 255
-
-
-@pytest.fixture(autouse=True)
-def seed():
-    torch.manual_seed(0)
 
 
 def samples(sizes=((32, 32), (30, 25))) -> list[dict]:
