@@ -10,11 +10,11 @@ from typing import TypeVar
 
 from ..analysis.flops import Flops
 from ..analysis.timing import Ratio, Timing
+from ..predictions import lower_is_better
 from ..settings import Settings
 from .reading import read_dataclass
 
 __all__ = [
-    "LOWER_IS_BETTER",
     "PLAIN",
     "Comparison",
     "Conditions",
@@ -24,9 +24,6 @@ __all__ = [
 ]
 
 PLAIN = "plain"
-
-#: Metrics of which less is better; all that `main_metrics` has today are better when higher.
-LOWER_IS_BETTER = frozenset({"AbsRel", "RMSE", "SILog"})
 
 _Item = TypeVar("_Item")
 
@@ -165,7 +162,7 @@ class Comparison:
         now, was = row.metrics.get(metric), self.plain.metrics.get(metric)
         if now is None or was is None:
             return None
-        if metric in LOWER_IS_BETTER:
+        if lower_is_better(metric):
             now, was = was, now
         return 100 * now / was if math.isfinite(now) and math.isfinite(was) and was > 0 else None
 

@@ -26,7 +26,8 @@ from ..analysis.memory import peak_memory
 from ..analysis.timing import Ratio, processor, rounds, summarize
 from ..api import expedite
 from ..engine.interrupt import check_interrupt, interruptible
-from ..evaluation import Agreement, main_metrics, watch_finite
+from ..evaluation import Agreement, watch_finite
+from ..predictions import main_metrics
 from ..settings import Settings
 from .reading import read_dataclass
 from .rows import PLAIN, Comparison, Conditions, Row

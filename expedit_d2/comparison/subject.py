@@ -21,6 +21,7 @@ from torch import nn
 
 from ..data.images import DataError, check_image
 from ..files.shipped import CODE
+from ..predictions import PREDICTIONS
 from .origin import code_digest, data_digest, sources, versions
 from .store import fingerprint
 
@@ -81,7 +82,7 @@ class Subject:
         for key, tensor in self.model.state_dict().items():
             weights.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}".encode())
             weights.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy())
-        classes = {type(module) for module in self.model.modules()}
+        classes = {type(part) for part in (*self.model.modules(), *PREDICTIONS.values())}
         return fingerprint(
             code_digest({*CODE, *self.code, *sources(classes)}),
             versions(),

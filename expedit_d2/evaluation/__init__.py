@@ -1,7 +1,7 @@
 """Metrics: Detectron2's evaluators by data set, and agreement with the plain model's output."""
 
 from .agreement import Agreement
-from .build import build_evaluator, main_metrics
+from .build import build_evaluator
 from .finite import watch_finite
 
-__all__ = ["Agreement", "build_evaluator", "main_metrics", "watch_finite"]
+__all__ = ["Agreement", "build_evaluator", "watch_finite"]

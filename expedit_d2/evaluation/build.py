@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from detectron2.evaluation import COCOEvaluator, DatasetEvaluator
 from pycocotools.coco import COCO
 
-__all__ = ["build_evaluator", "check_scored", "main_metrics", "predictions_folder"]
+__all__ = ["build_evaluator", "check_scored", "predictions_folder"]
 
 logger = logging.getLogger(__name__)
 
@@ -70,20 +70,3 @@ def build_evaluator(dataset_name: str, output_dir: str, masks: bool = True) -> D
     )
     check_scored(dataset_name, evaluator._coco_api, tasks)
     return evaluator
-
-
-#: Task of an evaluator -> (its headline metric, the name of that in tables).
-_MAIN = {
-    "bbox": ("AP", "box AP"),
-    "segm": ("AP", "mask AP"),
-    "panoptic_seg": ("PQ", "PQ"),
-    "sem_seg": ("mIoU", "mIoU"),
-    "depth": ("d1", "δ1"),
-}
-
-
-def main_metrics(results: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
-    """The headline of each task in an evaluator's results: ``{"box AP": 41.2, …}``."""
-    return {
-        name: results[task][metric] for task, (metric, name) in _MAIN.items() if task in results
-    }

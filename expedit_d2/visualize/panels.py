@@ -17,20 +17,14 @@ from torch import Tensor, nn
 
 from ..adapters import find_host
 from ..api import expedite
+from ..predictions import PREDICTIONS
+from ..predictions.drawing import draw_difference, enlarge
 from ..settings import Settings
 from .clusters import cluster_labels, draw_clusters, record_reductions
-from .predictions import DRAWN, draw_difference, enlarge
 
 __all__ = ["save_panels", "side_by_side"]
 
 matplotlib.use("Agg")  # only files are written
-
-_TITLES = {
-    "instances": "instances",
-    "panoptic_seg": "panoptic",
-    "sem_seg": "semantic",
-    "depth": "depth",
-}
 
 
 @torch.no_grad()
@@ -69,16 +63,18 @@ def side_by_side(
     size = (item.get("width", image.shape[1]), item.get("height", image.shape[0]))
     image = _resize(image, size)
     rows = []
-    for key, (draw, differ) in DRAWN.items():
-        if key not in plain:
+    for kind in sorted(PREDICTIONS.values(), key=lambda kind: kind.detail):
+        if kind.key not in plain:
             continue
-        different = differ(plain[key], reduced[key])
+        outputs = plain[kind.key], reduced[kind.key]
+        before, after = (kind.draw(image, output, metadata) for output in outputs)
+        different = kind.differ(*outputs)
         rows.append(
             {
                 "image": image,
                 "clusters": clusters,
-                f"{_TITLES[key]}, plain": draw(image, plain[key], metadata),
-                f"{_TITLES[key]}, {handle.settings.method}": draw(image, reduced[key], metadata),
+                f"{kind.name}, plain": before,
+                f"{kind.name}, {handle.settings.method}": after,
                 f"differ: {different.mean():.1%}": draw_difference(image, different),
             }
         )

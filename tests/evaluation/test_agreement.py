@@ -6,8 +6,8 @@ import torch
 from detectron2.structures import Boxes, Instances
 
 from expedit_d2.evaluation import Agreement
-from expedit_d2.evaluation.agreement import match
 from expedit_d2.evaluation.finite import all_finite, watch_finite
+from expedit_d2.predictions.matching import match
 
 
 def instances(boxes, classes, scores, masks=True):

@@ -12,9 +12,11 @@ from detectron2.structures import Boxes, Instances
 from PIL import Image, ImageDraw
 
 from expedit_d2.api import expedite, is_expedited
-from expedit_d2.evaluation.agreement import match_segments
 from expedit_d2.methods import METHODS, build_method
 from expedit_d2.operators import cluster_tokens
+from expedit_d2.predictions import PREDICTIONS
+from expedit_d2.predictions.drawing import _inside
+from expedit_d2.predictions.panoptic import match_segments
 from expedit_d2.projects import load_cfg, load_model
 from expedit_d2.settings import OFF_GRID, Settings
 from expedit_d2.tokens import Tokens
@@ -30,7 +32,6 @@ from expedit_d2.visualize import (
     side_by_side,
 )
 from expedit_d2.visualize.clusters import Reduction
-from expedit_d2.visualize.predictions import DRAWN, _inside
 from support.repository import EMBEDDED, load_tool
 
 SEGMENTER = Path(EMBEDDED).with_name("segmenter.yaml")
@@ -245,14 +246,14 @@ def test_equal_outputs_do_not_differ():
         "sem_seg": torch.rand(3, 32, 48),
         "depth": torch.rand(32, 48),
     }
-    assert set(outputs) == set(DRAWN)
-    for key, (_, differ) in DRAWN.items():
-        assert not differ(outputs[key], outputs[key]).any()
+    assert set(outputs) == set(PREDICTIONS)
+    for key, kind in PREDICTIONS.items():
+        assert not kind.differ(outputs[key], outputs[key]).any()
 
 
 def test_panoptic_difference_is_where_segments_are_not_the_same():
     """Numbers of segments mean nothing; another class makes another segment."""
-    differ = DRAWN["panoptic_seg"][1]
+    differ = PREDICTIONS["panoptic_seg"].differ
     plain = panoptic(halves(24), {1: 2, 2: 0})
     other = panoptic(3 - halves(26), {2: 2, 1: 0})  # numbers swapped, two columns changed
     assert match_segments(other, plain) == {1: 2, 2: 1}
@@ -266,7 +267,7 @@ def test_panoptic_difference_is_where_segments_are_not_the_same():
 
 
 def test_instance_difference_is_where_the_topmost_class_changes():
-    differ = DRAWN["instances"][1]
+    differ = PREDICTIONS["instances"].differ
     one = instances([[0, 0, 10, 10], [5, 0, 15, 10]], [0, 1], [0.9, 0.8])
     other = instances([[5, 0, 15, 10], [0, 0, 10, 10]], [1, 0], [0.95, 0.8])
     expected = np.zeros((32, 48), bool)
@@ -277,7 +278,7 @@ def test_instance_difference_is_where_the_topmost_class_changes():
 def test_semantic_difference_is_where_the_best_class_changes():
     scores, other = torch.rand(2, 3, 32, 48)
     expected = scores.argmax(0) != other.argmax(0)
-    assert np.array_equal(DRAWN["sem_seg"][1](scores, other), expected.numpy())
+    assert np.array_equal(PREDICTIONS["sem_seg"].differ(scores, other), expected.numpy())
 
 
 def test_depth_difference_is_more_than_five_percent():
@@ -289,12 +290,12 @@ def test_depth_difference_is_more_than_five_percent():
     other[:, 40:] = 0
     expected = np.zeros((32, 48), bool)
     expected[:, 20:] = True
-    assert np.array_equal(DRAWN["depth"][1](depth, other), expected)
+    assert np.array_equal(PREDICTIONS["depth"].differ(depth, other), expected)
 
 
 def test_depth_is_drawn_in_colors_at_the_size_of_other_drawings():
     ramp = torch.arange(48.0).expand(32, 48)
-    drawn = DRAWN["depth"][0](GREY, ramp, METADATA)
+    drawn = PREDICTIONS["depth"].draw(GREY, ramp, METADATA)
     assert drawn.shape == draw_semantic(GREY, torch.rand(3, 32, 48), METADATA).shape
     assert drawn.dtype == np.uint8
     assert (drawn[:, : 4 * SCALE] != drawn[:, -4 * SCALE :]).any(-1).all()

@@ -1,0 +1,33 @@
+"""What models put out, one file a kind: how it is compared, how it is drawn, and its metrics.
+
+Agreement, tables, reports and pictures ask `PREDICTIONS` what there is. A kind of your own is a
+class in one file, decorated with `register_prediction`; the tools import it with ``--import``.
+"""
+
+from .depth import DepthPrediction
+from .instances import InstancePrediction
+from .panoptic import PanopticPrediction
+from .prediction import (
+    PREDICTIONS,
+    Metric,
+    Prediction,
+    Record,
+    lower_is_better,
+    main_metrics,
+    register_prediction,
+)
+from .semantic import SemanticPrediction
+
+__all__ = [
+    "PREDICTIONS",
+    "Metric",
+    "Prediction",
+    "Record",
+    "lower_is_better",
+    "main_metrics",
+    "register_prediction",
+]
+
+# In the order of tables.
+for _kind in (InstancePrediction, PanopticPrediction, SemanticPrediction, DepthPrediction):
+    register_prediction(_kind)

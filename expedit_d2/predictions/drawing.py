@@ -1,0 +1,153 @@
+"""Masks and names over an image, by torchvision and Pillow; Detectron2's visualizer needs OpenCV.
+
+Small images are enlarged by a whole factor, to at least 512 pixels, so that names can be read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import matplotlib
+import numpy as np
+import torch
+from detectron2.data.catalog import Metadata
+from PIL import Image, ImageDraw
+from torch import Tensor
+from torchvision.utils import draw_segmentation_masks
+
+__all__ = [
+    "canvas_of",
+    "class_color",
+    "class_name",
+    "draw_difference",
+    "draw_masks",
+    "enlarge",
+    "to_image",
+    "write_names",
+]
+
+_LEAST = 512  # pixels
+
+
+def enlarge(planes: Tensor) -> Tensor:
+    """Images or masks (N, h, w), each pixel a square."""
+    scale = max(1, round(_LEAST / max(planes.shape[-2:])))
+    return planes.repeat_interleave(scale, -2).repeat_interleave(scale, -1)
+
+
+def canvas_of(image: np.ndarray) -> Tensor:
+    """An image (height, width, 3) to draw on: (3, height, width), enlarged."""
+    return enlarge(torch.tensor(image).permute(2, 0, 1))
+
+
+def to_image(canvas: Tensor) -> np.ndarray:
+    """The opposite, but for the size."""
+    return canvas.permute(1, 2, 0).numpy()
+
+
+def class_name(names: Sequence[str] | None, index: int) -> str:
+    """Of a class, or its number."""
+    return names[index] if names and index < len(names) else str(index)
+
+
+def class_color(palette: Sequence[Sequence[float]] | None, index: int) -> tuple[int, int, int]:
+    """0 to 255, from that or from 0 to 1 as matplotlib has it."""
+    palette = palette or matplotlib.colormaps["tab20"].colors
+    color = palette[index % len(palette)]
+    scale = 255 if max(color) <= 1 else 1
+    return tuple(int(scale * value) for value in color)
+
+
+def draw_masks(
+    image: np.ndarray, masks: Sequence[Tensor], classes: Sequence[int], metadata: Metadata
+) -> np.ndarray:
+    """Masks in the colours of their classes, outlined and named; empty ones are left out.
+
+    Args:
+        image: (height, width, 3) uint8 RGB.
+        masks: bool (height, width), without overlap.
+        classes: of each.
+        metadata: of the data set; names under ``stuff_`` are those of all classes.
+    """
+    canvas = canvas_of(image)
+    kept = [index for index, mask in enumerate(masks) if mask.any()]
+    if not kept:
+        return to_image(canvas)
+    classes = [classes[index] for index in kept]
+    planes = enlarge(torch.stack([masks[index] for index in kept]))
+    names, palette = metadata.get("stuff_classes"), metadata.get("stuff_colors")
+    colors = [class_color(palette, index) for index in classes]
+    canvas = draw_segmentation_masks(canvas, planes, alpha=0.6, colors=colors)
+    canvas[:, _edges(planes)] = 255
+    names = [class_name(names, index) for index in classes]
+    return write_names(canvas, [*zip(names, map(_middle, planes), strict=True)], anchor="mm")
+
+
+def _middle(plane: Tensor) -> tuple[int, int]:
+    """A pixel (x, y) of the segment itself, in its middle, also where it is no blob."""
+    rows, cols = torch.nonzero(plane, as_tuple=True)
+    return int(cols[len(rows) // 2]), int(rows[len(rows) // 2])
+
+
+def write_names(
+    canvas: Tensor, names: Sequence[tuple[str, tuple[int, int]]], anchor: str
+) -> np.ndarray:
+    """Names at places (x, y), in white with a black outline; none covers one before it as far as
+    there is room above or below.
+
+    Args:
+        canvas: (3, height, width), uint8.
+        names: each with its place.
+        anchor: of the text there, Pillow's.
+    """
+    picture = Image.fromarray(to_image(canvas))
+    pen = ImageDraw.Draw(picture)
+    size = max(16, max(picture.size) // 24)
+    style = {"anchor": anchor, "font_size": size, "stroke_width": size // 8}
+    taken: list[Sequence[float]] = []
+    for name, place in names:
+        # Where it is wanted, else line by line above and below.
+        lines = sorted(range(-20, 21), key=abs)
+        tried = [(place[0], place[1] + line * (size + 4)) for line in lines]
+        tried = [_inside(at, pen.textbbox(at, name, **style), picture.size) for at in tried]
+        boxes = [pen.textbbox(at, name, **style) for at in tried]
+        free = [n for n, box in enumerate(boxes) if not any(_overlap(box, t) for t in taken)]
+        best = free[0] if free else 0
+        taken.append(boxes[best])
+        pen.text(tried[best], name, fill="white", stroke_fill="black", **style)
+    return np.asarray(picture)
+
+
+def _overlap(one: Sequence[float], other: Sequence[float]) -> bool:
+    """Whether two boxes (left, top, right, bottom) do."""
+    return all(one[a] < other[a + 2] and other[a] < one[a + 2] for a in (0, 1))
+
+
+def _inside(
+    place: tuple[int, int], box: Sequence[float], size: tuple[int, int]
+) -> tuple[float, float]:
+    """The place moved so that a text's box, left, top, right and bottom, lies in the picture."""
+    return tuple(
+        at + max(0, -box[axis]) - max(0, box[axis + 2] - size[axis])
+        for axis, at in enumerate(place)
+    )
+
+
+def _edges(planes: Tensor) -> Tensor:
+    """Pixels (h, w) at the border of a mask."""
+    edge = torch.zeros(planes.shape[1:], dtype=torch.bool)
+    edge[1:] |= (planes[:, 1:] != planes[:, :-1]).any(0)
+    edge[:, 1:] |= (planes[:, :, 1:] != planes[:, :, :-1]).any(0)
+    return edge
+
+
+def draw_difference(image: np.ndarray, different: np.ndarray) -> np.ndarray:
+    """The image in grey, with the pixels that differ in red.
+
+    Args:
+        image: (height, width, 3) uint8 RGB.
+        different: (height, width) bool.
+    """
+    grey = np.repeat(image.mean(-1, keepdims=True) * 0.5 + 64, 3, axis=-1)
+    grey[different] = (230, 30, 60)
+    return to_image(canvas_of(grey.astype(np.uint8)))
