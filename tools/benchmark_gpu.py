@@ -27,7 +27,7 @@ sys.path.insert(0, str(ROOT))  # from a bare environment too
 
 from expedit_d2.analysis import gpu_benchmark as benchmark  # noqa: E402
 from expedit_d2.analysis.gpu_models import MODELS, SMALL_MODELS  # noqa: E402
-from expedit_d2.analysis.timing import processor  # noqa: E402
+from expedit_d2.analysis.timing import DTYPES, processor  # noqa: E402
 
 MODES = {"eager": False, "compiled": True}
 
@@ -40,7 +40,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     option("--models", nargs="+", metavar="NAME", help="those whose names have this in them (all)")
     option("--settings", nargs="+", choices=[*benchmark.settings()], metavar="NAME", help="(all)")
     option("--batch", nargs="+", type=int, default=benchmark.BATCHES, metavar="N", help="images")
-    option("--dtype", nargs="+", choices=benchmark.DTYPES, default=benchmark.DTYPES)
+    option("--dtype", nargs="+", choices=DTYPES, default=benchmark.PRECISIONS)
     option("--mode", nargs="+", choices=[*MODES], default=[*MODES])
     option("--seconds", type=float, default=450, help="begin nothing later (%(default)s)")
     option("--output", type=Path, default=Path("benchmark_gpu"), help="a folder (%(default)s)")

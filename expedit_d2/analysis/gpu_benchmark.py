@@ -25,9 +25,19 @@ from ..methods import METHODS
 from .gpu_models import Subject
 from .launches import count_launches
 from .memory import peak_memory
-from .timing import interleaved, synchronize
+from .timing import DTYPES, interleaved, synchronize
 
-__all__ = ["BATCHES", "DTYPES", "PLAIN", "Unit", "check", "measure", "plan", "settings", "table"]
+__all__ = [
+    "BATCHES",
+    "PLAIN",
+    "PRECISIONS",
+    "Unit",
+    "check",
+    "measure",
+    "plan",
+    "settings",
+    "table",
+]
 
 Shape = tuple[int, ...]
 
@@ -44,7 +54,7 @@ PUBLISHED = {
 }
 # The most important first.
 BATCHES = (1, 8, 32)
-DTYPES = ("bfloat16", "float16", "float32")
+PRECISIONS = (*DTYPES[1:], DTYPES[0])
 
 # Seconds for one unit's timed rounds, and the number of rounds.
 _SECONDS = 4.0
@@ -80,7 +90,7 @@ class Unit:
 def plan(
     models: Sequence[str],
     batches: Sequence[int] = BATCHES,
-    dtypes: Sequence[str] = DTYPES,
+    dtypes: Sequence[str] = PRECISIONS,
     names: Sequence[str] | None = None,
     modes: Sequence[bool] = (False, True),
 ) -> list[Unit]:

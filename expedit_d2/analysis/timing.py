@@ -13,8 +13,19 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-__all__ = ["Ratio", "Timing", "interleaved", "processor", "rounds", "summarize", "synchronize"]
+__all__ = [
+    "DTYPES",
+    "Ratio",
+    "Timing",
+    "interleaved",
+    "processor",
+    "rounds",
+    "summarize",
+    "synchronize",
+]
 
+#: Names of the types that models are timed in.
+DTYPES = ("float32", "bfloat16", "float16")
 #: A middle half that is wider than this share of its median is a wide spread.
 WIDE = 0.2
 

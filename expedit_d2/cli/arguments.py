@@ -9,8 +9,8 @@ from typing import NoReturn
 import torch
 from detectron2.utils.logger import setup_logger
 
+from ..analysis.timing import DTYPES
 from ..comparison import Options, Store, Subject
-from ..comparison.session import DTYPES
 from ..data import register_collage
 from ..engine import check_folder
 from ..engine.errors import end

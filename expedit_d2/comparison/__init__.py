@@ -5,8 +5,10 @@ A `Subject` is a model with its data; `compare` measures it with a list of setti
 """
 
 from .candidates import candidates
+from .options import Options
 from .rows import PLAIN, Comparison, Conditions, Row, check_finished, pareto
-from .session import Options, Session, compare, expedited_copy, share_weights
+from .run import compare
+from .session import Session, expedited_copy, share_weights
 from .spelling import describe, parse_setting
 from .store import Store
 from .subject import Subject, register_images

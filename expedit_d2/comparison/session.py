@@ -9,7 +9,7 @@ import io
 import shlex
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from itertools import cycle, islice
 from pathlib import Path
@@ -25,46 +25,17 @@ from ..analysis.launches import count_launches
 from ..analysis.memory import peak_memory
 from ..analysis.timing import Ratio, processor, rounds, summarize
 from ..api import expedite
-from ..engine.interrupt import check_interrupt, interruptible
+from ..engine.interrupt import check_interrupt
 from ..evaluation import Agreement, watch_finite
 from ..predictions import main_metrics
 from ..settings import Settings
+from .options import Options
 from .reading import read_dataclass
 from .rows import PLAIN, Comparison, Conditions, Row
 from .store import Store, fingerprint
 from .subject import Subject, image_name
 
-__all__ = ["DTYPES", "Options", "Session", "compare", "expedited_copy", "share_weights"]
-
-DTYPES = ("float32", "bfloat16", "float16")
-
-
-@dataclass(frozen=True)
-class Options:
-    """How to measure.
-
-    Attributes:
-        dtype: of the forward, by autocast unless it is "float32".
-        timed_images: at batch 1, after one that is not timed; 0: no speed and no memory.
-        batch: images in a batch for the throughput; 1: none.
-        progress: show progress bars.
-
-    Raises:
-        ValueError: for values out of range.
-    """
-
-    dtype: str = "float32"
-    timed_images: int = 20
-    batch: int = 4
-    progress: bool = True
-
-    def __post_init__(self) -> None:
-        if self.dtype not in DTYPES:
-            raise ValueError(f"dtype must be one of {DTYPES}, got {self.dtype!r}")
-        for name, least in (("timed_images", 0), ("batch", 1)):
-            value = getattr(self, name)
-            if value < least:
-                raise ValueError(f"{name} must be {least} or more, got {value}")
+__all__ = ["Session", "expedited_copy", "share_weights"]
 
 
 def share_weights(model: nn.Module) -> nn.Module:
@@ -310,73 +281,3 @@ class Session:
 
 def _plain(settings: Settings | None) -> dict[str, Any] | None:
     return None if settings is None else asdict(settings)
-
-
-def compare(
-    subject: Subject,
-    settings: Mapping[str, Settings],
-    options: Options | None = None,
-    store: Store | None = None,
-    save: Callable[[Comparison], None] = lambda comparison: None,
-) -> Comparison:
-    """The plain model and the same model with each setting.
-
-    An interruption (Ctrl-C, ``KeyboardInterrupt``) ends it early: the result has the rows that are
-    finished, and names the other settings. A setting that fails on an image is named with the
-    reason, and the others are finished.
-
-    Args:
-        subject: the model and its data.
-        settings: name to settings.
-        options: how to measure.
-        store: keeps results, so that the same call again goes on where this one stopped.
-        save: given the comparison so far, after each row.
-
-    Returns:
-        The plain model's row, then one for each setting in order.
-
-    Raises:
-        ValueError: for settings that do not fit the model, a setting named as the plain model, or
-            if the plain model fails on an image.
-        KeyboardInterrupt: if not even the plain model is finished.
-    """
-    _check(subject.model, settings)
-    session = Session(subject, options, store)
-    rows: list[Row] = []
-    failed: dict[str, str] = {}
-    left = [PLAIN, *settings]
-    with interruptible():
-        try:
-            while left:
-                check_interrupt()
-                name = left[0]
-                try:
-                    rows.append(session.row(name, settings.get(name)))
-                except ValueError as error:
-                    if name == PLAIN:
-                        raise
-                    failed[name] = str(error)
-                left.pop(0)
-                save(session.comparison(rows, left, failed))
-        except KeyboardInterrupt:
-            if not rows:
-                raise
-    return session.comparison(rows, left, failed)
-
-
-def _check(model: nn.Module, settings: Mapping[str, Settings]) -> None:
-    """What does not fit should fail now.
-
-    Raises:
-        ValueError: names every setting that does not fit, and why.
-    """
-    if PLAIN in settings:
-        raise ValueError(f"a setting must not be named {PLAIN!r}, as the plain model is")
-    problems = []
-    for name, setting in settings.items():
-        try:
-            expedited_copy(model, setting)
-        except ValueError as error:
-            problems.append(f"setting {name!r}: {error}")
-    if problems:
-        raise ValueError("; ".join(problems))

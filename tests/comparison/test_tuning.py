@@ -19,6 +19,7 @@ from expedit_d2.comparison import (
     candidates,
     compare,
     parse_setting,
+    run,
     tune,
 )
 from expedit_d2.comparison import session as session_module
@@ -153,7 +154,7 @@ class Speeds(session_module.Session):
 
 def test_speed_target_takes_the_best_output_that_is_fast_enough(subject, store, monkeypatch):
     monkeypatch.setattr(tuning_module, "Session", Speeds)
-    monkeypatch.setattr(session_module, "Session", Speeds)
+    monkeypatch.setattr(run, "Session", Speeds)
     options = replace(QUIET, timed_images=1)
     everything = compare(subject, FEW, options, store)
     ratios = sorted(everything.speedup(row) for row in everything.rows[1:])

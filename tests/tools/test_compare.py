@@ -9,6 +9,7 @@ from PIL import Image
 from torch import nn
 
 from expedit_d2.comparison import Comparison
+from expedit_d2.comparison import run as run_module
 from expedit_d2.comparison import session as session_module
 from expedit_d2.settings import Settings
 from support.detector import LAZY
@@ -106,7 +107,7 @@ def test_interruption_is_told_and_ends_with_130(tiny_opts, output, monkeypatch, 
             return super()._evaluate(name, model)
 
     with monkeypatch.context() as patch:
-        patch.setattr(session_module, "Session", Interrupted)
+        patch.setattr(run_module, "Session", Interrupted)
         with pytest.raises(SystemExit) as stopped:
             run(output, *options, opts=tiny_opts)
     assert stopped.value.code == 130

@@ -1,0 +1,37 @@
+"""How a comparison measures."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..analysis.timing import DTYPES
+
+__all__ = ["Options"]
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to measure.
+
+    Attributes:
+        dtype: of the forward, by autocast unless it is "float32".
+        timed_images: at batch 1, after one that is not timed; 0: no speed and no memory.
+        batch: images in a batch for the throughput; 1: none.
+        progress: show progress bars.
+
+    Raises:
+        ValueError: for values out of range.
+    """
+
+    dtype: str = "float32"
+    timed_images: int = 20
+    batch: int = 4
+    progress: bool = True
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype must be one of {DTYPES}, got {self.dtype!r}")
+        for name, least in (("timed_images", 0), ("batch", 1)):
+            value = getattr(self, name)
+            if value < least:
+                raise ValueError(f"{name} must be {least} or more, got {value}")
