@@ -7,7 +7,6 @@ import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from glob import glob, has_magic
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -16,16 +15,15 @@ import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.utils import comm
-from PIL import Image
 from torch import nn
 
-from ..data.images import DataError, check_image
+from ..data.images import DataError, check_image, find_images
 from ..files.shipped import CODE
 from ..predictions import PREDICTIONS
 from .origin import code_digest, data_digest, sources, versions
 from .store import fingerprint
 
-__all__ = ["Subject", "find_images", "image_name", "register_images"]
+__all__ = ["Subject", "image_name", "register_images"]
 
 logger = logging.getLogger(__name__)
 
@@ -109,25 +107,6 @@ class Subject:
 def image_name(item: Mapping[str, Any]) -> str:
     """Of one input of a model, for messages."""
     return str(item.get("file_name", item.get("image_id", "without a name")))
-
-
-def find_images(where: str) -> list[str]:
-    """Image files in a folder, or those that a pattern names, in order.
-
-    Raises:
-        FileNotFoundError: if there is none.
-    """
-    if has_magic(where) and not Path(where).exists():
-        files = [path for path in glob(where, recursive=True) if Path(path).is_file()]
-    elif Path(where).is_dir():
-        known = {end for end, kind in Image.registered_extensions().items() if kind in Image.OPEN}
-        paths = (path for path in Path(where).iterdir() if path.suffix.lower() in known)
-        files = [str(path) for path in paths]
-    else:
-        files = [where] if Path(where).is_file() else []
-    if not files:
-        raise FileNotFoundError(f"there are no images at {where!r}")
-    return sorted(files)
 
 
 def register_images(where: str | Sequence[str], limit: int | None = None) -> str:

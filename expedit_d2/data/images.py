@@ -14,6 +14,8 @@ import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from glob import glob, has_magic
+from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 import numpy as np
@@ -27,6 +29,8 @@ __all__ = [
     "Header",
     "check_image",
     "decode",
+    "find_images",
+    "image_suffixes",
     "load_image",
     "load_labels",
     "read_header",
@@ -57,6 +61,33 @@ class Header(NamedTuple):
 
     mode: str
     size: tuple[int, int]
+
+
+# ------------------------------------------------------------------------------------ which files
+
+
+def image_suffixes() -> set[str]:
+    """Of the names of files that Pillow reads, in lower case."""
+    return {end for end, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+
+
+def find_images(where: str | os.PathLike) -> list[str]:
+    """Image files in a folder, or those that a pattern names, in order.
+
+    Raises:
+        FileNotFoundError: if there is none.
+    """
+    where = os.fspath(where)
+    if has_magic(where) and not Path(where).exists():
+        files = [path for path in glob(where, recursive=True) if Path(path).is_file()]
+    elif Path(where).is_dir():
+        known = image_suffixes()
+        files = [str(path) for path in Path(where).iterdir() if path.suffix.lower() in known]
+    else:
+        files = [where] if Path(where).is_file() else []
+    if not files:
+        raise FileNotFoundError(f"there are no images at {where!r}")
+    return sorted(files)
 
 
 # ------------------------------------------------------------------------------------ one file

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
-from .images import load_labels
+from .images import image_suffixes, load_labels
 from .nearby import candidates, check_mode, check_sizes
 
 __all__ = ["register_folder"]
@@ -18,7 +18,6 @@ __all__ = ["register_folder"]
 logger = logging.getLogger(__name__)
 
 _IGNORE = 255
-_IMAGES = frozenset((".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp"))
 # Modes of a PNG whose pixels are class ids.
 _LABEL_MODES = ("L", "P", "1", "I;16")
 
@@ -67,7 +66,7 @@ def _find_images(
     near = [folder, folder.parent / "images", folder.parent.parent / "images" / folder.name]
     tried = candidates(folder, given, near)
     for root in tried:
-        images = _files(root, _IMAGES, without=labels.values())
+        images = _files(root, image_suffixes(), without=labels.values())
         missing = [str(label) for key, label in labels.items() if key not in images]
         if not missing:
             return root, images

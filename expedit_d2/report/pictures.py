@@ -11,14 +11,12 @@ import numpy as np
 from detectron2.data import MetadataCatalog
 
 from ..comparison import Row, Subject
-from ..data.images import load_image
+from ..data.images import find_images, load_image
 from ..engine.interrupt import check_interrupt
 from ..evaluation.agreement import image_key
 from ..visualize import side_by_side
 
 __all__ = ["Picture", "draw_pictures", "read_pictures"]
-
-_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 
 
 @dataclass(frozen=True)
@@ -91,21 +89,11 @@ def read_pictures(paths: Sequence[str | Path]) -> list[Picture]:
     """Image files, and those in folders by name, each as a picture of one panel.
 
     Raises:
-        FileNotFoundError: for a path that is not there.
-        ValueError: for a folder without images.
+        FileNotFoundError: where there is no image.
+        ValueError: for one that cannot be read.
     """
-    files: list[Path] = []
-    for path in map(Path, paths):
-        if path.is_dir():
-            inside = sorted(p for p in path.iterdir() if p.suffix.lower() in _SUFFIXES)
-            if not inside:
-                raise ValueError(f"no images ({', '.join(_SUFFIXES)}) in the folder {str(path)!r}")
-            files += inside
-        elif path.is_file():
-            files.append(path)
-        else:
-            raise FileNotFoundError(f"there is no file or folder {str(path)!r}")
-    pictures = []
-    for file in files:
-        pictures.append(Picture(file.stem, {"": np.asarray(load_image(file).convert("RGB"))}))
-    return pictures
+    files = [file for path in paths for file in find_images(path)]
+    return [
+        Picture(Path(file).stem, {"": np.asarray(load_image(file).convert("RGB"))})
+        for file in files
+    ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 from detectron2.config import CfgNode
@@ -96,6 +96,20 @@ def _panoptic_evaluator(dataset_name: str, folder: str) -> COCOPanopticEvaluator
     return COCOPanopticEvaluator(dataset_name, folder)
 
 
+#: Output -> its evaluator, for a config, a data set and a folder of predictions.
+_EVALUATORS: dict[str, Callable[[CfgNode, str, str], DatasetEvaluator]] = {
+    "panoptic": lambda cfg, name, folder: _panoptic_evaluator(name, folder),
+    "instance": lambda cfg, name, folder: ThingEvaluator(name, folder),
+    "semantic": lambda cfg, name, folder: SemanticEvaluator(
+        name, folder, cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES
+    ),
+}
+_CITYSCAPES = {
+    "instance": CityscapesInstanceEvaluator,
+    "semantic": _CityscapesSemanticEvaluator,
+}
+
+
 def wanted_outputs(cfg: CfgNode, dataset_name: str) -> tuple[str, ...]:
     """Outputs that are switched on and that a data set has labels for.
 
@@ -159,20 +173,11 @@ def build_evaluators(cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
     folder = predictions_folder(cfg.OUTPUT_DIR, dataset_name)
     evaluators: list[DatasetEvaluator] = []
     for output in outputs:
-        if output == "panoptic":
-            evaluators.append(_panoptic_evaluator(dataset_name, folder))
-        elif kind.startswith("cityscapes"):
+        if kind.startswith("cityscapes") and output in _CITYSCAPES:
             check_packages(dataset_name, "cityscapesscripts")
-            cityscapes = {
-                "instance": CityscapesInstanceEvaluator,
-                "semantic": _CityscapesSemanticEvaluator,
-            }
-            evaluators.append(cityscapes[output](dataset_name))
-        elif output == "instance":
-            evaluators.append(ThingEvaluator(dataset_name, folder))
+            evaluators.append(_CITYSCAPES[output](dataset_name))
         else:
-            classes = cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES
-            evaluators.append(SemanticEvaluator(dataset_name, folder, classes))
+            evaluators.append(_EVALUATORS[output](cfg, dataset_name, folder))
     if not evaluators:
         wanted = " or ".join(f"{output.upper()}_ON" for output in _LABELS[kind])
         raise ValueError(

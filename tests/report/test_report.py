@@ -426,10 +426,10 @@ def test_tool_reads_results_and_pictures(tmp_path, capsys):
     page = Page(output.read_text("utf-8"))
     assert [image["alt"] for image in page.all("img")] == ["a", "b"]
     assert "1.52×" in page.text
-    with pytest.raises(SystemExit, match="there is no file or folder 'none.png'"):
+    with pytest.raises(SystemExit, match="there are no images at 'none.png'"):
         tool.run([str(results), "--pictures", "none.png"])
     with pytest.raises(SystemExit, match="is not the JSON of a comparison"):
         results.write_text("[1, 2]")
         tool.run([str(results)])
-    with pytest.raises(ValueError, match="no images .* in the folder"):
+    with pytest.raises(FileNotFoundError, match="there are no images at"):
         read_pictures([tmp_path / "out"])
