@@ -9,11 +9,12 @@ import torch
 import torch.nn.functional as F
 from detectron2.config import CfgNode, configurable
 from detectron2.modeling import META_ARCH_REGISTRY
-from torch import Tensor, nn
+from torch import Tensor
 
 from expedit_d2.api import expedite_from_node
 from expedit_d2.backbones.feature_cache import cache_features
 from expedit_d2.backbones.timm_vit import create_timm_vit
+from expedit_d2.data.normalized import NormalizingModel
 from expedit_d2.tracing import shape_of
 
 from .encoder import Encoder
@@ -29,7 +30,7 @@ INTERPOLATIONS = {"bicubic": False, "bilinear": True}
 
 
 @META_ARCH_REGISTRY.register()
-class DPT(nn.Module):
+class DPT(NormalizingModel):
     """Vision Transformers for Dense Prediction (Ranftl et al., arXiv 2103.13413): depth.
 
     With other channels and a DINOv2 encoder it is Depth Anything V2 (arXiv 2406.09414).
@@ -77,7 +78,7 @@ class DPT(nn.Module):
         Raises:
             ValueError: for an unknown name, a size that does not fit, or as `cache_features`.
         """
-        super().__init__()
+        super().__init__(pixel_mean, pixel_std)
         for key, value, known in (
             ("OUTPUT", output, OUTPUTS),
             ("SIZE_METHOD", size_method, SIZE_METHODS),
@@ -102,9 +103,6 @@ class DPT(nn.Module):
         self.interpolation = interpolation
         self.silog_variance = silog_variance
         self.gradient_weight = gradient_weight
-        for name, values in (("pixel_mean", pixel_mean), ("pixel_std", pixel_std)):
-            values = torch.tensor(values, dtype=torch.float32).view(-1, 1, 1)
-            self.register_buffer(name, values, persistent=False)
         backbone.requires_grad_(not freeze_backbone)
         cache_features(feature_cache, backbone)
 
@@ -149,10 +147,6 @@ class DPT(nn.Module):
             "feature_cache": cfg.MODEL.BACKBONE.FEATURE_CACHE,
         }
 
-    @property
-    def device(self) -> torch.device:
-        return self.pixel_mean.device
-
     def forward(self, batched_inputs: Sequence[dict[str, Any]]) -> Any:
         """
         Args:
@@ -190,7 +184,7 @@ class DPT(nn.Module):
 
     def _prepare(self, image: Tensor) -> Tensor:
         """(3, H, W) of 0 to 255, any type, to the network's size, normalised."""
-        image = (image.to(self.device).float() - self.pixel_mean) / self.pixel_std
+        image = self.normalize(image.to(self.device).float())
         own = shape_of(image)[1:]
         target = None if self.training else self.size
         size = network_size(own, target, self.size_divisibility, self.size_method)

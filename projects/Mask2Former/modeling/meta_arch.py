@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from detectron2.config import CfgNode, configurable
 from detectron2.data import MetadataCatalog
@@ -16,6 +15,8 @@ from detectron2.structures import BitMasks, ImageList, Instances
 from detectron2.utils.memory import retry_if_cuda_oom
 from torch import Tensor, nn
 
+from expedit_d2.data.normalized import NormalizingModel
+
 from .criterion import SetCriterion
 from .inference import instance_inference, panoptic_inference, semantic_inference
 from .matcher import HungarianMatcher
@@ -24,7 +25,7 @@ __all__ = ["MaskFormer"]
 
 
 @META_ARCH_REGISTRY.register()
-class MaskFormer(nn.Module):
+class MaskFormer(NormalizingModel):
     """Backbone, head and losses; panoptic, instance and semantic output."""
 
     @configurable
@@ -61,7 +62,7 @@ class MaskFormer(nn.Module):
         Raises:
             ValueError: if no output is wanted, or panoptic output without known things.
         """
-        super().__init__()
+        super().__init__(pixel_mean, pixel_std)
         if not (semantic_on or panoptic_on or instance_on):
             raise ValueError(
                 "one of MODEL.MASK_FORMER.TEST.SEMANTIC_ON, INSTANCE_ON and PANOPTIC_ON must be set"
@@ -79,9 +80,6 @@ class MaskFormer(nn.Module):
             size_divisibility = backbone.size_divisibility
         self.size_divisibility = size_divisibility
         self.resize_first = sem_seg_postprocess_before_inference
-        for name, values in (("pixel_mean", pixel_mean), ("pixel_std", pixel_std)):
-            values = torch.tensor(values, dtype=torch.float32).view(-1, 1, 1)
-            self.register_buffer(name, values, persistent=False)
         self.semantic_on = semantic_on
         self.panoptic_on = panoptic_on
         self.instance_on = instance_on
@@ -131,10 +129,6 @@ class MaskFormer(nn.Module):
             "test_topk_per_image": cfg.TEST.DETECTIONS_PER_IMAGE,
         }
 
-    @property
-    def device(self) -> torch.device:
-        return self.pixel_mean.device
-
     def forward(self, batched_inputs: Sequence[dict[str, Any]]) -> Any:
         """
         Args:
@@ -147,9 +141,8 @@ class MaskFormer(nn.Module):
             ``sem_seg`` (K, height, width), ``panoptic_seg`` (see `panoptic_inference`) and
             ``instances`` (see `instance_inference`) that are switched on.
         """
-        images = [(x["image"].to(self.device) - self.pixel_mean) for x in batched_inputs]
         images = ImageList.from_tensors(
-            [x / self.pixel_std for x in images],
+            [self.normalize(x["image"]) for x in batched_inputs],
             self.size_divisibility,
             padding_constraints=self.backbone.padding_constraints,
         )

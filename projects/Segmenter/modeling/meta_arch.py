@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from expedit_d2.api import expedite_from_node
 from expedit_d2.backbones.feature_cache import cache_features
 from expedit_d2.backbones.timm_vit import create_timm_vit
+from expedit_d2.data.normalized import NormalizingModel
 from expedit_d2.hook import Rebuild, run_reduced
 from expedit_d2.tracing import shape_of
 
@@ -30,7 +31,7 @@ __all__ = ["Segmenter"]
 
 
 @META_ARCH_REGISTRY.register()
-class Segmenter(nn.Module):
+class Segmenter(NormalizingModel):
     """Semantic segmentation with transformers alone (arXiv 2105.05633).
 
     With ``MODEL.EXPEDIT.RECONSTRUCT_AT`` "head" the decoder runs on the clusters and its class
@@ -67,7 +68,7 @@ class Segmenter(nn.Module):
         Raises:
             ValueError: for windows out of range, or as `cache_features` and `expedit_d2.expedite`.
         """
-        super().__init__()
+        super().__init__(pixel_mean, pixel_std)
         if window_size < 0 or window_size and not 0 < window_stride <= window_size:
             raise ValueError(
                 "MODEL.SEGMENTER.WINDOW_SIZE must be positive, or 0 for whole images, and "
@@ -78,9 +79,6 @@ class Segmenter(nn.Module):
         self.encoder = encoder
         self.decoder = decoder
         self.patch = encoder.patch_embed.feat_ratio()
-        for name, values in (("pixel_mean", pixel_mean), ("pixel_std", pixel_std)):
-            values = torch.tensor(values, dtype=torch.float32).view(-1, 1, 1)
-            self.register_buffer(name, values, persistent=False)
         self.ignore_value = ignore_value
         self.window_size = window_size
         self.window_stride = window_stride
@@ -132,10 +130,6 @@ class Segmenter(nn.Module):
             "expedit": cfg.MODEL.EXPEDIT,
         }
 
-    @property
-    def device(self) -> torch.device:
-        return self.pixel_mean.device
-
     def train(self, mode: bool = True) -> Segmenter:
         super().train(mode)
         if self.freeze_encoder:
@@ -153,9 +147,7 @@ class Segmenter(nn.Module):
             In training a dict of the loss. In inference for each image a dict with ``sem_seg``
             (K, height, width), fp32 class scores before softmax.
         """
-        images = [
-            (x["image"].to(self.device) - self.pixel_mean) / self.pixel_std for x in batched_inputs
-        ]
+        images = [self.normalize(x["image"]) for x in batched_inputs]
         if self.training:
             batch = ImageList.from_tensors(images).tensor
             targets = [x["sem_seg"].to(self.device) for x in batched_inputs]
