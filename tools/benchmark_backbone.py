@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import statistics
 import time
 from collections.abc import Callable
@@ -34,24 +33,20 @@ from expedit_d2 import expedite, fuse_attention
 from expedit_d2.adapters import find_host
 from expedit_d2.analysis.flops import count_flops
 from expedit_d2.analysis.memory import peak_memory
-from expedit_d2.analysis.timing import interleaved, processor, synchronize
+from expedit_d2.analysis.timing import DTYPES, interleaved, processor, synchronize
 from expedit_d2.api import Expedited
-from expedit_d2.cli.arguments import ToolParser, add_config_options, at_least
+from expedit_d2.cli.arguments import (
+    ToolParser,
+    add_config_options,
+    at_least,
+    height_width,
+    prepare_benchmark,
+)
 from expedit_d2.comparison import share_weights
-from expedit_d2.engine import check_file, import_modules, one_sentence
+from expedit_d2.engine import import_modules, one_sentence
 from expedit_d2.files import code_in_files
 from expedit_d2.projects import load_cfg
 from expedit_d2.settings import Settings
-
-DTYPES = ["float32", "bfloat16", "float16"]
-
-
-def parse_size(text: str) -> tuple[int, int]:
-    """'640x640' to (height, width)."""
-    if not re.fullmatch(r"[1-9]\d*x[1-9]\d*", text):
-        raise argparse.ArgumentTypeError(f"must be HEIGHTxWIDTH in pixels, got {text!r}")
-    height, width = map(int, text.split("x"))
-    return height, width
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
@@ -60,7 +55,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     option(
         "--sizes",
         nargs="+",
-        type=parse_size,
+        type=height_width,
         default=[(640, 640)],
         metavar="HxW",
         help="of the images, in pixels (640x640)",
@@ -201,12 +196,7 @@ def report(result: dict) -> str:
 
 
 def main(args: argparse.Namespace) -> None:
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: torch finds no GPU; give --device cpu")
-    if args.json is not None:
-        check_file(args.json, "--json")
-    if args.threads is not None:
-        torch.set_num_threads(args.threads)
+    prepare_benchmark(args)
     environment = {
         "config": args.config_file,
         "device": processor(args.device),

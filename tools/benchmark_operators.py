@@ -26,26 +26,25 @@ from torch import Tensor, nn
 
 from expedit_d2.analysis.dense import dense_clustering, dense_reconstruction
 from expedit_d2.analysis.memory import peak_memory
-from expedit_d2.analysis.timing import Timing, interleaved, processor
-from expedit_d2.cli.arguments import ToolParser, at_least
-from expedit_d2.engine import check_file, one_sentence
+from expedit_d2.analysis.timing import DTYPES, Timing, interleaved, processor
+from expedit_d2.cli.arguments import ToolParser, at_least, height_width, prepare_benchmark
+from expedit_d2.engine import one_sentence
 from expedit_d2.operators import cluster_tokens, reconstruct_tokens
 
 SIZES = ["40x40:28x28", "48x48:32x32", "64x64:45x45"]
 VIT_DEPTH = 24
-DTYPES = ["float32", "float16", "bfloat16"]
 
 Call = Callable[[], Tensor]
 Size = tuple[int, int]
 
 
-def parse_size(text: str) -> tuple[Size, Size]:
+def map_and_grid(text: str) -> tuple[Size, Size]:
     """'40x40:28x28', a map and its grid, to ((40, 40), (28, 28))."""
+    size, _, grid = text.partition(":")
     try:
-        (height, width), (rows, cols) = (map(int, part.split("x")) for part in text.split(":"))
-    except ValueError:
+        return height_width(size), height_width(grid)
+    except argparse.ArgumentTypeError:
         raise argparse.ArgumentTypeError(f"{text!r} is not like 40x40:28x28") from None
-    return (height, width), (rows, cols)
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
@@ -54,8 +53,8 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     option(
         "--sizes",
         nargs="+",
-        type=parse_size,
-        default=[parse_size(size) for size in SIZES],
+        type=map_and_grid,
+        default=[map_and_grid(size) for size in SIZES],
         metavar="MAP:GRID",
         help=f"token maps and cluster grids ({' '.join(SIZES)})",
     )
@@ -220,12 +219,7 @@ def table_rows(result: dict, window: int) -> list[list[str]]:
 
 
 def main(args: argparse.Namespace) -> None:
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: torch finds no GPU; give --device cpu")
-    if args.json is not None:
-        check_file(args.json, "--json")
-    if args.threads is not None:
-        torch.set_num_threads(args.threads)
+    prepare_benchmark(args)
     environment = {
         "device": processor(args.device),
         "threads": torch.get_num_threads(),

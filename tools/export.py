@@ -22,7 +22,6 @@ Examples::
 from __future__ import annotations
 
 import argparse
-import re
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,7 +32,7 @@ from tabulate import tabulate
 from torch import Tensor, nn
 
 from expedit_d2.analysis.timing import interleaved
-from expedit_d2.cli.arguments import ToolParser, add_config_options, at_least
+from expedit_d2.cli.arguments import ToolParser, add_config_options, at_least, height_width
 from expedit_d2.cli.subjects import load_any_model, needed_setting
 from expedit_d2.data import register_collage
 from expedit_d2.engine import check_file, import_modules, one_sentence
@@ -41,19 +40,12 @@ from expedit_d2.export import ImageModel, check_onnx, export_onnx, export_progra
 from expedit_d2.files import code_in_files
 
 
-def parse_size(text: str) -> tuple[int, int]:
-    if not re.fullmatch(r"[1-9]\d*x[1-9]\d*", text):
-        raise argparse.ArgumentTypeError(f"must be HEIGHTxWIDTH in pixels, got {text!r}")
-    height, width = map(int, text.split("x"))
-    return height, width
-
-
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser = ToolParser("export.py", __doc__)
     option = parser.add_argument
     option("--output", required=True, metavar="FILE", help="the file to write")
     option("--format", choices=("onnx", "pt2"), help="default: by the file's name")
-    option("--size", type=parse_size, default=(256, 320), help="of the example, HxW (256x320)")
+    option("--size", type=height_width, default=(256, 320), help="of the example, HxW (256x320)")
     option("--fixed", action="store_true", help="take images of this size only")
     option("--check", action="store_true", help="compare with PyTorch")
     option(

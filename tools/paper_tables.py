@@ -24,6 +24,7 @@ import torch
 from detectron2.utils.logger import setup_logger
 from tqdm import tqdm
 
+from expedit_d2.analysis.timing import DTYPES
 from expedit_d2.cli.arguments import ToolParser, at_least
 from expedit_d2.engine import check_file, choose_device, one_sentence
 from expedit_d2.paper import (
@@ -35,8 +36,6 @@ from expedit_d2.paper import (
     to_text,
     write_json,
 )
-
-DTYPES = ["float32", "float16", "bfloat16"]
 
 Save = Callable[[list[Result]], None]
 

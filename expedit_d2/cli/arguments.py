@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Callable
 from typing import NoReturn
 
@@ -12,7 +13,7 @@ from detectron2.utils.logger import setup_logger
 from ..analysis.timing import DTYPES
 from ..comparison import Options, Store, Subject
 from ..data import register_collage
-from ..engine import check_folder
+from ..engine import check_file, check_folder
 from ..engine.errors import end
 from ..files import add_trust_option
 from ..files.shipped import find_config
@@ -23,8 +24,10 @@ __all__ = [
     "add_config_options",
     "add_measuring_options",
     "at_least",
+    "height_width",
     "measuring_options",
     "prepare",
+    "prepare_benchmark",
 ]
 
 EMBEDDED = "configs/embedded/segmenter.yaml"
@@ -64,6 +67,14 @@ def at_least(least: int) -> Callable[[str], int]:
         return value
 
     return number
+
+
+def height_width(text: str) -> tuple[int, int]:
+    """The type of an option for a size: "640x480" to (640, 480)."""
+    if not re.fullmatch(r"[1-9]\d*x[1-9]\d*", text):
+        raise argparse.ArgumentTypeError(f"must be HEIGHTxWIDTH in pixels, got {text!r}")
+    height, width = map(int, text.split("x"))
+    return height, width
 
 
 def add_config_options(
@@ -116,6 +127,21 @@ def add_measuring_options(parser: argparse.ArgumentParser, output: str) -> None:
     option("--dtype", choices=DTYPES, default="float32", help="by autocast (%(default)s)")
     option("--threads", type=at_least(1), help="CPU threads of torch (its own choice)")
     option("--output", default=output, help="folder of the results (%(default)s)")
+
+
+def prepare_benchmark(args: argparse.Namespace) -> None:
+    """Check ``--device`` and ``--json``, and take as many threads as are wanted.
+
+    Raises:
+        ValueError: without the device.
+        OSError: for a file that cannot be written.
+    """
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: torch finds no GPU; give --device cpu")
+    if args.json is not None:
+        check_file(args.json, "--json")
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
 
 
 def measuring_options(args: argparse.Namespace) -> Options:
