@@ -12,7 +12,7 @@ STAMP := $(VENV)/.installed
 .PHONY: help setup demo test test-fast lint clean
 
 help: ## list the targets
-	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 16
+	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 18
 	@echo '  Variables: PYTHON=$(PYTHON) VENV=$(VENV) ARGS="..." (for demo, test and test-fast)'
 
 setup: $(STAMP) ## make the virtual environment and install everything into it

@@ -11,6 +11,8 @@ import pytest
 from expedit_d2.comparison import Comparison, Store, table_stem
 from support.repository import EMBEDDED, load_tool
 
+pytestmark = pytest.mark.slow
+
 HALF = ["--setting", "half: alpha=1 ratio=0.5"]
 
 

@@ -400,6 +400,7 @@ def test_panels_can_be_enlarged(tmp_path):
     assert "showModal" in page.html and "http" not in re.sub(r'href="[^"]*"', "", page.html)
 
 
+@pytest.mark.slow
 def test_comparing_ends_with_a_report(confident_opts, tmp_path, capsys):
     options = ["--timed", "1", "--batch", "1", "--first", "2", "--output", str(tmp_path / "out")]
     options += ["--config-file", EMBEDDED, "--setting", "half: alpha=1 ratio=0.5"]
