@@ -8,15 +8,15 @@ from typing import Any
 
 from torch import nn
 
-from .adapters import find_host
+from .adapters import Host, find_host
 from .budget import within_budget
 from .fused import Handle, fuse_attention
 from .hook import ExpeditedBlocks
 from .methods import METHODS, build_method
-from .settings import OFF_GRID, Settings
+from .settings import Settings
 from .spelling import describe
 
-__all__ = ["Expedited", "expedite", "expedite_from_node", "is_expedited"]
+__all__ = ["Expedited", "apply", "expedite", "expedite_from_node", "is_expedited"]
 
 
 _logger = logging.getLogger(__name__)
@@ -50,10 +50,8 @@ class Expedited(Handle):
 
     def __repr__(self) -> str:
         """The transformer, its settings as `tools/compare.py` takes them, and whether it is on."""
-        spelled = describe(self.settings)
+        spelled = describe(self.settings, method=self.blocks is not None)
         if self.blocks is not None:
-            if not spelled.startswith("method="):
-                spelled = f"method={self.settings.method} {spelled}"
             spelled += f", {len(self.blocks)} blocks"
         removed = ", removed" if self._removed else ""
         return f"Expedited({self._transformer}: {spelled}{removed})"
@@ -94,8 +92,18 @@ def expedite(
     unknown = Settings.unknown(settings)
     if unknown:
         raise TypeError(f"expedite() has no setting {unknown}")
-    checked = Settings(alpha=alpha, **settings)
-    if not (checked.reduces or checked.fused_attention):
+    return apply(model, Settings(alpha=alpha, **settings), outputs)
+
+
+def apply(
+    model: nn.Module, settings: Settings, outputs: Collection[int] | None = None
+) -> Expedited:
+    """`expedite` with settings that are made already; ``model`` and ``outputs`` are as there.
+
+    Raises:
+        ValueError: as `expedite`.
+    """
+    if not (settings.reduces or settings.fused_attention):
         raise ValueError(
             "neither ALPHA nor BUDGET is set, so nothing would be reduced: set BUDGET, such as 0.5 "
             "for half of the GFLOPs, or ALPHA and one of GRID, RATIO and KEEP"
@@ -104,42 +112,27 @@ def expedite(
         raise ValueError("the model is already expedited; remove() the first handle before")
     host = find_host(model)
     transformer = type(host.whole).__name__
-    if checked.budget is not None:
-        budget, checked = checked, within_budget(checked, host)
-        _logger.info("%s: %s -> %s", transformer, describe(budget), describe(checked))
-    if not checked.alphas:
-        return Expedited(checked, None, fuse_attention(model).remove, transformer)
-    if checked.method not in OFF_GRID and checked.scope not in host.scopes:
-        raise ValueError(
-            f"SCOPE must be one of {host.scopes} for {transformer}, got {checked.scope!r}"
-        )
-
-    if checked.method in OFF_GRID and not host.off_grid:
-        raise ValueError(
-            f"METHOD {checked.method} leaves tokens on no grid, and there are convolutions between "
-            f"the blocks of this {transformer}; METHOD expedit keeps a grid"
-        )
-    host, first = host.stage_of(checked.alphas)
-    layout = host.layout(checked.size_aware)
-    if METHODS[checked.method].inside and not hasattr(layout, "run_reducing"):
-        raise ValueError(
-            f"METHOD {checked.method} works inside of the blocks, and those of {transformer} "
-            "cannot be taken apart; METHOD merge works before them"
-        )
-    original = host.blocks
+    if settings.budget is not None:
+        budget, settings = settings, within_budget(settings, host)
+        _logger.info("%s: %s -> %s", transformer, describe(budget), describe(settings, method=True))
+    if not settings.alphas:
+        return Expedited(settings, None, fuse_attention(model).remove, transformer)
+    _check_that_it_fits(settings, host)
+    host, first = host.stage_of(settings.alphas)
+    layout, original = host.layout(settings.size_aware), host.blocks
     blocks = ExpeditedBlocks(
         original,
         layout,
         {
-            alpha - first: build_method(checked, host.window, index)
-            for index, alpha in enumerate(checked.alphas)
+            alpha - first: build_method(settings, host.window, index)
+            for index, alpha in enumerate(settings.alphas)
         },
         host.outputs if outputs is None else _checked_outputs(outputs, len(original)),
-        checked.reconstruct_at == "backbone",
+        settings.reconstruct_at == "backbone",
     )
     blocks.train(original.training)
     detach, unguard = host.attach(model), blocks.guard()
-    fused = fuse_attention(model) if checked.fused_attention else Handle(lambda: None)
+    fused = fuse_attention(model) if settings.fused_attention else Handle(lambda: None)
     setattr(host.owner, host.attribute, blocks)
 
     def undo() -> None:
@@ -149,7 +142,26 @@ def expedite(
         unguard()
         detach()
 
-    return Expedited(checked, blocks, undo, transformer)
+    return Expedited(settings, blocks, undo, transformer)
+
+
+def _check_that_it_fits(settings: Settings, host: Host) -> None:
+    """Whether the transformer can do what the method needs."""
+    method, transformer = METHODS[settings.method], type(host.whole).__name__
+    if "scope" in method.reads and settings.scope not in host.scopes:
+        raise ValueError(
+            f"SCOPE must be one of {host.scopes} for {transformer}, got {settings.scope!r}"
+        )
+    if method.off_grid and not host.off_grid:
+        raise ValueError(
+            f"METHOD {settings.method} leaves tokens on no grid, and there are convolutions "
+            f"between the blocks of this {transformer}; METHOD expedit keeps a grid"
+        )
+    if method.inside and not host.stage_of(settings.alphas)[0].inside:
+        raise ValueError(
+            f"METHOD {settings.method} works inside of the blocks, and those of {transformer} "
+            "cannot be taken apart; METHOD merge works before them"
+        )
 
 
 def _checked_outputs(outputs: Collection[int], depth: int) -> tuple[int, ...]:
@@ -161,21 +173,14 @@ def _checked_outputs(outputs: Collection[int], depth: int) -> tuple[int, ...]:
     return tuple(outputs)
 
 
-def expedite_from_node(
-    model: nn.Module, node: Mapping[str, Any], outputs: Collection[int] | None = None
-) -> Expedited | None:
+def expedite_from_node(model: nn.Module, node: Mapping[str, Any]) -> Expedited | None:
     """`expedite` as a ``MODEL.EXPEDIT`` node says; None if it is not enabled.
-
-    A model whose backbone was built expedited from the same config is left as it is.
 
     Raises:
         ValueError: as `expedite`, naming the key.
     """
     settings = Settings.from_node(node)
-    if settings is None or is_expedited(model):
-        return None
-    values = dict(vars(settings))
-    return expedite(model, values.pop("alpha"), outputs, **values)
+    return None if settings is None else apply(model, settings)
 
 
 def is_expedited(model: nn.Module) -> bool:

@@ -1,11 +1,12 @@
 """``BUDGET``: from a share of the blocks' GFLOPs to alpha and counts, by rules that were measured.
 
-- METHOD "merge": a few merges in the first blocks (`Host.merges`), for the share of tokens that
-  meets the budget. Four with two rounds of matching keep as much as one before each of the first
-  three quarters of the blocks, with far fewer kernels.
-- Methods that leave a grid: few clusters late keep more than many clusters early, until they become
-  too few. So alpha is the latest one at which the budget is met with clusters not fewer than a
-  share of the tokens that the family bears (`Host.latest`, `Host.least`).
+- Methods that reduce "early", METHOD merge: a few merges in the first blocks (`MergeRule`), for the
+  share of tokens that meets the budget. Four with two rounds of matching keep as much as one before
+  each of the first three quarters of the blocks, with far fewer kernels.
+- Methods that reduce "late", such as those that leave a grid: few clusters late keep more than many
+  clusters early, until they become too few. So alpha is the latest one at which the budget is met
+  with clusters not fewer than a share of the tokens that the family bears (`GridRule`).
+- Methods that reduce in "every" block.
 
 Costs are those of products, by shapes alone and the operators' about, at the size that the
 transformer was made for. On larger images attention has a larger part, and somewhat more is saved.
@@ -17,18 +18,14 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 from .adapters import Host
-from .settings import OFF_GRID, Settings, spread_share
+from .adapters.host import BlockCosts
+from .methods import METHODS, Method, default_method
+from .settings import Settings
 
 __all__ = ["Costs", "within_budget"]
-
-
-# Tokens that one is matched with, about: half of a run, in two rounds.
-_MATCHED = 256
-# Clusters that a token is reckoned to meet: 8 x 8 cells and their rim. Tiles of 4 x 4, as
-# expedit_d2.operators has them, meet fewer, so what is chosen costs a little less than its budget.
-_NEAR = 144
 
 
 @dataclass(frozen=True)
@@ -36,107 +33,94 @@ class Costs:
     """Multiply-adds of the blocks of a container.
 
     Attributes:
-        linear: of a block's linear layers, for each token.
-        attention: those of its attention, of ``linear``.
-        channels: width of its attention.
-        tokens: of the map.
-        windows: tokens in each block's attention windows; None where it is global.
-        padded: tokens of the map with the padding of the windows.
+        blocks: of each, in order.
         size: (H, W) of the map.
-        heads: of attention with decomposed relative positions; 0 without these.
+        padded: tokens of the map with the padding of the windows.
     """
 
-    linear: int
-    attention: int
-    channels: int
-    tokens: int
-    windows: tuple[int | None, ...]
-    padded: int
+    blocks: tuple[BlockCosts, ...]
     size: tuple[int, int]
-    heads: int = 0
+    padded: int
 
     @classmethod
     def of(cls, host: Host) -> Costs:
         """Of a host's blocks at its nominal size."""
-        block = next(iter(host.blocks.children()))
-        costs, attention = host.costs(block), getattr(block, "attn", None)
-        relative = getattr(attention, "use_rel_pos", False)
-        tokens = host.size[0] * host.size[1]
-        sides = [getattr(b, "window_size", 0) for b in host.blocks.children()]
         side = host.window or 1
         return cls(
-            linear=costs.linear,
-            attention=costs.attention,
-            channels=costs.channels,
-            tokens=tokens,
-            windows=tuple(side * side if side else None for side in sides),
-            padded=math.prod(-(-n // side) * side for n in host.size),
+            blocks=tuple(host.costs(block) for block in host.blocks.children()),
             size=host.size,
-            heads=attention.num_heads if relative else 0,
+            padded=math.prod(-(-n // side) * side for n in host.size),
         )
 
     @property
+    def tokens(self) -> int:
+        return math.prod(self.size)
+
+    @property
+    def channels(self) -> int:
+        return self.blocks[0].channels
+
+    @property
     def total(self) -> float:
-        return sum(self._block(window, 1, 1) for window in self.windows)
+        return sum(self._on_grid(block, 1, 1) for block in self.blocks)
 
-    def _block(self, window: int | None, entering: float, share: float) -> float:
-        """A block on a grid; its attention runs on a share of the tokens, its MLP on another."""
-        tokens = (self.padded if window else self.tokens) * entering
-        keys = entering * (window or self.tokens)
-        attention = tokens * (self.attention + 2 * keys * self.channels)
-        if self.heads:  # a product with the rows of both tables
-            attention += tokens * self._sides(window) * self.channels
-        return attention + self.tokens * share * (self.linear - self.attention)
+    def _on_grid(self, block: BlockCosts, entering: float, share: float) -> float:
+        """A block whose attention runs on a share of the tokens, and its MLP on another."""
+        tokens = (self.padded if block.window else self.tokens) * entering
+        keys = entering * (block.window**2 or self.tokens)
+        attention = tokens * (block.attention + 2 * keys * block.channels)
+        if block.position_heads:  # a product with the rows of both tables
+            attention += tokens * self._sides(block) * block.channels
+        return attention + self.tokens * share * (block.linear - block.attention)
 
-    def _slots(self, window: int | None, entering: float, share: float) -> float:
+    def _off_grid(self, block: BlockCosts, entering: float, share: float) -> float:
         """The same off the grid, where windows keep a place for every token."""
-        linear = entering * self.attention + share * (self.linear - self.attention)
-        tokens, keys = self.padded, window
-        if window is None:
+        linear = entering * block.attention + share * (block.linear - block.attention)
+        tokens, keys = self.padded, block.window**2
+        if not block.window:
             tokens = keys = self.tokens * entering
-        attention = 2 * keys * self.channels
-        if self.heads:  # see `expedit_d2.attention.position_term`
-            attention += self._sides(window) * (2 * self.channels + keys * self.heads)
+        attention = 2 * keys * block.channels
+        if block.position_heads:  # see `expedit_d2.attention.position_term`
+            attention += self._sides(block) * (2 * block.channels + keys * block.position_heads)
         return self.tokens * linear + tokens * attention
 
-    def _sides(self, window: int | None) -> float:
+    def _sides(self, block: BlockCosts) -> int:
         """Rows and columns of an attention, added up."""
-        return 2 * window**0.5 if window else sum(self.size)
+        return 2 * block.window or sum(self.size)
 
-    def clustered(self, alpha: int, share: float, products: float) -> float:
+    def clustered(self, alpha: int, share: float, operators: float) -> float:
         """Blocks from alpha on run on a share of the tokens, on a grid.
 
         Args:
-            products: of the operators, for each token and channel.
+            operators: what clustering and rebuilding cost.
         """
-        shares = [1 if index < alpha else share for index in range(len(self.windows))]
-        blocks = sum(self._block(w, s, s) for w, s in zip(self.windows, shares, strict=True))
-        return blocks + products * self.tokens * self.channels
+        before, after = self.blocks[:alpha], self.blocks[alpha:]
+        blocks = sum(self._on_grid(block, 1, 1) for block in before)
+        return blocks + sum(self._on_grid(block, share, share) for block in after) + operators
 
     def merged(
-        self, keep: float, alphas: Sequence[int], spread: str, inside: bool, matched: int | None
+        self, method: type[Method], settings: Settings, keep: float, alphas: Sequence[int]
     ) -> float:
         """A merge before each of some blocks, or inside of it; matching included.
 
         Args:
+            method: merges.
+            settings: of it, but for alpha and keep.
             keep: share of the tokens that is left in the end.
             alphas: the blocks that merge.
-            spread: see `Settings.count`.
-            inside: whether tokens are merged between attention and MLP.
-            matched: keys that a token is compared with; None: half of all.
         """
-        dim = self.channels // 12 or 1  # of a head, about; matching is a percent
+        spread = method.spread(settings)
         total, entering, before = 0.0, 1.0, True
-        for index, window in enumerate(self.windows):
+        for index, block in enumerate(self.blocks):
             left = entering
             if index in alphas:
                 before = False
-                left = spread_share(keep, alphas.index(index), len(alphas), spread)
+                left = spread(keep, alphas.index(index), len(alphas))
                 tokens = self.tokens * entering
-                pairs = tokens / 2 * (matched or tokens / 2)
-                total += dim * (tokens * self.channels + pairs)
-            cost = self._block if before or (inside and entering == 1) else self._slots
-            total += cost(window, entering if inside else left, left)
+                total += method.cost(settings, tokens, self.tokens * left, self.channels)
+            grid = before or (method.inside and entering == 1)
+            cost = self._on_grid if grid else self._off_grid
+            total += cost(block, entering if method.inside else left, left)
             entering = left
         return total
 
@@ -160,33 +144,28 @@ def within_budget(settings: Settings, host: Host) -> Settings:
     Raises:
         ValueError: if no setting meets the budget; names the least one that can be met.
     """
-    method = settings.method or ("merge" if host.off_grid else "expedit")
-    if method in ("merge", "tome"):
-        return _merging(settings, host, method)
-    return _clustering(settings, host, method)
+    name = settings.method or default_method(host.off_grid)
+    rule = _reducing_late if METHODS[name].budget_rule == "late" else _merging
+    return rule(settings, host, name)
 
 
-def _merging(settings: Settings, host: Host, method: str) -> Settings:
+def _merging(settings: Settings, host: Host, name: str) -> Settings:
     stage, first = host.longest_stage
     costs, elsewhere, whole = _costs(host, stage)
-    inside = method == "tome"
-    depth = len(costs.windows)
-    parts, schedule = stage.merges
-    schedule = settings.schedule or schedule
-    spread = "numbers" if inside else schedule
-    alphas = range(depth) if inside else sorted({round(depth * part) for part in parts})
+    method, depth = METHODS[name], len(costs.blocks)
+    alphas: Sequence[int] = range(depth)
+    if method.budget_rule == "early":
+        alphas = sorted({round(depth * part) for part in stage.merge_rule.alphas})
+    if "schedule" in method.reads:
+        settings = replace(settings, schedule=settings.schedule or stage.merge_rule.schedule)
 
     def share(keep: float) -> float:
-        matched = None if inside else _MATCHED
-        return (elsewhere + costs.merged(keep, alphas, spread, inside, matched)) / whole
+        return (elsewhere + costs.merged(method, settings, keep, alphas)) / whole
 
     keep = _least(lambda keep: share(keep) <= settings.budget)
     if keep * costs.tokens < 1:
         raise _too_small(settings, share(1 / costs.tokens))
-    alphas = tuple(first + alpha for alpha in alphas)
-    if not inside:
-        settings = replace(settings, schedule=schedule)
-    return _chosen(settings, method, alphas, keep=round(keep, 4))
+    return _chosen(settings, name, tuple(first + alpha for alpha in alphas), keep=round(keep, 4))
 
 
 def _costs(host: Host, stage: Host) -> tuple[Costs, float, float]:
@@ -196,22 +175,22 @@ def _costs(host: Host, stage: Host) -> tuple[Costs, float, float]:
     return own, whole - own.total, whole
 
 
-def _clustering(settings: Settings, host: Host, method: str) -> Settings:
+def _reducing_late(settings: Settings, host: Host, name: str) -> Settings:
     stage, first = host.longest_stage
     own, elsewhere, whole = _costs(host, stage)
     limit = settings.budget * whole - elsewhere
-    # A token meets the clusters around its own: twice a step, and twice to be rebuilt.
-    meetings = 2 * settings.iterations + 2 if method in ("expedit", "hard") else 0
-    near = min(own.tokens, stage.window**2) if stage.window else own.tokens
+    method, rule, depth = METHODS[name], stage.grid_rule, len(own.blocks)
+    # Where attention has windows, each of them becomes a grid.
+    area = min(own.tokens, stage.window**2) if stage.window else own.tokens
 
     def fits(alpha: int, sides: float) -> bool:
-        products = meetings * min(_NEAR, near * sides**2)
-        return own.clustered(alpha, sides**2, products) <= limit
+        operators = method.cost(settings, own.tokens, area * sides**2, own.channels)
+        return own.clustered(alpha, sides**2, operators) <= limit
 
-    latest = min(int(host.latest * len(own.windows)), len(own.windows) - 1)
+    latest = min(int(rule.latest * depth), depth - 1)
     for alpha in range(latest, -1, -1):
         meets = partial(fits, alpha)
-        if method in OFF_GRID:
+        if method.off_grid:
             share = _least(lambda share, meets=meets: meets(share**0.5))
             counts, sides, smallest = {"keep": round(share, 4)}, share**0.5, share * own.tokens >= 1
         elif stage.window:
@@ -221,13 +200,16 @@ def _clustering(settings: Settings, host: Host, method: str) -> Settings:
         else:
             sides = _least(meets)
             counts, smallest = {"ratio": round(sides, 3)}, sides * min(stage.size) >= 1
-        if smallest and (sides >= host.least[alpha < latest] or alpha == 0):
-            return _chosen(settings, method, first + alpha, **counts)
+        enough = rule.least_latest if alpha == latest else rule.least_earlier
+        if smallest and (sides >= enough or alpha == 0):
+            return _chosen(settings, name, first + alpha, **counts)
     least = elsewhere + own.clustered(0, 1 / own.tokens, 0)
     raise _too_small(settings, least / whole)
 
 
-def _chosen(settings: Settings, method: str, alpha: int | tuple[int, ...], **counts) -> Settings:
+def _chosen(
+    settings: Settings, method: str, alpha: int | tuple[int, ...], **counts: Any
+) -> Settings:
     return replace(settings, budget=None, method=method, alpha=alpha, **counts)
 
 

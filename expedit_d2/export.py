@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from .adapters import detectron2_vit
 from .api import is_expedited
-from .methods.off_grid import OffGridMethod
+from .compat import tree_flatten
+from .methods import Method
 from .tracing import shape_of
 
 __all__ = ["ImageModel", "check_onnx", "export_onnx", "export_program", "onnx_session"]
@@ -91,9 +92,9 @@ def _check_free_size(model: nn.Module, onnx: bool) -> None:
     """
     remedy = "export one file for each size: --fixed, or dynamic=False in Python"
     reduced = is_expedited(model)
-    if any(isinstance(module, OffGridMethod) for module in model.modules()):
+    if any(isinstance(module, Method) and module.off_grid for module in model.modules()):
         raise ValueError(
-            "METHOD merge, tome and density cannot be exported for images of any size, as the "
+            "METHODs that leave no grid cannot be exported for images of any size, as the "
             f"number of tokens left in each block follows from it; {remedy}"
         )
     for vit in filter(detectron2_vit.matches, model.modules()):
@@ -179,7 +180,7 @@ def onnx_session(path: str | os.PathLike, threads: int | None = None) -> Callabl
 def check_onnx(model: nn.Module, path: str | os.PathLike, images: Tensor) -> float:
     """The largest absolute difference between what PyTorch and ONNX Runtime make of images."""
     with torch.no_grad():
-        expected = torch.utils._pytree.tree_leaves(model(images))
+        expected, _ = tree_flatten(model(images))
     found = onnx_session(path)(images)
     return max(
         float((ours.cpu() - theirs).abs().max())

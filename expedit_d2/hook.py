@@ -22,13 +22,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .tokens import Layout, Method, Tokens
+from .compat import version_of
+from .methods import Method
+from .tokens import Layout, Tokens
 from .tracing import in_graph
 
 __all__ = ["ExpeditedBlocks", "Rebuild", "run_reduced", "sized_blocks"]
 
 #: Features of the reduced tokens (B, M, D), in the order of the tokens, to a map (B, H, W, D).
 Rebuild = Callable[[Tensor], Tensor]
+#: For each reduction what rebuilds the map, and its record.
+_Records = tuple[tuple[nn.Module, Any], ...]
 
 
 @dataclass(frozen=True)
@@ -39,13 +43,13 @@ class _State:
         layout: of this pass.
         tokens: of the reduced ones all but their features; None before the first reduction.
         x: the reduced tokens in the model's form; None where the block returned just these.
-        records: for each reduction what rebuilds the map, and its record.
+        records: of the reductions so far.
     """
 
     layout: Layout
     tokens: Tokens | None = None
     x: Tensor | None = None
-    records: tuple[tuple[nn.Module, Any], ...] = ()
+    records: _Records = ()
 
 
 class _Mark:
@@ -68,17 +72,15 @@ class _Mark:
 
 
 def _version(x: Tensor) -> int:
-    return 0 if in_graph() or x.is_inference() else x._version
+    return 0 if in_graph() or x.is_inference() else version_of(x)
 
 
-def _appended(
-    records: tuple[tuple[nn.Module, Any], ...], rebuild: nn.Module, record: Any
-) -> tuple[tuple[nn.Module, Any], ...]:
+def _appended(records: _Records, method: Method, record: Any) -> _Records:
     """The records with one more; two that can be taken as one are."""
-    if records and hasattr(record, "then") and type(record) is type(records[-1][1]):
-        *before, (_, last) = records
-        return (*before, (rebuild, last.then(record)))
-    return (*records, (rebuild, record))
+    joined = method.joined(records[-1][1], record) if records else None
+    if joined is not None:
+        return (*records[:-1], (method.rebuild, joined))
+    return (*records, (method.rebuild, record))
 
 
 class _Pass:
@@ -184,7 +186,7 @@ class _Pass:
     ) -> tuple[Tensor, _State]:
         layout, tokens, records = state.layout, state.tokens, state.records
         if tokens is None and method is None:
-            watched = getattr(layout, "watched", False) and index >= self.alphas[0]
+            watched = layout.watched and index >= self.alphas[0]
             return (block.forward if watched else block)(x, *args, **kwargs), state
         if state.x is not None:
             x = state.x
@@ -203,7 +205,7 @@ class _Pass:
                 x = layout.run(block, x, tokens, *args, **kwargs)
             # A state must not keep alive the tensor that it belongs to.
             tokens = replace(tokens, features=None)
-            records = _appended(records, method.rebuild, record)
+            records = _appended(records, method, record)
         if not self._is_read(index, kwargs):
             return x, _State(layout, tokens, None, records)
         features = layout.split(x, tokens).features
@@ -213,10 +215,8 @@ class _Pass:
 
     def _is_read(self, index: int, kwargs: Mapping[str, Any]) -> bool:
         """Whether the model reads the output of a block that it has called so."""
-        if self.outputs is None or index in self.outputs:
-            return True
-        reads = getattr(self.layout, "reads_outputs", None)
-        return reads is not None and reads(kwargs)
+        named = self.outputs is None or index in self.outputs
+        return named or self.layout.reads_outputs(kwargs)
 
 
 #: ``block``: the block that a pass runs in this thread now; ``step``: that which called it, where
@@ -275,7 +275,7 @@ class _Step:
         for name, value in self._given.items():
             setattr(self._block, name, value)
         run = self._run
-        if getattr(run.layout, "watched", False) and self._index >= run.alphas[0]:
+        if run.layout.watched and self._index >= run.alphas[0]:
             outer = _swap_running(self._block, self)
             try:
                 return self._block(x, *args, **kwargs)
@@ -303,7 +303,7 @@ class ExpeditedBlocks(nn.Module):
         self,
         blocks: nn.Module,
         layout: Layout,
-        methods: Mapping[int, nn.Module],
+        methods: Mapping[int, Method],
         outputs: Collection[int] | None = None,
         rebuilds: bool = True,
     ) -> None:
@@ -385,7 +385,7 @@ class ExpeditedBlocks(nn.Module):
             The undo.
         """
         hooks, led = [], []
-        watched = getattr(self.layout, "watched", False)
+        watched = self.layout.watched
         for index in range(self.first_alpha, len(self)):
             block = self[index]
             if watched:

@@ -7,19 +7,17 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
+from .methods import METHODS, Method, default_method
+from .methods.spread import SCHEDULES, Spread
 from .operators import AUTO, NORMALIZATIONS, check_grid, check_temperature, check_window
 
-__all__ = ["OFF_GRID", "ON_GRID", "SCHEDULES", "SCOPES", "Settings", "spread_share"]
+__all__ = ["SCOPES", "Settings"]
 
 SCOPES = ("map", "window")
 POSITIONS = ("clusters", "grid")
-#: Methods that leave a number of tokens, KEEP, on no grid, and those that leave a GRID.
-OFF_GRID = ("merge", "tome", "density")
-ON_GRID = ("expedit", "pool", "hard")
-SCHEDULES = ("falling", "equal")
 RECONSTRUCT_AT = ("backbone", "head")
 _CHOICES = {
-    "schedule": SCHEDULES,
+    "schedule": tuple(SCHEDULES),
     "scope": SCOPES,
     "positions": POSITIONS,
     "reconstruct_at": RECONSTRUCT_AT,
@@ -31,6 +29,8 @@ _CHOICES = {
 class Settings:
     """Checked settings; ``MODEL.EXPEDIT`` has the same names in upper case.
 
+    None is a key's automatic value. What the chosen method does not read must keep its default.
+
     Attributes:
         alpha: number of blocks run before clustering, or several of them; None: off.
         grid: clusters (h, w), of the map or, with scope "window", of each attention window.
@@ -39,19 +39,23 @@ class Settings:
             (0, 1] or a number; or one such value for each alpha, in the order that alpha has.
         budget: instead of all these: share of the GFLOPs of the transformer's blocks to spend, in
             (0, 1); alpha and the counts follow from a rule, see `expedit_d2.budget`.
-        scope: "map" or "window".
-        method: a name in `expedit_d2.methods.METHODS`; None: "merge" with keep, "expedit" with
-            grid or ratio, and with budget what is best for the transformer.
+        scope: "map": cluster the whole map; "window": each attention window for itself.
+        method: how tokens are reduced: "expedit", "merge", "tome", "density", "pool", "hard" (one
+            file each in `expedit_d2.methods`), or one that another package registers. None:
+            "merge" with keep, "expedit" with grid or ratio, and with budget what is best for the
+            transformer.
         schedule: how method "merge" spreads one ``keep`` over several alphas: the share that it
             merges is "falling" linearly from the first to the last, or "equal". None: "falling",
             and with budget what is best for the transformer.
         rounds: of bipartite matching in each merge.
-        iterations: soft k-means steps.
-        temperature: multiplies squared distances; "auto" (or None) follows the features.
+        iterations: soft k-means steps, the paper's kappa.
+        temperature: multiplies squared distances, the paper's tau; None (or "auto") follows the
+            features.
         window: odd side, in cells, of the clusters a token may join.
-        neighbors: clusters that a token is rebuilt from, at most.
-        neighbor_window: odd side, in cells, of where these are looked for; 0: everywhere.
-        normalize: rebuild weights "l1" (sum to one) or "l2" (unit norm).
+        neighbors: clusters that a token is rebuilt from, at most; the paper's k.
+        neighbor_window: odd side, in cells, of where these are looked for; 0: everywhere, as in
+            the paper.
+        normalize: rebuild weights "l1" (sum to one, the paper) or "l2" (unit norm, published code).
         fused_attention: run the model's own attention layers, which the blocks before alpha and the
             plain model have, by scaled dot-product attention; see `expedit_d2.fused`.
         size_aware: add log(cluster size) to the attention logits of each key.
@@ -76,7 +80,7 @@ class Settings:
     schedule: str | None = None
     rounds: int = 2
     iterations: int = 5
-    temperature: float | str | None = AUTO
+    temperature: float | str | None = None
     window: int = 5
     neighbors: int = 20
     neighbor_window: int = 5
@@ -89,21 +93,25 @@ class Settings:
 
     def __post_init__(self) -> None:
         fix = lambda name, value: object.__setattr__(self, name, value)  # noqa: E731
-        methods = sorted(ON_GRID + OFF_GRID)
-        if self.method is not None and self.method not in methods:
-            raise ValueError(f"METHOD must be one of {methods}, got {self.method!r}")
-        if self.temperature is None:
-            fix("temperature", AUTO)
+        if self.method is not None and self.method not in METHODS:
+            raise ValueError(
+                f"METHOD must be one of {sorted(METHODS)}, got {self.method!r}{METHODS.problems}"
+            )
+        if self.temperature == AUTO:
+            fix("temperature", None)
         for name in ("alpha", "grid", "keep"):
             if isinstance(getattr(self, name), list):
                 fix(name, tuple(getattr(self, name)))
         self._check_alphas()
         if self.budget is not None:
             self._check_budget()
-        else:
-            if self.method is None:
-                fix("method", "expedit" if self.keep is None else "merge")
-            self._check_counts()
+        elif self.method is None:
+            fix("method", default_method(off_grid=self.keep is not None))
+        self._check_values()
+        if self.method is not None:
+            self._check_that_all_is_read()
+        if self.budget is None:
+            self._check_counts(METHODS[self.method])
         if isinstance(self.alpha, tuple):  # in the order in which they come, with their counts
             order = sorted(range(len(self.alpha)), key=self.alpha.__getitem__)
             for name in ("alpha", "keep"):
@@ -111,6 +119,8 @@ class Settings:
                 if isinstance(values, tuple):
                     fix(name, tuple(values[index] for index in order))
         self._check_that_keep_falls()
+
+    def _check_values(self) -> None:
         if self.grid is not None:
             _keyed("GRID", check_grid, self.grid)
         if self.ratio is not None and not (_is_number(self.ratio) and 0 < self.ratio <= 1):
@@ -129,7 +139,8 @@ class Settings:
                 raise ValueError(
                     f"{name.upper()} must be one of {valid}, got {getattr(self, name)!r}"
                 )
-        _keyed("TEMPERATURE", check_temperature, self.temperature)
+        if self.temperature is not None:
+            _keyed("TEMPERATURE", check_temperature, self.temperature)
         _keyed("WINDOW", check_window, self.window)
         if self.neighbor_window != 0 or isinstance(self.neighbor_window, bool):
             _keyed("NEIGHBOR_WINDOW (if not 0)", check_window, self.neighbor_window)
@@ -162,26 +173,33 @@ class Settings:
                     f"{self.budget} and {name.upper()} {getattr(self, name)}"
                 )
 
-    def _check_counts(self) -> None:
-        """How many tokens are left must be said, in the way that the method has it."""
-        if self.method in OFF_GRID:
-            if self.grid is not None or self.ratio is not None:
-                raise ValueError(
-                    f"METHOD {self.method} leaves no grid: set KEEP instead of GRID or RATIO"
-                )
-            if self.alpha is not None and self.keep is None:
-                raise ValueError(
-                    f"METHOD {self.method} needs KEEP: the share of the tokens that is left"
-                )
-        elif self.keep is not None:
+    def _check_that_all_is_read(self) -> None:
+        """A key that does nothing is a mistake, such as one that a base config sets."""
+        chosen = {"method", "alpha", "budget"}
+        unread = [
+            f"{field.name.upper()} {getattr(self, field.name)!r} (for METHOD "
+            f"{', '.join(sorted(name for name in METHODS if field.name in _read_by(name)))})"
+            for field in fields(self)
+            if field.name not in chosen | _read_by(self.method)
+            and getattr(self, field.name) != field.default
+        ]
+        if unread:
+            reads = ", ".join(sorted(name.upper() for name in _read_by(self.method)))
             raise ValueError(
-                f"KEEP is for METHOD {', '.join(OFF_GRID)}; METHOD {self.method} takes GRID or "
-                "RATIO"
+                f"{', '.join(unread)} would do nothing with METHOD {self.method}, which reads "
+                f"{reads}: leave out what it does not read, or set another METHOD"
             )
-        elif self.alpha is not None and (self.grid is None) == (self.ratio is None):
+
+    def _check_counts(self, method: type[Method]) -> None:
+        """How many tokens are left must be said, in the way that the method has it."""
+        given = [name for name in method.counts if getattr(self, name) is not None]
+        if self.alpha is not None and len(given) != 1:
+            keys = " and ".join(name.upper() for name in method.counts)
+            values = " and ".join(f"{n.upper()} {getattr(self, n)}" for n in method.counts)
+            one = "exactly one of " if len(method.counts) > 1 else ""
             raise ValueError(
-                f"exactly one of GRID and RATIO must be given, got GRID {self.grid} and "
-                f"RATIO {self.ratio}"
+                f"METHOD {self.method} needs {one}{keys}, which say how many tokens are left; got "
+                f"{values}"
             )
         for name in ("grid", "ratio", "keep"):
             if self.alpha is None and getattr(self, name) is not None:
@@ -240,19 +258,18 @@ class Settings:
             )
         return self.grid
 
-    def count(self, index: int, tokens: int, spread: str) -> int:
+    def count(self, index: int, tokens: int, spread: Spread) -> int:
         """Tokens that KEEP leaves behind one of the alphas.
 
         Args:
             index: of the alpha, from the first.
             tokens: of the whole map.
-            spread: "equal" if each alpha keeps the same share of what it gets, "falling" if what
-                it merges falls linearly, "numbers" if each takes away the same number.
+            spread: how one KEEP is spread over the alphas.
         """
         keep = self.keep[index] if isinstance(self.keep, tuple) else self.keep
         share = keep if isinstance(keep, float) else keep / tokens
         if not isinstance(self.keep, tuple):
-            share = spread_share(min(1.0, share), index, len(self.alphas), spread)
+            share = spread(min(1.0, share), index, len(self.alphas))
         return max(1, round(min(1.0, share) * tokens))
 
     @classmethod
@@ -288,14 +305,9 @@ class Settings:
         return None
 
 
-def spread_share(keep: float, index: int, alphas: int, spread: str) -> float:
-    """The share of all tokens that is left behind one of several alphas; see `Settings.count`."""
-    done = (index + 1) / alphas
-    if spread == "numbers":
-        return 1 - (1 - keep) * done
-    if spread == "falling":  # weights alphas, alphas - 1, ... 1, summed up
-        done = (index + 1) * (2 * alphas - index) / (alphas * (alphas + 1))
-    return keep**done
+def _read_by(method: str) -> set[str]:
+    """Settings that matter to a METHOD, its counts included."""
+    return {*METHODS[method].counts, *METHODS[method].reads}
 
 
 def _is_count(value: Any, least: int) -> bool:

@@ -7,9 +7,10 @@ grids also ``16x16``.
 from __future__ import annotations
 
 import re
-from dataclasses import fields, replace
+from dataclasses import fields
 from typing import Any
 
+from .methods import default_method
 from .settings import Settings
 
 __all__ = ["describe", "parse_setting"]
@@ -84,11 +85,17 @@ def _spell(name: str, value: Any) -> str:
     return ",".join(map(str, value))
 
 
-def describe(settings: Settings) -> str:
-    """The fields that are not the default, as `parse_setting` takes them."""
-    if replace(settings, method=None) == settings:
+def describe(settings: Settings, method: bool = False) -> str:
+    """The fields that are not the default, as `parse_setting` takes them.
+
+    Args:
+        settings: any.
+        method: name the method also where it follows from the other fields.
+    """
+    implied = default_method(off_grid=settings.keep is not None)
+    if settings.method == implied and not method and settings.budget is None:
         shown = [field for field in fields(settings) if field.name != "method"]
-    else:  # it does not follow from the others
+    else:
         shown = sorted(fields(settings), key=lambda field: field.name != "method")
     values = {field.name: getattr(settings, field.name) for field in shown}
     return " ".join(

@@ -1,4 +1,4 @@
-"""What passes between the hook, the methods and the adapters.
+"""What passes between the hook, the methods and the adapters; the contract of the latter.
 
 Shorthand: B images; a map of H x W tokens; after a reduction h x w clusters on a grid, or M
 clusters that lie on none; C channels. ``*shape`` is (h, w) on a grid and (M,) off it.
@@ -6,15 +6,16 @@ clusters that lie on none; C channels. ``*shape`` is (h, w) on a grid and (M,) o
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from torch import Tensor, nn
 
 from .tracing import shape_of
 
-__all__ = ["Keys", "Layout", "Method", "Tokens"]
+__all__ = ["Keys", "Layout", "Tokens"]
 
 #: Tokens (B, N, C) to what the next block compares them by, (B, N, d).
 Keys = Callable[[Tensor], Tensor]
@@ -56,30 +57,17 @@ class Tokens:
             object.__setattr__(self, "shape", shape_of(self.features)[1:-1])
 
 
-class Method(Protocol):
-    """A pair of parameter-free modules; what they share passes through an explicit record."""
-
-    # (Tokens, Keys) -> (fewer Tokens, record); two records in turn become one if they have
-    # ``then(later record)``
-    reduce: nn.Module
-    # True reduces inside of the block after alpha, between its attention and its MLP
-    inside: bool
-    # (features (B, *shape, D) of the reduced tokens, record, residual) -> features (B, H, W, D);
-    # residual: None as the settings say, False for what is no token, such as class logits
-    rebuild: nn.Module
-
-
-class Layout(Protocol):
+class Layout(ABC):
     """How one family of transformers looks to the hook. One small class a family.
 
     Below, ``x`` is what the model passes from block to block: the spatial tokens, in the family's
     form, and class and register tokens if it has them.
-
-    Optional: ``watched``, True where the model reads its blocks' outputs by forward hooks. Blocks
-    from the first alpha on are then called as a whole with whole maps, hooks and all, and ``run``
-    must call ``block.forward``. ``reads_outputs(kwargs)``: whether a model that gives its blocks
-    these keyword arguments reads the output of each.
     """
+
+    #: Whether the model reads its blocks' outputs by forward hooks. Blocks from the first alpha on
+    #: are then called as a whole with whole maps, hooks and all, and ``run`` must call
+    #: ``block.forward``.
+    watched = False
 
     def begin(self, x: Tensor, block: nn.Module, size: tuple[int, int] | None) -> Layout:
         """The layout for one run through the blocks, which begins now.
@@ -89,21 +77,32 @@ class Layout(Protocol):
             block: that block, with the attributes that the model has set for this run.
             size: (H, W) of the map, if whoever runs the blocks has said it.
         """
+        return self
 
+    def reads_outputs(self, kwargs: Mapping[str, Any]) -> bool:
+        """Whether a model that gives its blocks these keyword arguments reads the output of each,
+        beside those that `Host.outputs` names."""
+        return False
+
+    @abstractmethod
     def split(self, x: Tensor, tokens: Tokens | None = None) -> Tokens:
         """The spatial tokens of ``x``: of a whole map, or reduced ones as ``tokens`` are."""
 
+    @abstractmethod
     def join(self, x: Tensor, features: Tensor) -> Tensor:
         """``x`` with other spatial tokens, features (B, *shape, C)."""
 
-    def prepare(self, x: Tensor, tokens: Tokens) -> Any:
-        """The context of reduced tokens: what every later block needs, made once."""
-
+    @abstractmethod
     def keys(self, block: nn.Module, features: Tensor) -> Tensor:
         """What a block compares the tokens it is given by: features (B, N, C) to (B, N, d)."""
 
+    @abstractmethod
     def run(self, block: nn.Module, x: Tensor, tokens: Tokens, *args: Any, **kwargs: Any) -> Tensor:
         """Run a block on reduced tokens; further arguments are those the model passed to it."""
+
+    def prepare(self, x: Tensor, tokens: Tokens) -> Any:
+        """The context of reduced tokens: what every later block needs, made once."""
+        return None
 
     def run_reducing(
         self,
@@ -114,4 +113,8 @@ class Layout(Protocol):
         *args: Any,
         **kwargs: Any,
     ) -> tuple[Tensor, Tokens, Any]:
-        """The same, reducing the tokens between attention and MLP; their record comes third."""
+        """`run`, reducing the tokens between attention and MLP; their record comes third.
+
+        Needed where `Host.inside` is True.
+        """
+        raise NotImplementedError

@@ -14,7 +14,6 @@ from expedit_d2 import expedite, fuse_attention
 from expedit_d2.adapters.timm_vit import PrefixLayout
 from expedit_d2.attention import MasksAsChannels
 from expedit_d2.methods import METHODS
-from expedit_d2.settings import OFF_GRID
 from support.vits import detectron2_vit, images, swin, timm_eva, timm_vit
 
 pytestmark = pytest.mark.slow
@@ -39,8 +38,10 @@ MODELS = {
 
 
 def settings_for(kind: str, method: str) -> dict:
-    settings = {"alpha": 1, "method": method, "iterations": 2}
-    if method in OFF_GRID:
+    settings = {"alpha": 1, "method": method}
+    if "iterations" in METHODS[method].reads:
+        settings["iterations"] = 2
+    if METHODS[method].off_grid:
         return settings | {"keep": 0.6}
     if kind == "swin":
         return settings | {"grid": (2, 3), "scope": "window"}

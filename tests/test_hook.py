@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from expedit_d2 import expedite
 from expedit_d2.adapters import find_host
 from expedit_d2.hook import ExpeditedBlocks, run_reduced
+from expedit_d2.methods import Method
 from expedit_d2.tokens import Tokens
 from support.tensors import error
 from support.vits import SIZE, detectron2_vit, embedded, images, timm_vit
@@ -107,11 +108,9 @@ class Repeat(nn.Module):
         return features[:, nearest].unflatten(1, tuple(tokens.features.shape[1:-1]))
 
 
-class OffGrid(nn.Module):
-    inside = False
-
+class OffGrid(Method):
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__(None, None)
         self.reduce = Halve()
         self.rebuild = Repeat()
 

@@ -21,6 +21,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -29,12 +30,12 @@ from detectron2.modeling import build_model
 from tabulate import tabulate
 from torch import Tensor, nn
 
-from expedit_d2 import expedite, fuse_attention
+from expedit_d2 import fuse_attention
 from expedit_d2.adapters import find_host
 from expedit_d2.analysis.flops import count_flops
 from expedit_d2.analysis.memory import peak_memory
 from expedit_d2.analysis.timing import DTYPES, interleaved, processor, synchronize
-from expedit_d2.api import Expedited
+from expedit_d2.api import Expedited, apply
 from expedit_d2.cli.arguments import (
     ToolParser,
     add_config_options,
@@ -96,10 +97,10 @@ def build(args: argparse.Namespace) -> tuple[nn.Module, Settings]:
 
 def expedited(vit: nn.Module, settings: Settings, fused: bool) -> Expedited:
     """A transformer alone has no head that could rebuild: it is done behind the last block."""
-    values = {**vars(settings), "reconstruct_at": "backbone", "fused_attention": fused}
+    settings = replace(settings, reconstruct_at="backbone", fused_attention=fused)
     host = find_host(vit)
     only_last = None if host.stages or host.outputs else (len(host.blocks) - 1,)
-    return expedite(vit, values.pop("alpha"), only_last, **values)
+    return apply(vit, settings, only_last)
 
 
 def operator_seconds(

@@ -42,7 +42,7 @@ def find_host(model: nn.Module) -> Host:
     Raises:
         ValueError: if there is none, or more than one.
     """
-    families = [family for _, family in ADAPTER_REGISTRY][::-1]
+    families = [*ADAPTER_REGISTRY.values()][::-1]
     found = []
     for name, module in model.named_modules():
         family = next((family for family in families if family.matches(module)), None)
@@ -52,6 +52,7 @@ def find_host(model: nn.Module) -> Host:
         supported = ", ".join(family.FAMILY for family in families[::-1])
         raise ValueError(
             f"no supported transformer in {type(model).__name__}; supported: {supported}"
+            f"{ADAPTER_REGISTRY.problems}"
         )
     if len(found) > 1:
         names = ", ".join(name or type(module).__name__ for name, module, _ in found)

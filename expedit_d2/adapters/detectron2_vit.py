@@ -16,10 +16,10 @@ from torch import Tensor, nn
 
 from ..attention import attend, grid_terms, key_bias, position_term, relative_positions
 from ..operators import grid_positions, on_device
-from ..tokens import Tokens
+from ..tokens import Layout, Tokens
 from ..tracing import shape_of
 from ..windows import from_slots, partition, slot_rows, to_slots, unpartition
-from .host import WINDOWED_MERGES, Host, is_class, mean_keys
+from .host import BlockCosts, GridRule, Host, MergeRule, block_costs, is_class, mean_keys
 
 FAMILY = "Detectron2's ViT (ViTDet)"
 
@@ -46,14 +46,21 @@ def host_of(vit: nn.Module, layout: type[MapLayout], off_grid: bool) -> Host:
             relative=any(block.attn.use_rel_pos for block in vit.blocks),
         ),
         window=window or None,
+        costs=_costs,
         outputs=(len(vit.blocks) - 1,),
         fused=_attend,
         off_grid=off_grid,
-        merges=WINDOWED_MERGES if window else Host.merges,
+        inside=True,
+        merge_rule=MergeRule.windowed() if window else MergeRule(),
+        grid_rule=GridRule(latest=0.75, least_latest=0.375),
         size=_size(vit),
-        latest=0.75,
-        least=(0.375, 0.6),
     )
+
+
+def _costs(block: nn.Module) -> BlockCosts:
+    attn = block.attn
+    heads = attn.num_heads if attn.use_rel_pos else 0
+    return block_costs(block, attn, attn.proj.in_features, block.window_size, heads)
 
 
 def _size(vit: nn.Module) -> tuple[int, int]:
@@ -86,7 +93,7 @@ class _Keys:
     rows: Tensor | None = None
 
 
-class MapLayout:
+class MapLayout(Layout):
     """Maps (B, H, W, C), or tokens (B, M, C) that lie on no grid."""
 
     def __init__(self, size_aware: bool, window: int = 0, relative: bool = True) -> None:
@@ -94,9 +101,6 @@ class MapLayout:
         self.size_aware = size_aware
         self.window = window
         self.relative = relative
-
-    def begin(self, x: Tensor, block: nn.Module, size: tuple[int, int] | None) -> MapLayout:
-        return self
 
     def split(self, x: Tensor, tokens: Tokens | None = None) -> Tokens:
         if tokens is not None:

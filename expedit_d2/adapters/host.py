@@ -12,25 +12,70 @@ from torch import Tensor, nn
 from ..settings import SCOPES
 from ..tokens import Layout
 
-__all__ = ["WINDOWED_MERGES", "BlockCosts", "Host", "is_class", "linear_weights", "mean_keys"]
+__all__ = [
+    "BlockCosts",
+    "GridRule",
+    "Host",
+    "MergeRule",
+    "block_costs",
+    "is_class",
+    "linear_weights",
+    "mean_keys",
+]
 
-#: `Host.merges` where attention has windows: on DINOv2-S with windows of 12 at half of the GFLOPs
-#: 0.6 % more of the pixels agree than with the merges of global attention.
-WINDOWED_MERGES = ((0, 1 / 6, 5 / 12, 2 / 3), "equal")
+
+@dataclass(frozen=True)
+class GridRule:
+    """For BUDGET, where a family's tokens become a grid: late, while clusters stay many. Measured.
+
+    Attributes:
+        latest: the latest alpha worth taking, as a share of the blocks.
+        least_latest: clusters along a side at that alpha, as a share of the tokens, below which an
+            earlier alpha is better.
+        least_earlier: the same at every earlier alpha.
+    """
+
+    latest: float = 0.5
+    least_latest: float = 0.5
+    least_earlier: float = 0.6
+
+
+@dataclass(frozen=True)
+class MergeRule:
+    """For BUDGET, where METHOD merge merges a family's tokens. Measured.
+
+    Attributes:
+        alphas: as shares of the depth.
+        schedule: see `Settings.schedule`.
+    """
+
+    alphas: tuple[float, ...] = (0, 1 / 6, 1 / 3, 7 / 12)
+    schedule: str = "falling"
+
+    @classmethod
+    def windowed(cls) -> MergeRule:
+        """Where attention has windows: on DINOv2-S with windows of 12 at half of the GFLOPs 0.6 %
+        more of the pixels agree than by the rule for global attention."""
+        return cls((0, 1 / 6, 5 / 12, 2 / 3), "equal")
 
 
 class BlockCosts(NamedTuple):
-    """Multiply-adds of a block's products with weights, for each token.
+    """What a block costs, in multiply-adds.
 
     Attributes:
-        linear: of all of them.
-        attention: those before and after the attention's own products.
+        linear: of all its products with weights, for each token.
+        attention: of those before and after the attention's own products, for each token.
         channels: width of the attention.
+        window: side of its attention windows in tokens; 0 if it is global.
+        position_heads: heads that add decomposed relative positions to their logits; 0: none do,
+            or by a table of all pairs, which costs no product.
     """
 
     linear: int
     attention: int
     channels: int
+    window: int = 0
+    position_heads: int = 0
 
 
 def linear_weights(module: nn.Module) -> int:
@@ -38,10 +83,17 @@ def linear_weights(module: nn.Module) -> int:
     return sum(m.weight.numel() for m in module.modules() if isinstance(m, nn.Linear))
 
 
-def _block_costs(block: nn.Module) -> BlockCosts:
-    """Of a block whose linear layers are all that there is, with ``attn`` and its ``proj``."""
-    attention = block.attn
-    return BlockCosts(linear_weights(block), linear_weights(attention), attention.proj.in_features)
+def block_costs(
+    block: nn.Module, attention: nn.Module, channels: int, window: int = 0, position_heads: int = 0
+) -> BlockCosts:
+    """Costs of a block all of whose products with weights are linear layers.
+
+    Args:
+        attention: the part of the block that holds those of its attention.
+        channels, window, position_heads: see `BlockCosts`.
+    """
+    linear = linear_weights(block)
+    return BlockCosts(linear, linear_weights(attention), channels, window, position_heads)
 
 
 @dataclass(frozen=True)
@@ -52,19 +104,16 @@ class Host:
         owner: the module that loops over its blocks.
         attribute: name of the container in it.
         layout: builds the family's layout; its argument is ``size_aware``.
+        costs: what a block costs, for BUDGET; see `block_costs`.
         window: side of the attention windows in tokens; None if attention is global everywhere.
         outputs: indices of the blocks whose outputs the model reads; None if it may read any.
         attach: registers what the layout needs, if anything, on the whole model that it is given,
             which contains ``owner``; returns the undo.
         scopes: what ``SCOPE`` may be.
         off_grid: whether the blocks run on tokens that lie on no grid.
+        inside: whether they can be taken apart, for methods that reduce inside of a block.
         size: (H, W) tokens of the map that the model was made for, where costs are reckoned.
-        latest: for BUDGET, the latest alpha worth taking, as a share of the blocks. Measured.
-        least: clusters along a side, as a share of the tokens, below which an earlier alpha is
-            better: for the latest alpha, and for others. Measured.
-        merges: for BUDGET, where METHOD merge merges, as shares of the depth, and its SCHEDULE.
-            Measured.
-        costs: what a block costs; by default its linear layers, of which ``attn`` has some.
+        grid_rule, merge_rule: for BUDGET, where methods that leave a grid reduce, and METHOD merge.
         fused: an attention layer, ``block.attn``, and its arguments to its output, by scaled
             dot-product attention; None where the family's own layers do so.
         stages: where the blocks lie in several containers, one host for each, in order; tokens
@@ -75,16 +124,16 @@ class Host:
     owner: nn.Module
     attribute: str
     layout: Callable[[bool], Layout]
+    costs: Callable[[nn.Module], BlockCosts]
     window: int | None = None
     outputs: tuple[int, ...] | None = None
     attach: Callable[[nn.Module], Callable[[], None]] = field(default=lambda model: lambda: None)
     scopes: tuple[str, ...] = SCOPES
     off_grid: bool = False
+    inside: bool = False
     size: tuple[int, int] = (64, 64)
-    latest: float = 0.5
-    least: tuple[float, float] = (0.5, 0.6)
-    merges: tuple[tuple[float, ...], str] = ((0, 1 / 6, 1 / 3, 7 / 12), "falling")
-    costs: Callable[[nn.Module], BlockCosts] = _block_costs
+    grid_rule: GridRule = GridRule()
+    merge_rule: MergeRule = MergeRule()
     fused: Callable[..., Tensor] | None = None
     stages: tuple[Host, ...] = ()
     transformer: nn.Module | None = None

@@ -19,8 +19,8 @@ from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
-from torch.multiprocessing.reductions import StorageWeakRef
 
+from ..compat import POSITIONED, StorageWeakRef, version_of
 from ..tracing import in_graph, shape_of
 
 __all__ = ["MapSizes", "Size"]
@@ -61,17 +61,17 @@ class MapSizes:
                 hooks.append(part.register_forward_hook(_carry))
         # For callers that take a patch embedding apart, such as the ResNet of a hybrid.
         forget = self.attach_projection(model, owner, embed.proj)
-        own = vars(owner).get("_pos_embed")
-        owner._pos_embed = partial(_positioned, own, owner)
+        own = vars(owner).get(POSITIONED)
+        setattr(owner, POSITIONED, partial(_positioned, own, owner))
 
         def detach() -> None:
             forget()
             for hook in hooks:
                 hook.remove()
             if own is None:
-                del owner._pos_embed
+                delattr(owner, POSITIONED)
             else:
-                owner._pos_embed = own
+                setattr(owner, POSITIONED, own)
 
         return detach
 
@@ -158,14 +158,14 @@ class MapSizes:
         if not x.requires_grad:
             return None
         version, size = self._memory.get(StorageWeakRef(x.untyped_storage()), (None, None))
-        return size if version == x._version else None
+        return size if version == version_of(x) else None
 
     def _remember(self, x: Tensor, size: Size) -> None:
         if x.requires_grad:
             for memory in list(self._memory):  # other threads may do the same
                 if memory.expired():
                     self._memory.pop(memory, None)
-            self._memory[StorageWeakRef(x.untyped_storage())] = (x._version, size)
+            self._memory[StorageWeakRef(x.untyped_storage())] = (version_of(x), size)
 
 
 def _only(sizes: Iterable[Size]) -> Size | None:
@@ -183,6 +183,6 @@ def _carry(module: nn.Module, args: tuple[Tensor], output: Tensor) -> None:
 
 def _positioned(own: Callable | None, owner: nn.Module, x: Tensor) -> Any:
     """``_pos_embed`` of timm's transformers, whose result is tokens, or a tuple that starts so."""
-    out = type(owner)._pos_embed(owner, x) if own is None else own(x)
+    out = getattr(type(owner), POSITIONED)(owner, x) if own is None else own(x)
     _carry(owner, (x,), out[0] if isinstance(out, tuple) else out)
     return out

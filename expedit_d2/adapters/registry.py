@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
 from typing import Any, Protocol
 
 from torch import nn
 
+from ..registry import Registry
 from .host import Host
 
 __all__ = ["ADAPTER_REGISTRY", "Adapter"]
@@ -32,40 +32,13 @@ class Adapter(Protocol):
         """
 
 
-class _AdapterRegistry:
-    """As fvcore's `Registry`, which the operators must not need; checks what is registered."""
-
-    def __init__(self) -> None:
-        self._adapters: dict[str, Adapter] = {}
-
-    def __iter__(self) -> Iterator[tuple[str, Adapter]]:
-        return iter(self._adapters.items())
-
-    def __contains__(self, name: str) -> bool:
-        return name in self._adapters
-
-    def register(self, adapter: Any = None) -> Any:
-        """Register an adapter by its name; without one, a decorator that does so.
-
-        Raises:
-            TypeError: if it lacks something of the protocol.
-            KeyError: if there is one of this name.
-        """
-        if adapter is None:
-            return self.register
-        self._register(adapter.__name__, adapter)
-        return adapter
-
-    def _register(self, name: str, obj: Any) -> None:
-        missing = _missing(obj)
-        if missing:
-            raise TypeError(
-                f"adapter {name} needs {missing}: FAMILY is a name, and matches(module) and "
-                "adapt(module) are functions of a module, or static methods of a class"
-            )
-        if name in self._adapters:
-            raise KeyError(f"an adapter {name} is registered already")
-        self._adapters[name] = obj
+def _check(name: str, adapter: Any) -> None:
+    missing = _missing(adapter)
+    if missing:
+        raise TypeError(
+            f"adapter {name} needs {missing}: FAMILY is a name, and matches(module) and "
+            "adapt(module) are functions of a module, or static methods of a class"
+        )
 
 
 def _missing(adapter: Any) -> str:
@@ -87,4 +60,4 @@ def _missing(adapter: Any) -> str:
 #:     class MyViTAdapter:
 #:         FAMILY = "my ViT"
 #:         ...
-ADAPTER_REGISTRY = _AdapterRegistry()
+ADAPTER_REGISTRY: Registry[Adapter] = Registry("adapter", "expedit_d2.adapters", _check)

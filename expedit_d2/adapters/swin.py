@@ -19,10 +19,10 @@ from torch import Tensor, nn
 
 from ..attention import attend, key_bias
 from ..operators import grid_positions, on_device
-from ..tokens import Tokens
+from ..tokens import Layout, Tokens
 from ..tracing import shape_of
 from ..windows import from_slots, partition, shifted_mask, slot_rows, to_slots, unpartition
-from .host import WINDOWED_MERGES, Host, is_class, mean_keys
+from .host import BlockCosts, GridRule, Host, MergeRule, block_costs, is_class, mean_keys
 
 FAMILY = "Swin (Mask2Former's, Detectron2's)"
 
@@ -33,6 +33,8 @@ _OFFICIAL = (
     "maskdino.modeling.backbone.swin",
     "detectron2.modeling.backbone.swin",
 )
+
+_GRID_RULE = GridRule(latest=1.0, least_latest=0.6)
 
 
 def matches(module: nn.Module) -> bool:
@@ -48,8 +50,10 @@ def adapt(swin: nn.Module) -> Host:
             owner=layer,
             attribute="blocks",
             layout=partial(_Layout, window=layer.window_size, flat=flat),
+            costs=partial(_costs, window=layer.window_size),
             off_grid=True,
-            merges=WINDOWED_MERGES,
+            merge_rule=MergeRule.windowed(),
+            grid_rule=_GRID_RULE,
             window=layer.window_size,
             outputs=(len(layer.blocks) - 1,),
             size=(256 >> index, 256 >> index),
@@ -59,17 +63,20 @@ def adapt(swin: nn.Module) -> Host:
         owner=swin,
         attribute="layers",
         layout=_Layout,
+        costs=_costs,
         scopes=("window",),
         off_grid=True,
         fused=_fused,
-        latest=1.0,
-        least=(0.6, 0.6),
         stages=tuple(stage(index, layer) for index, layer in enumerate(swin.layers)),
     )
 
 
+def _costs(block: nn.Module, window: int = 0) -> BlockCosts:
+    return block_costs(block, block.attn, block.attn.proj.in_features, window)
+
+
 @dataclass(frozen=True)
-class _Layout:
+class _Layout(Layout):
     """``window``: side; ``flat``: blocks take (B, H * W, C) of a map of ``size``."""
 
     size_aware: bool

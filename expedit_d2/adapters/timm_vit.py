@@ -17,9 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..attention import MasksAsChannels, key_bias
-from ..tokens import Tokens
+from ..tokens import Layout, Tokens
 from ..tracing import shape_of
-from .host import Host, is_class, mean_keys
+from .host import BlockCosts, Host, block_costs, is_class, mean_keys
 from .map_size import MapSizes, Size
 
 FAMILY = "timm's VisionTransformer"
@@ -39,6 +39,8 @@ def host_of(vit: nn.Module, layout: Callable[..., PrefixLayout]) -> Host:
     """
 
     sizes = MapSizes()
+    # By index: an expedited container may refuse to be looped over.
+    blocks = [vit.blocks[index] for index in range(len(vit.blocks))]
 
     def build(size_aware: bool) -> PrefixLayout:
         if size_aware and not all(
@@ -54,16 +56,26 @@ def host_of(vit: nn.Module, layout: Callable[..., PrefixLayout]) -> Host:
         owner=vit,
         attribute="blocks",
         layout=build,
+        costs=_costs,
         # Known to who drives the model (`expedit_d2.backbones.timm_vit`), else it may read any.
         outputs=getattr(vit, "expedit_outputs", None),
         attach=lambda model: sizes.attach(model, vit),
         off_grid=True,
+        inside=all(hasattr(block, part) for block in blocks for part in _PARTS),
         size=tuple(vit.patch_embed.grid_size or (32, 32)),
     )
 
 
+#: What `PrefixLayout.run_reducing` needs of a block: that it is timm's ``Block``.
+_PARTS = ("ls1", "ls2", "drop_path1", "drop_path2")
+
+
+def _costs(block: nn.Module) -> BlockCosts:
+    return block_costs(block, block.attn, block.attn.proj.in_features)
+
+
 @dataclass(frozen=True)
-class PrefixLayout:
+class PrefixLayout(Layout):
     """Class and register tokens, then the map's: (B, prefix + H * W, C).
 
     Attributes:
@@ -134,10 +146,6 @@ class PrefixLayout:
     def run_reducing(
         self, block: nn.Module, x: Tensor, tokens: Tokens, reduce: nn.Module, **kwargs: Any
     ) -> tuple[Tensor, Tokens, Any]:
-        if not all(hasattr(block, name) for name in ("ls1", "ls2", "drop_path1", "drop_path2")):
-            raise ValueError(
-                f"METHOD tome needs timm's Block, to work inside of it; got {type(block).__name__}"
-            )
         with self._masks(x):
             attended = block.attn(block.norm1(x), **self._weighed(tokens, kwargs))
         attended = x + block.drop_path1(block.ls1(attended))

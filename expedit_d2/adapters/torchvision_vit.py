@@ -36,6 +36,7 @@ def adapt(vit: nn.Module) -> Host:
         # An nn.Sequential, whose last output alone is read.
         outputs=(len(vit.encoder.layers) - 1,),
         off_grid=True,
+        inside=True,
         size=_size(vit),
         costs=_costs,
     )

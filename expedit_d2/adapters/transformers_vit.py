@@ -14,8 +14,9 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..compat import attention_of
 from ..tokens import Tokens
-from .host import BlockCosts, Host, is_class, linear_weights
+from .host import BlockCosts, Host, block_costs, is_class
 from .map_size import MapSizes
 from .timm_eva import positions_of
 from .timm_vit import PrefixLayout
@@ -104,7 +105,7 @@ def adapt(vit: nn.Module) -> Host:
     projection = next(m for m in vit.embeddings.modules() if isinstance(m, nn.Conv2d))
 
     def build(size_aware: bool) -> _Layout:
-        implementation = config._attn_implementation
+        implementation = attention_of(config)
         if size_aware and implementation not in _MASKED:
             raise ValueError(
                 f"SIZE_AWARE needs attention that takes a mask, attn_implementation one of "
@@ -127,6 +128,7 @@ def adapt(vit: nn.Module) -> Host:
         outputs=(len(layers) - 1,),
         attach=lambda model: sizes.attach_projection(model, vit, projection),
         off_grid=True,
+        inside=True,
         size=tuple(
             side // patch
             for side, patch in zip(_pair(config.image_size), _pair(config.patch_size), strict=True)
@@ -148,10 +150,7 @@ def _fits(layer: nn.Module, kind: _Kind) -> bool:
 
 
 def _costs(layer: nn.Module) -> BlockCosts:
-    attention = layer.attention
-    return BlockCosts(
-        linear_weights(layer), linear_weights(attention), attention.o_proj.in_features
-    )
+    return block_costs(layer, layer.attention, layer.attention.o_proj.in_features)
 
 
 @dataclass(frozen=True)

@@ -188,7 +188,8 @@ def count_flops(model: nn.Module, inputs: Any) -> Flops:
             uncounted = dict(analysis.unsupported_ops())
     finally:
         model.train(training)
-    names = {id(module): name for name, module in analysis._model.named_modules()}
+    # Detectron2 wraps the model, as ``model``.
+    names = {id(m): f"model.{name}".removesuffix(".") for name, m in model.named_modules()}
 
     def total(module: nn.Module) -> float:
         return float(totals[names[id(module)]])

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from ..api import expedite
+from ..compat import cpu_attention
 from ..methods import METHODS
 from .gpu_models import Subject
 from .launches import count_launches
@@ -141,7 +142,7 @@ def _attention(query: Shape, key: Shape, value: Shape, *_: Any, **__: Any) -> in
 
 
 # The kernel of the CPU, which torch does not count as it does those of GPUs.
-_MORE_FLOPS = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention}
+_MORE_FLOPS = {cpu_attention(): _attention}
 
 
 def _gflops(model: nn.Module, x: Tensor) -> float:

@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
+
+from ..compat import TorchDispatchMode, schema_of
 
 __all__ = ["count_launches"]
 
@@ -43,7 +44,7 @@ class _Counting(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        schema = func._schema
+        schema = schema_of(func)
         views = any(r.alias_info is not None and not r.alias_info.is_write for r in schema.returns)
         if not views and schema.name not in _FREE and schema.name.startswith("aten::"):
             self.counts[schema.name.removeprefix("aten::")] += 1

@@ -16,9 +16,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from ..api import is_expedited
+from ..compat import TreeSpec, tree_flatten, tree_unflatten, version_of
 
 __all__ = ["FEATURE_CACHE", "cache_features"]
 
@@ -94,7 +94,7 @@ class _Cached:
     def folder(self) -> Path:
         """Of the module as it is now. Its weights are read again only when they have changed."""
         tensors = [*self.module.parameters(), *self.module.buffers()]
-        versions = [(tensor.data_ptr(), tensor._version) for tensor in tensors]
+        versions = [(tensor.data_ptr(), version_of(tensor)) for tensor in tensors]
         if self._known is None or self._known[0] != versions:
             self._known = versions, self.root / _fingerprint(self.module)
         return self._known[1]

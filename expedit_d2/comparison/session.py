@@ -24,7 +24,7 @@ from ..analysis.flops import count_flops
 from ..analysis.launches import count_launches
 from ..analysis.memory import peak_memory
 from ..analysis.timing import Ratio, processor, rounds, summarize
-from ..api import expedite
+from ..api import apply
 from ..engine.interrupt import check_interrupt
 from ..evaluation import Agreement, watch_finite
 from ..predictions import main_metrics
@@ -58,9 +58,7 @@ def _expedited(model: nn.Module, settings: Settings | None) -> tuple[nn.Module, 
     if settings is None:
         return model, None
     twin = share_weights(model)
-    values = dict(vars(settings))
-    handle = expedite(twin, values.pop("alpha"), **values)
-    return twin, handle.settings
+    return twin, apply(twin, settings).settings
 
 
 class Session:

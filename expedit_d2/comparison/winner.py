@@ -22,8 +22,6 @@ def _as_plain(value: Any) -> Any:
 def _changed(settings: Settings, node: Mapping[str, Any]) -> dict[str, Any]:
     """The fields that are not what a config's node (keys in any case) says already."""
     before = {key.lower(): _as_plain(value) for key, value in node.items()}
-    if before.get("temperature") is None:
-        before["temperature"] = "auto"
     after = {field.name: _as_plain(getattr(settings, field.name)) for field in fields(settings)}
     del after["fused_attention"]  # is the plain model's
     return {name: value for name, value in after.items() if before[name] != value}

@@ -13,6 +13,7 @@ from detectron2.config import instantiate
 from detectron2.evaluation import COCOEvaluator, DatasetEvaluator
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
+from ..compat import coco_ground_truth
 from ..data import register_by_path
 from ..data.classes import check_classes, check_labels
 from ..data.mapper import CheckedMapper
@@ -103,8 +104,11 @@ def build_lazy_evaluator(cfg: DictConfig) -> DatasetEvaluator | list[DatasetEval
             )
     evaluator = instantiate(node)
     for one in evaluator if isinstance(evaluator, list) else [evaluator]:
-        if isinstance(one, COCOEvaluator) and one._do_evaluation:
+        if not isinstance(one, COCOEvaluator):
+            continue
+        truth, tasks, evaluated = coco_ground_truth(one)
+        if evaluated:
             masks = OmegaConf.select(cfg, "model.roi_heads.mask_head") is not None
-            tasks = one._tasks or (("bbox", "segm") if masks else ("bbox",))
-            check_scored(names[0] if names else "dataloader.test", one._coco_api, tasks)
+            tasks = tasks or (("bbox", "segm") if masks else ("bbox",))
+            check_scored(names[0] if names else "dataloader.test", truth, tasks)
     return evaluator

@@ -21,7 +21,7 @@ from detectron2.evaluation import DatasetEvaluator
 from detectron2.utils import comm
 from torch import nn
 
-from ..api import expedite_from_node
+from ..api import expedite_from_node, is_expedited
 from ..data.classes import check_classes, check_labels
 from ..data.mapper import CheckedMapper
 from ..evaluation import build_evaluator
@@ -131,9 +131,13 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def build_model(cls, cfg: CfgNode) -> nn.Module:
-        """The configured model; one whose backbone ignores ``MODEL.EXPEDIT`` is expedited here."""
+        """The configured model.
+
+        Models of this repository read ``MODEL.EXPEDIT`` themselves, so that Detectron2's own
+        ``build_model`` and ``build_backbone`` do; those of others are expedited here.
+        """
         model = super().build_model(cfg)
-        if "EXPEDIT" in cfg.MODEL:
+        if "EXPEDIT" in cfg.MODEL and not is_expedited(model):
             expedite_from_node(model, cfg.MODEL.EXPEDIT)
         return model
 

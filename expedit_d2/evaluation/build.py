@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from detectron2.evaluation import COCOEvaluator, DatasetEvaluator
 from pycocotools.coco import COCO
 
+from ..compat import coco_ground_truth
+
 __all__ = ["build_evaluator", "check_scored", "predictions_folder"]
 
 logger = logging.getLogger(__name__)
@@ -68,5 +70,6 @@ def build_evaluator(dataset_name: str, output_dir: str, masks: bool = True) -> D
     evaluator = COCOEvaluator(
         dataset_name, tasks=tasks, output_dir=output_dir, use_fast_impl=False, distributed=True
     )
-    check_scored(dataset_name, evaluator._coco_api, tasks)
+    truth, _, _ = coco_ground_truth(evaluator)
+    check_scored(dataset_name, truth, tasks)
     return evaluator

@@ -2,38 +2,45 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from torch import nn
 
-from ..settings import Settings
-from .density import Density
-from .expedit import Expedit
-from .hard import Hard
-from .merge import Merge
-from .pool import Pool
-from .tome import ToMe
+from . import density, expedit, hard, merge, pool, tome  # noqa: F401  they register themselves
+from .base import METHOD_REGISTRY, Method
+from .grid import GridMethod
+from .off_grid import OffGridMethod
 
-__all__ = ["METHODS", "build_method"]
+if TYPE_CHECKING:
+    from ..settings import Settings
 
-#: Name in ``METHOD`` -> class, built from what `build_method` takes.
-METHODS = {
-    "expedit": Expedit,
-    "merge": Merge,
-    "tome": ToMe,
-    "density": Density,
-    "pool": Pool,
-    "hard": Hard,
-}
+__all__ = [
+    "METHODS",
+    "METHOD_REGISTRY",
+    "GridMethod",
+    "Method",
+    "OffGridMethod",
+    "build_method",
+    "default_method",
+]
+
+#: Name in ``METHOD`` -> class.
+METHODS = METHOD_REGISTRY
 
 
-def build_method(settings: Settings, attention_window: int | None, index: int = 0) -> nn.Module:
-    """The method that ``settings.method`` names.
+def default_method(off_grid: bool) -> str:
+    """What METHOD None stands for: off the grid, or on it."""
+    return "merge" if off_grid else "expedit"
 
-    Args:
-        settings: checked settings.
-        attention_window: side, in tokens, of the model's attention windows; None without windows.
-        index: which of the settings' alphas, from the first, it reduces at.
+
+def build_method(settings: Settings, attention_window: int | None, index: int = 0) -> Method:
+    """The method that ``settings.method`` names; arguments and errors are those of `Method`.
 
     Raises:
-        ValueError: for settings that do not fit the windows.
+        TypeError: if it lacks one of its two modules.
     """
-    return METHODS[settings.method](settings, attention_window, index)
+    method = METHODS[settings.method](settings, attention_window, index)
+    for part in ("reduce", "rebuild"):
+        if not isinstance(getattr(method, part, None), nn.Module):
+            raise TypeError(f"METHOD {settings.method} has no module {part!r}")
+    return method

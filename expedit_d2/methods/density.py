@@ -8,12 +8,17 @@ Every token joins the centre that is nearest, and is rebuilt from it alone.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
-from ..settings import Settings
 from ..tracing import shape_of
+from .base import METHOD_REGISTRY
 from .off_grid import OffGridMethod, Windows
+
+if TYPE_CHECKING:
+    from ..settings import Settings
 
 __all__ = ["Density", "density_peaks"]
 
@@ -47,10 +52,9 @@ def density_peaks(keys: Tensor, count: int, neighbors: int = _NEIGHBORS) -> Tens
     return index.scatter(1, centres, clusters)
 
 
+@METHOD_REGISTRY.register("density")
 class Density(OffGridMethod):
     """Density peaks before each alpha."""
-
-    spread = "equal"
 
     @staticmethod
     def choose(

@@ -5,19 +5,24 @@ Each gives two operators on plain maps, and what is done about windows and paddi
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..operators import Clusters, grid_positions
-from ..settings import Settings
 from ..tokens import Keys, Tokens
 from ..tracing import shape_of
 from ..windows import partition, unpartition
+from .base import Method
+
+if TYPE_CHECKING:
+    from ..settings import Settings
 
 __all__ = ["GridMethod", "Record"]
 
@@ -133,13 +138,14 @@ class _Rebuilding(nn.Module):
         return unpartition(out, record.size) if windowed else out
 
 
-class GridMethod(nn.Module):
+class GridMethod(Method):
     """Both directions, by the operators ``cluster`` and ``restore`` of a subclass."""
 
-    inside = False
+    counts = ("grid", "ratio")
+    reads = Method.reads | {"scope"}
 
     def __init__(self, settings: Settings, attention_window: int | None, index: int = 0) -> None:
-        super().__init__()
+        super().__init__(settings, attention_window, index)
         if settings.scope == "window":
             if not attention_window:
                 raise ValueError('SCOPE "window" needs a model with window attention')
@@ -148,6 +154,7 @@ class GridMethod(nn.Module):
         self.rebuild = _Rebuilding(settings, partial(self.restore, settings))
 
     @staticmethod
+    @abstractmethod
     def cluster(
         settings: Settings,
         features: Tensor,
@@ -155,10 +162,17 @@ class GridMethod(nn.Module):
         weights: Tensor | None,
         positions: Tensor | None,
     ) -> Clusters:
-        """Tokens (B, H, W, C) to clusters on a grid."""
-        raise NotImplementedError
+        """Tokens (B, H, W, C) to clusters on a grid.
+
+        Args:
+            settings: of the method.
+            features: of a map, or of each window.
+            grid: clusters (h, w).
+            weights: (B, H, W), what each token stands for, 0 for padding; None: one each.
+            positions: (B, H, W, 2), rows and columns of the tokens; None: where they lie.
+        """
 
     @staticmethod
+    @abstractmethod
     def restore(settings: Settings, features: Tensor, record: Record) -> Tensor:
         """Features of clusters (B, h, w, D) to features of tokens (B, H, W, D)."""
-        raise NotImplementedError

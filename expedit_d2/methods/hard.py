@@ -7,21 +7,29 @@ cluster near it, and is rebuilt from the nearest one alone.
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from ..operators import Clusters
-from ..settings import Settings
+from .base import METHOD_REGISTRY
 from .expedit import Expedit
 from .grid import GridMethod, Record
+
+if TYPE_CHECKING:
+    from ..settings import Settings
 
 __all__ = ["Hard"]
 
 _HARD = 1e6  # times squared distances: a softmax that is a choice
 
 
+@METHOD_REGISTRY.register("hard")
 class Hard(GridMethod):
-    """Soft k-means in the limit of a high temperature; TEMPERATURE and NEIGHBORS do not matter."""
+    """Soft k-means in the limit of a high temperature."""
+
+    reads = GridMethod.reads | {"iterations", "window", "neighbor_window"}
+    cost = staticmethod(Expedit.cost)
 
     @staticmethod
     def cluster(
@@ -31,10 +39,10 @@ class Hard(GridMethod):
         weights: Tensor | None,
         positions: Tensor | None,
     ) -> Clusters:
-        hard = replace(settings, temperature=_HARD)
+        hard = replace(settings, method="expedit", temperature=_HARD)
         return Expedit.cluster(hard, features, grid, weights, positions)
 
     @staticmethod
     def restore(settings: Settings, features: Tensor, record: Record) -> Tensor:
-        nearest = replace(settings, neighbors=1, normalize="l1", temperature=1.0)
+        nearest = replace(settings, method="expedit", neighbors=1, temperature=1.0)
         return Expedit.restore(nearest, features, record)

@@ -16,7 +16,14 @@ from torch import Tensor
 
 from ..tracing import cached, shape_of
 
-__all__ = ["cluster_means", "cluster_sizes", "match", "snake_order", "take_rows"]
+__all__ = [
+    "cluster_means",
+    "cluster_sizes",
+    "match",
+    "matching_cost",
+    "snake_order",
+    "take_rows",
+]
 
 #: Tokens that are matched with each other. Runs of 144 and of 1728 find equally good pairs.
 _RUN = 256
@@ -99,8 +106,20 @@ def _flat(index: Tensor, total: int) -> Tensor:
     """An index (B, m) into the rows of each image as one (B * m,) into the rows of all."""
     batch = shape_of(index)[0]
     if batch > 1:
-        index = index + torch.arange(batch, device=index.device)[:, None] * total
+        index = index + _first_rows(batch, total, index.device)
     return index.flatten()
+
+
+@cached
+def _first_rows(batch: int, total: int, device: torch.device) -> Tensor:
+    """Where each image begins in the rows of all, (B, 1)."""
+    return torch.arange(batch, device=device)[:, None] * total
+
+
+def matching_cost(tokens: float, partners: float, channels: int) -> float:
+    """Multiply-adds of matching half of the tokens with so many others each."""
+    dim = channels // 12 or 1  # of a head, about; matching is a percent of what blocks cost
+    return dim * (tokens * channels + tokens / 2 * partners)
 
 
 def match(

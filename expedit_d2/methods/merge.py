@@ -9,21 +9,41 @@ a little longer.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from torch import Tensor
 
-from ..settings import Settings
-from .matching import match
+from .base import METHOD_REGISTRY
+from .matching import match, matching_cost
 from .off_grid import OffGridMethod, Windows
+from .spread import SCHEDULES, Spread
+
+if TYPE_CHECKING:
+    from ..settings import Settings
 
 __all__ = ["Merge"]
 
 # A quarter of Ward's exponent: features stay nearer to the plain model's than without, and labels
 # do not suffer as with all of it.
 _WARD = 0.25
+# Tokens that one is compared with, about: half of a run, in two rounds.
+_MATCHED = 256
 
 
+@METHOD_REGISTRY.register("merge")
 class Merge(OffGridMethod):
     """Before each alpha, the share of the tokens that SCHEDULE gives."""
+
+    reads = OffGridMethod.reads | {"schedule", "rounds"}
+    budget_rule = "early"
+
+    @staticmethod
+    def spread(settings: Settings) -> Spread:
+        return SCHEDULES[settings.schedule or "falling"]
+
+    @staticmethod
+    def cost(settings: Settings, tokens: float, clusters: float, channels: int) -> float:
+        return matching_cost(tokens, _MATCHED, channels)
 
     @staticmethod
     def choose(

@@ -6,19 +6,24 @@ the way through the blocks, tokens are in the order of `snake_order`: near ones 
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ..operators import grid_positions
-from ..settings import Settings
 from ..tokens import Keys, Tokens
 from ..tracing import shape_of
+from .base import Method
 from .matching import cluster_means, cluster_sizes, snake_order, take_rows
+from .spread import Spread
+
+if TYPE_CHECKING:
+    from ..settings import Settings
 
 __all__ = ["Choose", "OffGridMethod", "Record", "Windows"]
 
@@ -71,7 +76,7 @@ class _Reduction(nn.Module):
     """Means of the tokens that become one, weighted by what they stand for."""
 
     def __init__(
-        self, settings: Settings, window: int | None, index: int, spread: str, choose: Choose
+        self, settings: Settings, window: int | None, index: int, spread: Spread, choose: Choose
     ) -> None:
         super().__init__()
         self.settings = settings
@@ -143,24 +148,25 @@ class _Rebuilding(nn.Module):
         return out.unflatten(1, record.shape)
 
 
-class OffGridMethod(nn.Module):
+class OffGridMethod(Method):
     """Both directions, by the function ``choose`` of a subclass."""
 
-    inside = False
-    #: How one KEEP is spread over several alphas, see `Settings.count`; None: as SCHEDULE says.
-    spread: str | None = None
+    counts = ("keep",)
+    off_grid = True
 
     def __init__(self, settings: Settings, attention_window: int | None, index: int = 0) -> None:
-        super().__init__()
-        spread = self.spread or settings.schedule or "falling"
-        self.reduce = _Reduction(
-            settings, attention_window, index, spread, partial(self.choose, settings)
-        )
+        super().__init__(settings, attention_window, index)
+        choose = partial(self.choose, settings)
+        self.reduce = _Reduction(settings, attention_window, index, self.spread(settings), choose)
         self.rebuild = _Rebuilding()
 
     @staticmethod
+    def joined(earlier: Record, later: Record) -> Record:
+        return earlier.then(later)
+
+    @staticmethod
+    @abstractmethod
     def choose(
         settings: Settings, keys: Tensor, sizes: Tensor | None, count: int, windows: Windows | None
     ) -> tuple[Tensor, int]:
         """Which tokens become one; see `Choose`. ``count`` is at most n."""
-        raise NotImplementedError

@@ -7,23 +7,38 @@ the map gets its cluster's output, as the authors do for dense prediction (arXiv
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..settings import Settings
 from ..tracing import shape_of
-from .matching import match
+from .base import METHOD_REGISTRY
+from .matching import match, matching_cost
 from .off_grid import OffGridMethod, Windows
+from .spread import Spread, same_number
+
+if TYPE_CHECKING:
+    from ..settings import Settings
 
 __all__ = ["ToMe"]
 
 
+@METHOD_REGISTRY.register("tome")
 class ToMe(OffGridMethod):
     """Equal numbers inside each block: the tokens left fall linearly from alpha to alpha."""
 
     inside = True
-    spread = "numbers"
+    budget_rule = "every"
+
+    @staticmethod
+    def spread(settings: Settings) -> Spread:
+        return same_number
+
+    @staticmethod
+    def cost(settings: Settings, tokens: float, clusters: float, channels: int) -> float:
+        return matching_cost(tokens, tokens / 2, channels)
 
     @staticmethod
     def choose(

@@ -8,9 +8,8 @@ import torch
 from torch import nn
 
 from ..analysis.timing import Timing, interleaved
-from ..api import expedite
+from ..api import expedite_from_node
 from ..comparison import share_weights
-from ..settings import Settings
 from .tables import Table
 
 __all__ = ["time_table"]
@@ -41,9 +40,8 @@ def time_table(
     plain, inputs = table.build(table.plain, device)
     models = [plain]
     for row in table.rows[1:]:
-        settings = dict(vars(Settings.from_node(table.cfg(row, device).MODEL.EXPEDIT)))
         models.append(share_weights(plain))
-        expedite(models[-1], settings.pop("alpha"), **settings)
+        expedite_from_node(models[-1], table.cfg(row, device).MODEL.EXPEDIT)
 
     def forward(model: nn.Module) -> None:
         with torch.no_grad(), torch.autocast(device, dtype, enabled=dtype != torch.float32):

@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ..adapters import find_host
-from ..api import expedite
+from ..api import apply
 from ..predictions import PREDICTIONS
 from ..predictions.drawing import draw_difference, enlarge
 from ..settings import Settings
@@ -52,8 +52,7 @@ def side_by_side(
     if not settings.reduces:
         raise ValueError("MODEL.EXPEDIT.ALPHA is not set: there is nothing to compare with")
     plain = model([item])[0]
-    values = dict(vars(settings))
-    with expedite(model, values.pop("alpha"), **values) as handle:
+    with apply(model, settings) as handle:
         with record_reductions(handle.blocks) as reductions, _seen_pixels(model) as seen:
             reduced = model([item])[0]
     labels = cluster_labels(reductions[: len(handle.blocks.methods)])[0].cpu().numpy()

@@ -11,13 +11,14 @@ from torch import nn
 
 from expedit_d2 import expedite
 from expedit_d2.adapters import ADAPTER_REGISTRY, FAMILIES, Host, find_host, timm_vit
-from expedit_d2.tokens import Tokens
+from expedit_d2.adapters.host import block_costs
+from expedit_d2.tokens import Layout, Tokens
 
 
 @pytest.fixture(autouse=True)
 def registry(monkeypatch):
     """What a test registers is gone after it."""
-    monkeypatch.setattr(ADAPTER_REGISTRY, "_adapters", dict(ADAPTER_REGISTRY))
+    monkeypatch.setattr(ADAPTER_REGISTRY, "_objects", dict(ADAPTER_REGISTRY))
     torch.manual_seed(0)
 
 
@@ -34,12 +35,9 @@ class Encoder(nn.Module):
         return x
 
 
-class EncoderLayout:
+class EncoderLayout(Layout):
     def __init__(self, size_aware: bool) -> None:
         self.size_aware = size_aware
-
-    def begin(self, x, block, size):
-        return self
 
     def split(self, x, tokens=None):
         size = tuple(x.shape[1:3])
@@ -47,9 +45,6 @@ class EncoderLayout:
 
     def join(self, x, features):
         return features
-
-    def prepare(self, x, tokens):
-        return None
 
     def keys(self, block, features):
         return features
@@ -69,7 +64,14 @@ def test_a_registered_adapter_is_used():
 
         @staticmethod
         def adapt(module: nn.Module) -> Host:
-            return Host(owner=module, attribute="stages", layout=EncoderLayout, off_grid=True)
+            return Host(
+                owner=module,
+                attribute="stages",
+                layout=EncoderLayout,
+                costs=lambda layer: block_costs(layer, layer, channels=8),
+                off_grid=True,
+                size=(6, 6),
+            )
 
     model, x = nn.Sequential(Encoder()).eval(), torch.randn(2, 6, 6, 8)
     plain = model(x)
@@ -79,12 +81,16 @@ def test_a_registered_adapter_is_used():
         assert "Encoder" in repr(handle)
         assert model(x).shape == plain.shape and not torch.allclose(model(x), plain)
     assert torch.equal(model(x), plain)
+    with expedite(model, budget=0.7) as handle:
+        assert handle.settings.method == "merge" and handle.settings.keep < 1
+    with pytest.raises(ValueError, match="METHOD tome works inside of the blocks"):
+        expedite(model, 1, method="tome", keep=0.5)
     with pytest.raises(ValueError, match="supported: .*, somebody's encoder"):
         find_host(nn.Linear(2, 2))
 
 
 def test_the_families_of_this_package_are_registered():
-    assert [family for _, family in ADAPTER_REGISTRY] == list(FAMILIES)
+    assert list(ADAPTER_REGISTRY.values()) == list(FAMILIES)
 
 
 def test_the_adapter_that_was_registered_last_is_taken():
@@ -133,4 +139,4 @@ def adapter(**parts) -> type:
 def test_incomplete_adapters_are_refused_at_registration(parts, missing):
     with pytest.raises(TypeError, match=f"adapter Wrong needs {missing}"):
         ADAPTER_REGISTRY.register(adapter(**parts))
-    assert [family for _, family in ADAPTER_REGISTRY] == list(FAMILIES)
+    assert list(ADAPTER_REGISTRY.values()) == list(FAMILIES)

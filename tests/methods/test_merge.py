@@ -228,13 +228,13 @@ def test_flops_are_counted():
     "settings, message",
     [
         ({"method": "merge"}, "METHOD merge needs KEEP"),
-        ({"method": "merge", "keep": 0.5, "grid": (2, 2)}, "METHOD merge leaves no grid"),
+        ({"method": "merge", "keep": 0.5, "grid": (2, 2)}, "would do nothing with METHOD merge"),
         ({"method": "merge", "keep": 1.5}, r"KEEP must be a share .* got 1.5"),
         ({"method": "merge", "keep": 0}, r"KEEP must be a share .* got 0"),
         ({"method": "merge", "keep": (0.5, 0.4)}, "one for each of the 1 ALPHAs"),
         ({"method": "merge", "keep": 0.5, "rounds": 0}, "ROUNDS must be a positive integer"),
-        ({"keep": 0.5, "ratio": 0.5}, "METHOD merge leaves no grid"),
-        ({"method": "pool", "keep": 0.5}, "KEEP is for METHOD merge, tome, density"),
+        ({"keep": 0.5, "ratio": 0.5}, "would do nothing with METHOD merge"),
+        ({"method": "pool", "keep": 0.5}, "KEEP 0.5 .* would do nothing with METHOD pool"),
         ({"keep": 0.5, "schedule": "rising"}, "SCHEDULE must be one of .*falling"),
     ],
 )

@@ -13,7 +13,7 @@ from expedit_d2.backbones.swin import D2SwinTransformer
 from expedit_d2.methods import METHODS, build_method
 from expedit_d2.methods.density import density_peaks
 from expedit_d2.methods.matching import snake_order
-from expedit_d2.settings import OFF_GRID, Settings
+from expedit_d2.settings import Settings
 from expedit_d2.tokens import Tokens
 from support.oracles import allowed_pairs, plain_matching
 from support.tensors import error, perturbed
@@ -29,7 +29,7 @@ def tokens_of(features: Tensor, **more) -> Tokens:
 
 
 def counts(name: str) -> dict:
-    return {"keep": 0.5} if name in OFF_GRID else {"ratio": 0.75}
+    return {"keep": 0.5} if METHODS[name].off_grid else {"ratio": 0.75}
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -43,7 +43,7 @@ def test_every_method_runs_and_can_be_removed(name):
     assert torch.equal(run(vit, x), plain)
 
 
-@pytest.mark.parametrize("name", sorted(set(METHODS) - set(OFF_GRID)))
+@pytest.mark.parametrize("name", sorted(name for name in METHODS if not METHODS[name].off_grid))
 @pytest.mark.parametrize("scope", ["map", "window"])
 def test_methods_with_a_grid_run_with_windows(name, scope):
     vit = detectron2_vit()
@@ -272,7 +272,7 @@ PAIRS = [
     (kind, scope, method)
     for kind, scope in [("timm", "map"), ("detectron2", "map"), ("detectron2", "window")]
     for method in METHODS
-    if kind == "timm" or method not in OFF_GRID
+    if kind == "timm" or not METHODS[method].off_grid
 ]
 
 

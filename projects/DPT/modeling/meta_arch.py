@@ -118,8 +118,7 @@ class DPT(NormalizingModel):
         )
         backbone = Encoder(vit, node.BLOCKS, node.NORM, node.POSITIONS)
         if "EXPEDIT" in cfg.MODEL:
-            # Every level that the head reads is rebuilt, and no other block's output.
-            expedite_from_node(vit, cfg.MODEL.EXPEDIT, outputs=backbone.blocks)
+            expedite_from_node(vit, cfg.MODEL.EXPEDIT)
         head = DPTHead(
             vit.embed_dim,
             node.CHANNELS,

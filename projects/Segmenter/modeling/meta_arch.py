@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from expedit_d2.api import expedite_from_node
 from expedit_d2.backbones.feature_cache import cache_features
 from expedit_d2.backbones.timm_vit import create_timm_vit
+from expedit_d2.compat import positioned
 from expedit_d2.data.normalized import NormalizingModel
 from expedit_d2.hook import Rebuild, run_reduced
 from expedit_d2.tracing import shape_of
@@ -84,11 +85,13 @@ class Segmenter(NormalizingModel):
         self.window_stride = window_stride
         self.window_batch = window_batch
         self.freeze_encoder = freeze_encoder
+        # What is read, for the adapter of Expedit.
+        encoder.expedit_outputs = (len(encoder.blocks) - 1,)
         if freeze_encoder:
             encoder.requires_grad_(False)
         cache_features(feature_cache, encoder, "forward_features")
         if expedit is not None:
-            expedite_from_node(encoder, expedit, outputs=(len(encoder.blocks) - 1,))
+            expedite_from_node(encoder, expedit)
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
@@ -213,7 +216,7 @@ class Segmenter(NormalizingModel):
                     f"{type(vit).__name__}; 'head' needs timm's VisionTransformer"
                 )
             else:  # the same, but that the blocks leave clusters behind
-                tokens = vit._pos_embed(vit.patch_embed(images))
+                tokens = positioned(vit, vit.patch_embed(images))
                 size = tuple(side // self.patch for side in shape_of(images)[2:])
                 tokens = vit.norm_pre(vit.patch_drop(tokens))
                 tokens, rebuild = run_reduced(vit.blocks, tokens, size)

@@ -426,8 +426,8 @@ def test_adding_keys_keeps_existing_ones(add: Any, name: str, key: str, value: A
     ("key", "text", "field", "value"),
     [
         ("TEMPERATURE", "0.02", "temperature", 0.02),
-        ("TEMPERATURE", "auto", "temperature", "auto"),
-        ("TEMPERATURE", "None", "temperature", "auto"),
+        ("TEMPERATURE", "auto", "temperature", None),
+        ("TEMPERATURE", "None", "temperature", None),
         ("GRID", "(24,24)", "grid", (24, 24)),
         ("GRID", "[24, 16]", "grid", (24, 16)),
         ("ALPHA", "3", "alpha", 3),

@@ -1,0 +1,105 @@
+"""What a method is, and where methods are registered, those of other packages too.
+
+The traits of a method lie on its class: `expedit_d2.settings` and `expedit_d2.budget` ask it.
+"""
+
+from __future__ import annotations
+
+import inspect
+from abc import ABC
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from ..registry import Registry
+from .spread import Spread, equal
+
+if TYPE_CHECKING:
+    from ..settings import Settings
+
+__all__ = ["METHOD_REGISTRY", "Method"]
+
+_BUDGET_RULES = ("late", "early", "every")
+
+
+class Method(nn.Module, ABC):
+    """A pair of parameter-free modules; what they share passes through an explicit record.
+
+    Subclass `GridMethod` or `OffGridMethod`, which leave one or two functions to write, or this.
+    """
+
+    #: (Tokens, Keys) -> (fewer Tokens, record).
+    reduce: nn.Module
+    #: (features (B, *shape, D) of the reduced tokens, record, residual) -> features (B, H, W, D);
+    #: residual: None as the settings say, False for what is no token, such as class logits.
+    rebuild: nn.Module
+
+    #: Settings that say how many tokens are left, of which one is given.
+    counts: tuple[str, ...] = ()
+    #: The other settings that matter to it; all others must be left at their defaults.
+    reads: frozenset[str] = frozenset(
+        {"size_aware", "positions", "residual", "reconstruct_at", "fused_attention"}
+    )
+    #: Whether it leaves tokens that lie on no grid.
+    off_grid = False
+    #: Whether it reduces inside of the block after alpha, between its attention and its MLP.
+    inside = False
+    #: Where BUDGET lets it reduce: once, "late" (see `GridRule`); a few times, "early" (see
+    #: `MergeRule`); or at "every" block.
+    budget_rule = "late"
+
+    def __init__(self, settings: Settings, attention_window: int | None, index: int = 0) -> None:
+        """
+        Args:
+            settings: checked settings.
+            attention_window: side, in tokens, of the model's attention windows; None: no windows.
+            index: which of the settings' alphas, from the first, it reduces at.
+
+        Raises:
+            ValueError: for settings that do not fit the windows.
+        """
+        super().__init__()
+
+    @staticmethod
+    def joined(earlier: Any, later: Any) -> Any | None:
+        """The records of two reductions in turn as one; None if they stay two."""
+        return None
+
+    @staticmethod
+    def spread(settings: Settings) -> Spread:
+        """How one KEEP is spread over several alphas."""
+        return equal
+
+    @staticmethod
+    def cost(settings: Settings, tokens: float, clusters: float, channels: int) -> float:
+        """Multiply-adds of reducing and rebuilding once; 0 where they do not matter.
+
+        Args:
+            settings: of the method, but for its counts.
+            tokens: of an image, before.
+            clusters: after; with SCOPE "window" those of one window.
+            channels: width of the tokens.
+        """
+        return 0.0
+
+
+def _check(name: str, method: Any) -> None:
+    if not (isinstance(method, type) and issubclass(method, Method)):
+        raise TypeError(f"method {name} must be a subclass of {Method.__module__}.Method")
+    if inspect.isabstract(method):
+        raise TypeError(f"method {name} needs {', '.join(sorted(method.__abstractmethods__))}")
+    if not method.counts:
+        raise TypeError(f"method {name} needs counts, such as ('grid', 'ratio') or ('keep',)")
+    if method.budget_rule not in _BUDGET_RULES:
+        raise TypeError(
+            f"budget_rule of method {name} must be one of {_BUDGET_RULES}, got "
+            f"{method.budget_rule!r}"
+        )
+
+
+#: Name in ``METHOD`` -> class::
+#:
+#:     @METHOD_REGISTRY.register("mine")
+#:     class Mine(GridMethod):
+#:         ...
+METHOD_REGISTRY: Registry[type[Method]] = Registry("method", "expedit_d2.methods", _check)
