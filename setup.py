@@ -1,14 +1,19 @@
 """Packaging of expedit_d2. `tools/install.py` runs this and brings Detectron2 along."""
 
 import re
+import runpy
 from pathlib import Path
 
 from setuptools import find_namespace_packages, setup
 
 ROOT = Path(__file__).resolve().parent
 
-SAM = ["segment-anything==1.0"]
-TRANSFORMERS = ["transformers>=5.23,<6"]  # gradient checkpointing inside of a layer
+# Of the libraries whose models can be expedited.
+VERSIONS = runpy.run_path(str(ROOT / "expedit_d2" / "adapters" / "versions.py"))["VERSIONS"]
+SAM, TRANSFORMERS, TORCHVISION, TIMM = (
+    [package + VERSIONS[package]]
+    for package in ("segment-anything", "transformers", "torchvision", "timm")
+)
 ONNX = ["onnx>=1.18,<2", "onnxruntime>=1.20,<2", "onnxscript>=0.5,<1"]
 
 
@@ -68,8 +73,8 @@ setup(
     # that is already there, be it built from git or from a wheel.
     install_requires=[
         "torch>=2.1,<3",
-        "torchvision>=0.16,<1",
-        "timm>=1.0.20,<2",  # blocks that take attn_mask
+        *TORCHVISION,
+        *TIMM,
         "numpy>=1.23.5,<2",  # Detectron2 and panopticapi-lite are not ready for numpy 2
         "fvcore>=0.1.5,<0.2",
         "iopath>=0.1.9,<0.2",

@@ -129,6 +129,7 @@ def apply(
         },
         host.outputs if outputs is None else _checked_outputs(outputs, len(original)),
         settings.reconstruct_at == "backbone",
+        host.end,
     )
     blocks.train(original.training)
     detach, unguard = host.attach(model), blocks.guard()

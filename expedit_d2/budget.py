@@ -171,6 +171,7 @@ def _merging(settings: Settings, host: Host, name: str) -> Settings:
 def _costs(host: Host, stage: Host) -> tuple[Costs, float, float]:
     """Costs of the stage that reduces, of the others together, and of all."""
     own = Costs.of(stage)
+    own = replace(own, blocks=own.blocks[: stage.end])
     whole = sum(Costs.of(other).total for other in host.stages or (host,))
     return own, whole - own.total, whole
 

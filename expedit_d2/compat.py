@@ -6,7 +6,7 @@ fvcore 0.1.5 and transformers 5.24.0; the tests say which name has moved in anot
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,9 +22,11 @@ __all__ = [
     "TorchDispatchMode",
     "TreeSpec",
     "attention_of",
+    "checkpointing_of",
     "coco_ground_truth",
     "cpu_attention",
     "positioned",
+    "recorded_outputs",
     "schema_of",
     "tree_flatten",
     "tree_unflatten",
@@ -64,6 +66,18 @@ def cpu_attention() -> Any:
 def attention_of(config: Any) -> str:
     """Which implementation of attention a transformers config has chosen."""
     return config._attn_implementation
+
+
+def recorded_outputs() -> Mapping[str, Any]:
+    """What the transformers model that runs now records by hooks on its layers, by name."""
+    from transformers.utils.output_capturing import _active_collector
+
+    return _active_collector.get() or {}
+
+
+def checkpointing_of(layer: nn.Module) -> Callable[..., Any]:
+    """The function by which a transformers layer checkpoints its forward."""
+    return layer._gradient_checkpointing_func
 
 
 def coco_ground_truth(evaluator: Any) -> tuple[Any, Sequence[str] | None, bool]:

@@ -105,17 +105,18 @@ class _Pass:
         self.begun: list[tuple[_Mark, _State]] = []
         self.states: dict[int, list[tuple[_Mark, _State]]] = {}
 
-    def run(self, step: _Step, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def run(self, step: _Step, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         index, block, method = step._index, step._block, step._method
         self._forget(index - 2)
-        state = self._before(step, x)
+        state = self._before(step, x, *args, **kwargs)
         outer = _swap_running(block, None)
         try:
             out, state = self._run(index, block, method, state, x, *args, **kwargs)
         finally:
             _swap_running(*outer)
         self._forget(index)
-        self.states.setdefault(index, []).append((_Mark(out), state))
+        passed = out[0] if isinstance(out, tuple) else out
+        self.states.setdefault(index, []).append((_Mark(passed), state))
         return out
 
     def _forget(self, index: int) -> None:
@@ -123,7 +124,7 @@ class _Pass:
         if index in self.states:
             self.states[index] = [kept for kept in self.states[index] if kept[0].alive]
 
-    def _before(self, step: _Step, x: Tensor) -> _State:
+    def _before(self, step: _Step, x: Tensor, *args: Any, **kwargs: Any) -> _State:
         """The state that a block goes on from.
 
         Raises:
@@ -137,7 +138,7 @@ class _Pass:
             for mark, state in self.begun:
                 if mark.is_on(x):  # run again
                     return state
-            state = _State(self.layout.begin(x, step, self.size))
+            state = _State(self.layout.begin(x, step, self.size, *args, **kwargs))
             self.begun.append((_Mark(x), state))
             return state
         known = self.states.get(index - 1, ())
@@ -154,7 +155,8 @@ class _Pass:
             # All tokens are still there, and what the model does to them is its own business.
             layouts = [state.layout for _, state in self.begun]
             same = all(layout == layouts[0] for layout in layouts)
-            return _State(layouts[0] if same else self.layout.begin(x, step, self.size))
+            begun = layouts[0] if same else None
+            return _State(begun or self.layout.begin(x, step, self.size, *args, **kwargs))
         raise ValueError(self._refusal(index, x, known))
 
     def _refusal(self, index: int, x: Tensor, known: Collection[tuple[_Mark, _State]]) -> str:
@@ -183,7 +185,7 @@ class _Pass:
         x: Tensor,
         *args: Any,
         **kwargs: Any,
-    ) -> tuple[Tensor, _State]:
+    ) -> tuple[Any, _State]:
         layout, tokens, records = state.layout, state.tokens, state.records
         if tokens is None and method is None:
             watched = layout.watched and index >= self.alphas[0]
@@ -207,11 +209,11 @@ class _Pass:
             tokens = replace(tokens, features=None)
             records = _appended(records, method, record)
         if not self._is_read(index, kwargs):
-            return x, _State(layout, tokens, None, records)
+            return layout.returned(x), _State(layout, tokens, None, records)
         features = layout.split(x, tokens).features
         for rebuild, record in reversed(records):
             features = rebuild(features, record)
-        return layout.join(x, features), _State(layout, tokens, x, records)
+        return layout.returned(layout.join(x, features)), _State(layout, tokens, x, records)
 
     def _is_read(self, index: int, kwargs: Mapping[str, Any]) -> bool:
         """Whether the model reads the output of a block that it has called so."""
@@ -271,14 +273,15 @@ class _Step:
     def __init__(self, run: _Pass, index: int, block: nn.Module, method: Method | None) -> None:
         self.__dict__.update(_run=run, _index=index, _block=block, _method=method, _given={})
 
-    def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         for name, value in self._given.items():
             setattr(self._block, name, value)
         run = self._run
         if run.layout.watched and self._index >= run.alphas[0]:
             outer = _swap_running(self._block, self)
             try:
-                return self._block(x, *args, **kwargs)
+                # A class with a call of its own may checkpoint it, and would lose this pass there.
+                return nn.Module.__call__(self._block, x, *args, **kwargs)
             finally:
                 _swap_running(*outer)
         return run.run(self, x, *args, **kwargs)
@@ -306,6 +309,7 @@ class ExpeditedBlocks(nn.Module):
         methods: Mapping[int, Method],
         outputs: Collection[int] | None = None,
         rebuilds: bool = True,
+        end: int | None = None,
     ) -> None:
         """
         Args:
@@ -316,19 +320,22 @@ class ExpeditedBlocks(nn.Module):
                 map. None: all of them, for models that may read any.
             rebuilds: False leaves rebuilding to whoever calls `run_reduced`; the blocks cannot be
                 looped over then.
+            end: blocks from there on run as they are, on the whole map; None: none does.
 
         Raises:
-            ValueError: if an alpha is outside 0 to depth - 1.
+            ValueError: if an alpha is outside 0 to end - 1.
         """
         super().__init__()
         for name, block in blocks.named_children():
             self.add_module(name, block)
         self.names = tuple(name for name, _ in blocks.named_children())
+        self.end = len(self.names) if end is None else end
         for alpha in methods:
-            if not 0 <= alpha < len(self.names):
+            if not 0 <= alpha < self.end:
+                rest = ", whose others are not for the map alone" if self.end < len(self) else ""
                 raise ValueError(
-                    f"ALPHA must be in 0 to {len(self.names) - 1} (blocks run before clustering, "
-                    f"of {len(self.names)}), got {alpha}"
+                    f"ALPHA must be in 0 to {self.end - 1} (blocks run before clustering, of "
+                    f"{len(self)}{rest}), got {alpha}"
                 )
         self.layout = layout
         self.outputs = outputs
@@ -341,12 +348,13 @@ class ExpeditedBlocks(nn.Module):
         """Number of blocks of this container that run on all tokens."""
         return min(self._alphas)
 
-    def _steps(self, run: _Pass) -> list[_Step]:
+    def _steps(self, run: _Pass) -> list[Callable[..., Any]]:
         methods = dict(self.methods.items())
-        return [
-            _Step(run, index, getattr(self, name), methods.get(f"after_{index}"))
-            for index, name in enumerate(self.names)
+        steps = [
+            _Step(run, index, self[index], methods.get(f"after_{index}"))
+            for index in range(self.end)
         ]
+        return steps + [self[index] for index in range(self.end, len(self))]
 
     @property
     def _alphas(self) -> list[int]:
@@ -357,7 +365,7 @@ class ExpeditedBlocks(nn.Module):
         outputs: Collection[int] | None,
         size: tuple[int, int] | None = None,
         part: slice = slice(None),
-    ) -> list[_Step]:
+    ) -> list[Callable[..., Any]]:
         """The blocks of one pass, or a part of them, at whose end the map is rebuilt.
 
         Args:
@@ -370,7 +378,7 @@ class ExpeditedBlocks(nn.Module):
                 'RECONSTRUCT_AT "head" needs a model whose head runs on clusters, such as '
                 'Segmenter; set RECONSTRUCT_AT "backbone"'
             )
-        last = range(len(self))[part][-1:]
+        last = [index for index in range(len(self))[part] if index < self.end][-1:]
         if outputs is not None:
             outputs = {*outputs, *last}
         return self._steps(_Pass(self.layout, self._alphas, outputs, size))[part]
@@ -386,7 +394,7 @@ class ExpeditedBlocks(nn.Module):
         """
         hooks, led = [], []
         watched = self.layout.watched
-        for index in range(self.first_alpha, len(self)):
+        for index in range(self.first_alpha, self.end):
             block = self[index]
             if watched:
                 led.append((block, vars(block).get("forward")))
@@ -426,7 +434,7 @@ class ExpeditedBlocks(nn.Module):
 
         return x, rebuild
 
-    def __iter__(self) -> Iterator[_Step]:
+    def __iter__(self) -> Iterator[Callable[..., Any]]:
         return iter(self.looped(self.outputs))
 
     def __len__(self) -> int:

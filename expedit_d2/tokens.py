@@ -69,13 +69,16 @@ class Layout(ABC):
     #: ``block.forward``.
     watched = False
 
-    def begin(self, x: Tensor, block: nn.Module, size: tuple[int, int] | None) -> Layout:
+    def begin(
+        self, x: Tensor, block: nn.Module, size: tuple[int, int] | None, *args: Any, **kwargs: Any
+    ) -> Layout:
         """The layout for one run through the blocks, which begins now.
 
         Args:
             x: what the first block is given.
             block: that block, with the attributes that the model has set for this run.
             size: (H, W) of the map, if whoever runs the blocks has said it.
+            *args, **kwargs: what else the model gives that block.
         """
         return self
 
@@ -83,6 +86,10 @@ class Layout(ABC):
         """Whether a model that gives its blocks these keyword arguments reads the output of each,
         beside those that `Host.outputs` names."""
         return False
+
+    def returned(self, x: Tensor) -> Any:
+        """What a block returns: ``x``, or a tuple that begins with it."""
+        return x
 
     @abstractmethod
     def split(self, x: Tensor, tokens: Tokens | None = None) -> Tokens:

@@ -86,6 +86,21 @@ def test_transformers_says_which_attention_it_has():
     assert compat.attention_of(model.config) == "eager"
 
 
+def test_a_transformers_model_shows_what_it_records_and_how_it_checkpoints():
+    transformers = pytest.importorskip("transformers")
+    config = transformers.ViTConfig(
+        hidden_size=8, num_hidden_layers=1, num_attention_heads=2, image_size=8, patch_size=4
+    )
+    model, seen = transformers.ViTModel(config), []
+    layer = model.layers[0]
+    layer.register_forward_hook(lambda *_: seen.append(set(compat.recorded_outputs())))
+    for recorded in (True, False):
+        model(torch.zeros(1, 3, 8, 8), output_hidden_states=recorded)
+    assert seen == [{"hidden_states"}, set()] and not compat.recorded_outputs()
+    model.gradient_checkpointing_enable()
+    assert compat.checkpointing_of(layer)(torch.square, torch.full((1,), 3.0)).item() == 9
+
+
 @pytest.mark.parametrize("labelled", [True, False])
 def test_an_evaluator_shows_its_ground_truth(tmp_path, labelled):
     content = {"images": [{"id": 1, "height": 4, "width": 4}], "categories": [{"id": 1}]}

@@ -43,7 +43,7 @@ Save = Callable[[list[Result]], None]
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser = ToolParser("paper_tables.py", __doc__)
     option = parser.add_argument
-    option("--models", nargs="+", metavar="NAME", help="Segmenter, DPT, Mask2Former; default: all")
+    option("--models", nargs="+", metavar="NAME", help="Segmenter, DPT, …; default: all")
     option("--datasets", nargs="+", metavar="NAME", help="ADE20K, KITTI, …; default: all")
     option("--no-timing", action="store_true", help="GFLOPs alone")
     option("--repeats", type=at_least(1), default=3, help="timed rounds, after one that is not (3)")

@@ -16,6 +16,9 @@ from . import (
     timm_eva,
     timm_vit,
     torchvision_vit,
+    transformers_beit,
+    transformers_sam,
+    transformers_swin,
     transformers_vit,
 )
 from .host import Host
@@ -30,6 +33,9 @@ FAMILIES = (
     timm_vit,
     timm_eva,
     torchvision_vit,
+    transformers_beit,
+    transformers_sam,
+    transformers_swin,
     transformers_vit,
 )
 for _family in FAMILIES:

@@ -34,38 +34,46 @@ def adapt(vit: nn.Module) -> Host:
     return host_of(vit, MapLayout, off_grid)
 
 
-def host_of(vit: nn.Module, layout: type[MapLayout], off_grid: bool) -> Host:
-    """The host of a transformer with Detectron2's attention; ``off_grid``: see `Host`."""
-    window = max((block.window_size for block in vit.blocks), default=0)
+def host_of(
+    vit: nn.Module, layout: type[MapLayout], off_grid: bool, attribute: str = "blocks"
+) -> Host:
+    """The host of a transformer with Detectron2's attention.
+
+    Args:
+        layout: of its family.
+        off_grid, attribute: see `Host`.
+    """
+    blocks = getattr(vit, attribute)
+    window = max((block.window_size for block in blocks), default=0)
     return Host(
         owner=vit,
-        attribute="blocks",
+        attribute=attribute,
         layout=partial(
             layout,
             window=window,
-            relative=any(block.attn.use_rel_pos for block in vit.blocks),
+            relative=any(block.attn.use_rel_pos for block in blocks),
         ),
         window=window or None,
         costs=_costs,
-        outputs=(len(vit.blocks) - 1,),
-        fused=_attend,
+        outputs=(len(blocks) - 1,),
+        fused=attend_layer,
         off_grid=off_grid,
         inside=True,
         merge_rule=MergeRule.windowed() if window else MergeRule(),
         grid_rule=GridRule(latest=0.75, least_latest=0.375),
-        size=_size(vit),
+        size=_size(blocks),
     )
 
 
 def _costs(block: nn.Module) -> BlockCosts:
     attn = block.attn
-    heads = attn.num_heads if attn.use_rel_pos else 0
+    heads = _heads(attn) if attn.use_rel_pos else 0
     return block_costs(block, attn, attn.proj.in_features, block.window_size, heads)
 
 
-def _size(vit: nn.Module) -> tuple[int, int]:
+def _size(blocks: nn.ModuleList) -> tuple[int, int]:
     """The map that the model was made for: that of its global relative positions."""
-    for block in vit.blocks:
+    for block in blocks:
         if block.window_size == 0 and block.attn.use_rel_pos:
             rows, cols = shape_of(block.attn.rel_pos_h)[0], shape_of(block.attn.rel_pos_w)[0]
             return (rows + 1) // 2, (cols + 1) // 2
@@ -96,6 +104,9 @@ class _Keys:
 class MapLayout(Layout):
     """Maps (B, H, W, C), or tokens (B, M, C) that lie on no grid."""
 
+    #: Names of a block's norms, before its attention and before its MLP.
+    norms = ("norm1", "norm2")
+
     def __init__(self, size_aware: bool, window: int = 0, relative: bool = True) -> None:
         """``window``: side of the attention windows; ``relative``: positions are read."""
         self.size_aware = size_aware
@@ -112,7 +123,7 @@ class MapLayout(Layout):
         return features
 
     def keys(self, block: nn.Module, features: Tensor) -> Tensor:
-        return mean_keys(block.attn.qkv, block.attn.num_heads, block.norm1(features))
+        return mean_keys(block.attn.qkv, _heads(block.attn), self.normed(block, features, 0))
 
     def prepare(self, x: Tensor, tokens: Tokens) -> dict[str, _Keys]:
         # Padding is not part of the stock model's global attention: it has no vote here.
@@ -125,8 +136,8 @@ class MapLayout(Layout):
 
     def run(self, block: nn.Module, x: Tensor, tokens: Tokens) -> Tensor:
         attend = self._windowed if block.window_size > 0 else self._global
-        x = self.added(block, x, attend(block, block.norm1(x), tokens))
-        x = self.added(block, x, block.mlp(block.norm2(x)))
+        x = self.added(block, x, attend(block, self.normed(block, x, 0), tokens))
+        x = self.added(block, x, block.mlp(self.normed(block, x, 1)))
         return self.finished(block, x, tokens)
 
     def run_reducing(
@@ -135,9 +146,9 @@ class MapLayout(Layout):
         if tokens.context is None:
             tokens = replace(tokens, context=self.prepare(x, tokens))
         attend = self._windowed if block.window_size > 0 else self._global
-        normed = block.norm1(x)
+        normed = self.normed(block, x, 0)
         x = self.added(block, x, attend(block, normed, tokens))
-        keys = mean_keys(block.attn.qkv, block.attn.num_heads, normed)
+        keys = mean_keys(block.attn.qkv, _heads(block.attn), normed)
 
         def keys_of(features: Tensor) -> Tensor:
             return keys if keys.dim() == 3 else keys.flatten(1, 2)
@@ -145,7 +156,11 @@ class MapLayout(Layout):
         tokens, record = reduce(replace(tokens, features=x), keys_of)
         x = tokens.features
         tokens = replace(tokens, context=self.prepare(x, tokens))
-        return self.added(block, x, block.mlp(block.norm2(x))), tokens, record
+        return self.added(block, x, block.mlp(self.normed(block, x, 1))), tokens, record
+
+    def normed(self, block: nn.Module, x: Tensor, index: int) -> Tensor:
+        """Tokens behind one of a block's `norms`."""
+        return getattr(block, self.norms[index])(x)
 
     def added(self, block: nn.Module, x: Tensor, change: Tensor) -> Tensor:
         """Tokens with what the attention or the MLP of a block adds to them."""
@@ -167,7 +182,7 @@ class MapLayout(Layout):
 
     def _global(self, block: nn.Module, x: Tensor, tokens: Tokens) -> Tensor:
         keys = tokens.context["map"]
-        return _attend(block.attn, x, keys.bias, keys.positions, tokens.span, tokens.size)
+        return attend_layer(block.attn, x, keys.bias, keys.positions, tokens.span, tokens.size)
 
     def _windowed(self, block: nn.Module, x: Tensor, tokens: Tokens) -> Tensor:
         keys, side = tokens.context["window"], (block.window_size,) * 2
@@ -178,7 +193,7 @@ class MapLayout(Layout):
             x = x * tokens.valid[..., None]
         x = partition(x, keys.window)
         return unpartition(
-            _attend(block.attn, x, keys.bias, keys.positions, side, side, _MARGIN), size
+            attend_layer(block.attn, x, keys.bias, keys.positions, side, side, _MARGIN), size
         )
 
     def _grid_windows(self, x: Tensor, tokens: Tokens) -> _Keys:
@@ -251,7 +266,11 @@ def _in_windows(positions: Tensor, window: tuple[int, int], span: tuple[int, int
     return partition(positions - corner, window)
 
 
-def _attend(
+def _heads(attn: nn.Module) -> int:
+    return attn.num_heads if hasattr(attn, "num_heads") else attn.num_attention_heads
+
+
+def attend_layer(
     attn: nn.Module,
     x: Tensor,
     bias: Tensor | None = None,
@@ -292,8 +311,8 @@ def _products(
     size: tuple[int, int] | None,
     margin: int = 0,
 ) -> Tensor:
-    """The products of the layer, (B, N, 3 C) to (B, N, C); see `_attend`."""
-    q, k, v = qkv.unflatten(-1, (3, attn.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+    """The products of the layer, (B, N, 3 C) to (B, N, C); see `attend_layer`."""
+    q, k, v = qkv.unflatten(-1, (3, _heads(attn), -1)).permute(2, 0, 3, 1, 4).unbind(0)
     span, size, terms = span or shape, size or shape, ()
     if attn.use_rel_pos and positions is not None:
         tables = (attn.rel_pos_h, attn.rel_pos_w)
@@ -306,5 +325,6 @@ def _products(
         bias = None if bias is None else bias.unflatten(1, shape) if bias.dim() == 2 else bias
     elif bias is not None:
         bias = bias.flatten(1)
-    out = attend(q, k, v, attn.scale, terms, bias)
+    dropout = getattr(attn, "dropout", 0.0) if attn.training else 0.0
+    out = attend(q, k, v, attn.scale, terms, bias, dropout)
     return out.transpose(1, 2).flatten(2)

@@ -21,6 +21,7 @@ __all__ = [
     "is_class",
     "linear_weights",
     "mean_keys",
+    "mean_of_heads",
 ]
 
 
@@ -107,6 +108,8 @@ class Host:
         costs: what a block costs, for BUDGET; see `block_costs`.
         window: side of the attention windows in tokens; None if attention is global everywhere.
         outputs: indices of the blocks whose outputs the model reads; None if it may read any.
+        end: blocks from this one on are not for the map's tokens alone and run on all of them; None
+            if there are none such.
         attach: registers what the layout needs, if anything, on the whole model that it is given,
             which contains ``owner``; returns the undo.
         scopes: what ``SCOPE`` may be.
@@ -127,6 +130,7 @@ class Host:
     costs: Callable[[nn.Module], BlockCosts]
     window: int | None = None
     outputs: tuple[int, ...] | None = None
+    end: int | None = None
     attach: Callable[[nn.Module], Callable[[], None]] = field(default=lambda model: lambda: None)
     scopes: tuple[str, ...] = SCOPES
     off_grid: bool = False
@@ -187,17 +191,21 @@ def is_class(module: nn.Module, name: str, defined_in: str) -> bool:
 
 
 def mean_keys(qkv: nn.Linear, heads: int, x: Tensor) -> Tensor:
-    """Keys of an attention layer, averaged over its heads: linear in x, so one small product.
+    """`mean_of_heads` for the keys of a layer whose rows are queries, keys and values."""
+    bias = None if qkv.bias is None else qkv.bias.chunk(3)[1]
+    return mean_of_heads(qkv.weight.chunk(3)[1], bias, heads, x)
+
+
+def mean_of_heads(weight: Tensor, bias: Tensor | None, heads: int, x: Tensor) -> Tensor:
+    """A linear layer's outputs, averaged over its heads: linear in x, so one small product.
 
     Args:
-        qkv: the layer's projection; its rows are queries, keys and values, head by head.
+        weight, bias: of the layer, head by head.
         heads: number of heads.
         x: (..., C) what the layer is given.
 
     Returns:
         (..., D).
     """
-    keys = qkv.weight.unflatten(0, (3, heads, -1))[1].mean(0)
-    if qkv.bias is None:
-        return F.linear(x, keys)
-    return F.linear(x, keys, qkv.bias.unflatten(0, (3, heads, -1))[1].mean(0))
+    bias = None if bias is None else bias.unflatten(0, (heads, -1)).mean(0)
+    return F.linear(x, weight.unflatten(0, (heads, -1)).mean(0), bias)

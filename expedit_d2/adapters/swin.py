@@ -10,8 +10,10 @@ Serves the ``D2SwinTransformer`` of this package and the official code, which De
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +24,7 @@ from ..operators import grid_positions, on_device
 from ..tokens import Layout, Tokens
 from ..tracing import shape_of
 from ..windows import from_slots, partition, shifted_mask, slot_rows, to_slots, unpartition
-from .host import BlockCosts, GridRule, Host, MergeRule, block_costs, is_class, mean_keys
+from .host import BlockCosts, GridRule, Host, MergeRule, block_costs, is_class, mean_of_heads
 
 FAMILY = "Swin (Mask2Former's, Detectron2's)"
 
@@ -44,39 +46,60 @@ def matches(module: nn.Module) -> bool:
 
 def adapt(swin: nn.Module) -> Host:
     flat = not is_class(swin, "D2SwinTransformer", _OURS)
+    layout = partial(SwinLayout, flat=flat)
+    return host_of(swin, swin.layers[0].window_size, layout, _costs, fused=_fused)
+
+
+def host_of(
+    owner: nn.Module,
+    window: int,
+    layout: Callable[..., SwinLayout],
+    costs: Callable[..., BlockCosts],
+    **attributes: Any,
+) -> Host:
+    """The host of a Swin whose ``layers`` are stages with ``blocks``.
+
+    Args:
+        owner: the module with these layers.
+        window: side of the windows.
+        layout: of the family; takes ``size_aware`` and ``window``.
+        costs: of a block; takes it and ``window``.
+        **attributes: others of the `Host`.
+    """
+    common = {
+        "layout": partial(layout, window=window),
+        "costs": partial(costs, window=window),
+        "off_grid": True,
+    }
 
     def stage(index: int, layer: nn.Module) -> Host:
         return Host(
             owner=layer,
             attribute="blocks",
-            layout=partial(_Layout, window=layer.window_size, flat=flat),
-            costs=partial(_costs, window=layer.window_size),
-            off_grid=True,
             merge_rule=MergeRule.windowed(),
             grid_rule=_GRID_RULE,
-            window=layer.window_size,
+            window=window,
             outputs=(len(layer.blocks) - 1,),
             size=(256 >> index, 256 >> index),
+            **common,
         )
 
     return Host(
-        owner=swin,
+        owner=owner,
         attribute="layers",
-        layout=_Layout,
-        costs=_costs,
         scopes=("window",),
-        off_grid=True,
-        fused=_fused,
-        stages=tuple(stage(index, layer) for index, layer in enumerate(swin.layers)),
+        stages=tuple(stage(index, layer) for index, layer in enumerate(owner.layers)),
+        **common,
+        **attributes,
     )
 
 
-def _costs(block: nn.Module, window: int = 0) -> BlockCosts:
+def _costs(block: nn.Module, window: int) -> BlockCosts:
     return block_costs(block, block.attn, block.attn.proj.in_features, window)
 
 
 @dataclass(frozen=True)
-class _Layout(Layout):
+class SwinLayout(Layout):
     """``window``: side; ``flat``: blocks take (B, H * W, C) of a map of ``size``."""
 
     size_aware: bool
@@ -84,7 +107,9 @@ class _Layout(Layout):
     flat: bool = False
     size: tuple[int, int] | None = None
 
-    def begin(self, x: Tensor, block: nn.Module, size: tuple[int, int] | None) -> _Layout:
+    def begin(
+        self, x: Tensor, block: nn.Module, size: tuple[int, int] | None, *args: Any, **kwargs: Any
+    ) -> SwinLayout:
         if not self.flat:
             return self
         # The official layer sets the size of its map on each block before it calls that.
@@ -102,7 +127,8 @@ class _Layout(Layout):
         return features.flatten(1, -2) if self.flat else features
 
     def keys(self, block: nn.Module, features: Tensor) -> Tensor:
-        return mean_keys(block.attn.qkv, block.attn.num_heads, block.norm1(features))
+        parts = self.parts(block)
+        return mean_of_heads(*parts.key, parts.heads, self.normed(block, features, 0))
 
     def prepare(self, x: Tensor, tokens: Tokens) -> dict[bool, _Windows]:
         """What regular and shifted windows need to know, by whether they are shifted."""
@@ -116,19 +142,35 @@ class _Layout(Layout):
         shape = shape_of(x)
         if self.flat:
             x = x.unflatten(1, tokens.shape)
-        x = x + block.drop_path(self._windowed(block, block.norm1(x), tokens))
-        x = x + block.drop_path(block.mlp(block.norm2(x)))
+        x = self.attended(block, x, self._windowed(block, self.normed(block, x, 0), tokens))
+        x = self.transformed(block, x, self.normed(block, x, 1))
         return x.view(shape) if self.flat else x
 
+    def parts(self, block: nn.Module) -> Parts:
+        """Of a block's attention layer."""
+        return _parts(block.attn)
+
+    def normed(self, block: nn.Module, x: Tensor, index: int) -> Tensor:
+        """Tokens behind the norm before a block's attention (0) or its MLP (1)."""
+        return (block.norm1, block.norm2)[index](x)
+
+    def attended(self, block: nn.Module, x: Tensor, change: Tensor) -> Tensor:
+        """Tokens with what a block's attention adds to them."""
+        return x + block.drop_path(change)
+
+    def transformed(self, block: nn.Module, x: Tensor, normed: Tensor) -> Tensor:
+        """Tokens with what a block's MLP, on ``normed`` ones, adds to them."""
+        return x + block.drop_path(block.mlp(normed))
+
     def _windowed(self, block: nn.Module, x: Tensor, tokens: Tokens) -> Tensor:
-        windows = tokens.context[block.shift_size > 0]
+        windows, parts = tokens.context[block.shift_size > 0], self.parts(block)
         if windows.rows is not None:
-            return _attend_slots(block.attn, x, windows)
+            return _attend_slots(parts, x, windows)
         if tokens.valid is not None:
             x = x * tokens.valid[..., None]
-        size, attn = shape_of(x)[1:3], block.attn
-        bias = _position_bias(attn, windows.positions)
-        out = _attend(attn, windows.cut(x), bias, windows.mask, windows.bias)
+        size = shape_of(x)[1:3]
+        bias = position_bias(parts.table, windows.positions)
+        out = _attend(parts, windows.cut(x), bias, windows.mask, windows.bias)
         return windows.join(out, size)
 
     def _grid_windows(self, tokens: Tokens, shifted: bool) -> _Windows:
@@ -200,14 +242,65 @@ class _Windows:
         return x.roll(self.shift, dims=(1, 2)) if any(self.shift) else x
 
 
-def _position_bias(attn: nn.Module, positions: Tensor) -> Tensor:
+class Parts(NamedTuple):
+    """An attention layer in windows, whatever an implementation calls its parts.
+
+    Attributes:
+        heads: their number.
+        scale: of the products.
+        dropout: share of the attention weights that are dropped now.
+        qkv: tokens (..., C) to queries, keys and values (..., 3 C), each head by head.
+        blank: (3 C,) what that makes of zeros; None: zeros.
+        key: weight and bias of the keys among it.
+        proj: what comes after the products, (..., C) to (..., C).
+        table: (heads, 2 h - 1, 2 w - 1) of relative positions in windows of h x w.
+        bias: builds what the table gives in such windows, (1, heads, h * w, h * w).
+    """
+
+    heads: int
+    scale: float
+    dropout: float
+    qkv: Callable[[Tensor], Tensor]
+    blank: Tensor | None
+    key: tuple[Tensor, Tensor | None]
+    proj: Callable[[Tensor], Tensor]
+    table: Tensor
+    bias: Callable[[], Tensor]
+
+
+def _parts(attn: nn.Module) -> Parts:
+    weight, bias = attn.qkv.weight, attn.qkv.bias
+    return Parts(
+        heads=attn.num_heads,
+        scale=attn.scale,
+        dropout=attn.attn_drop.p if attn.training else 0.0,
+        qkv=attn.qkv,
+        blank=bias,
+        key=(weight.chunk(3)[1], None if bias is None else bias.chunk(3)[1]),
+        proj=lambda x: attn.proj_drop(attn.proj(x)),
+        table=laid_out(attn.relative_position_bias_table, attn.window_size),
+        bias=lambda: looked_up(attn.relative_position_bias_table, attn.relative_position_index),
+    )
+
+
+def laid_out(table: Tensor, window: tuple[int, int]) -> Tensor:
+    """A table ((2 h - 1) * (2 w - 1), heads) of windows h x w as ``table`` of `Parts`."""
+    return table.t().unflatten(1, [2 * side - 1 for side in window])
+
+
+def looked_up(table: Tensor, index: Tensor) -> Tensor:
+    """Its rows at an index (N, N) of pairs, as ``bias`` of `Parts`."""
+    return table[index.flatten()].t().contiguous().unflatten(1, shape_of(index))[None]
+
+
+def position_bias(table: Tensor, positions: Tensor) -> Tensor:
     """Relative-position bias (W, heads, N, N) of tokens at any positions (W, N, 2), in fp32.
 
-    Bilinear between the entries of the model's table; offsets beyond it take its border.
+    Bilinear between the entries of a table (heads, 2 h - 1, 2 w - 1); offsets beyond it take its
+    border.
     """
-    sides = [2 * side - 1 for side in attn.window_size]
-    table = attn.relative_position_bias_table.float().t().unflatten(1, sides)  # (heads, row, col)
-    reach = on_device(tuple(max(side - 1, 1) for side in attn.window_size), positions)
+    table = table.float()
+    reach = on_device(tuple(max(side // 2, 1) for side in shape_of(table)[1:]), positions)
     offsets = (positions[:, :, None] - positions[:, None]) / reach
     with torch.autocast(positions.device.type, enabled=False):
         return F.grid_sample(
@@ -220,7 +313,7 @@ def _position_bias(attn: nn.Module, positions: Tensor) -> Tensor:
 
 
 def _attend(
-    attn: nn.Module,
+    parts: Parts,
     x: Tensor,
     bias: Tensor,
     mask: Tensor | None = None,
@@ -233,35 +326,23 @@ def _attend(
         mask: (W, N, N) of shifted windows.
         sizes: (B * W, N), added to the logits of each key.
     """
-    return _finish(attn, _products(attn, attn.qkv(x), bias, mask, sizes))
+    return parts.proj(_products(parts, parts.qkv(x), bias, mask, sizes))
 
 
-def _attend_slots(attn: nn.Module, x: Tensor, windows: _Windows) -> Tensor:
+def _attend_slots(parts: Parts, x: Tensor, windows: _Windows) -> Tensor:
     """The attention layer on tokens (B, M, C) at their places in windows."""
     bias = windows.bias
-    qkv = to_slots(attn.qkv(x), attn.qkv.bias, windows.rows, shape_of(bias))
-    out = _products(attn, qkv, _own_bias(attn), windows.mask, bias)
-    return _finish(attn, from_slots(out, windows.rows, shape_of(x)[0]))
-
-
-def _own_bias(attn: nn.Module) -> Tensor:
-    """The layer's relative-position bias in the windows it was made for, (1, heads, N, N)."""
-    sides = shape_of(attn.relative_position_index)
-    bias = attn.relative_position_bias_table[attn.relative_position_index.flatten()]
-    return bias.t().contiguous().unflatten(1, sides)[None]
-
-
-def _finish(attn: nn.Module, x: Tensor) -> Tensor:
-    return attn.proj_drop(attn.proj(x))
+    qkv = to_slots(parts.qkv(x), parts.blank, windows.rows, shape_of(bias))
+    out = _products(parts, qkv, parts.bias(), windows.mask, bias)
+    return parts.proj(from_slots(out, windows.rows, shape_of(x)[0]))
 
 
 def _products(
-    attn: nn.Module, qkv: Tensor, bias: Tensor, mask: Tensor | None, sizes: Tensor | None
+    parts: Parts, qkv: Tensor, bias: Tensor, mask: Tensor | None, sizes: Tensor | None
 ) -> Tensor:
     """The products of the layer, (B * W, N, 3 C) to (B * W, N, C); see `_attend`."""
-    q, k, v = qkv.unflatten(-1, (3, attn.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+    q, k, v = qkv.unflatten(-1, (3, parts.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
     bias = bias.to(q.dtype)
-    dropout = attn.attn_drop.p if attn.training else 0.0
     total = shape_of(q)[0]
     # The mask is the same in every image: one image at a time needs no copies of it.
     windows = total if mask is None else shape_of(mask)[0]
@@ -269,10 +350,10 @@ def _products(
     images = [
         attend(
             *(t[start : start + windows] for t in (q, k, v)),
-            attn.scale,
+            parts.scale,
             [bias if shape_of(bias)[0] == 1 else bias[start : start + windows], *shifted],
             None if sizes is None else sizes[start : start + windows],
-            dropout,
+            parts.dropout,
         )
         for start in range(0, total, windows)
     ]
@@ -282,4 +363,5 @@ def _products(
 
 def _fused(attn: nn.Module, x: Tensor, mask: Tensor | None = None) -> Tensor:
     """The layer as it is, on windows (B * W, N, C); the mask (W, N, N) is that of shifted ones."""
-    return _attend(attn, x, _own_bias(attn), mask)
+    parts = _parts(attn)
+    return _attend(parts, x, parts.bias(), mask)

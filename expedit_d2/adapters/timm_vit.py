@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ..attention import MasksAsChannels, key_bias
 from ..tokens import Layout, Tokens
 from ..tracing import shape_of
-from .host import BlockCosts, Host, block_costs, is_class, mean_keys
+from .host import BlockCosts, Host, block_costs, is_class, mean_keys, mean_of_heads
 from .map_size import MapSizes, Size
 
 FAMILY = "timm's VisionTransformer"
@@ -90,7 +90,9 @@ class PrefixLayout(Layout):
     sizes: MapSizes
     size: Size | None = None
 
-    def begin(self, x: Tensor, block: nn.Module, size: Size | None) -> PrefixLayout:
+    def begin(
+        self, x: Tensor, block: nn.Module, size: Size | None, *args: Any, **kwargs: Any
+    ) -> PrefixLayout:
         return replace(self, size=size or self.sizes.of(x, self.prefix))
 
     def split(self, x: Tensor, tokens: Tokens | None = None) -> Tokens:
@@ -133,11 +135,8 @@ class PrefixLayout(Layout):
         attention, normed = block.attn, block.norm1(features)
         if getattr(attention, "qkv", None) is not None:
             return mean_keys(attention.qkv, attention.num_heads, normed)
-        weight, bias = attention.k_proj.weight, attention.k_proj.bias
-        weight = weight.unflatten(0, (attention.num_heads, -1)).mean(0)
-        if bias is not None:
-            bias = bias.unflatten(0, (attention.num_heads, -1)).mean(0)
-        return F.linear(normed, weight, bias)
+        keys = attention.k_proj
+        return mean_of_heads(keys.weight, keys.bias, attention.num_heads, normed)
 
     def run(self, block: nn.Module, x: Tensor, tokens: Tokens, **kwargs: Any) -> Tensor:
         with self._masks(x):

@@ -9,11 +9,10 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..tokens import Tokens
-from .host import BlockCosts, Host, is_class, linear_weights
+from .host import BlockCosts, Host, is_class, linear_weights, mean_of_heads
 from .map_size import MapSizes, Size
 from .timm_vit import PrefixLayout
 
@@ -59,7 +58,9 @@ class _Layout(PrefixLayout):
 
     vit: nn.Module | None = None
 
-    def begin(self, x: Tensor, block: nn.Module, size: Size | None) -> _Layout:
+    def begin(
+        self, x: Tensor, block: nn.Module, size: Size | None, *args: Any, **kwargs: Any
+    ) -> _Layout:
         return replace(self, size=size or _size(self.vit))
 
     def prepare(self, x: Tensor, tokens: Tokens) -> Tensor | None:
@@ -70,11 +71,9 @@ class _Layout(PrefixLayout):
     def keys(self, block: nn.Module, features: Tensor) -> Tensor:
         """Its keys, averaged over the heads: linear in the tokens, so one small product."""
         layer = block.self_attention
-        split = (3, layer.num_heads, -1)
-        weight = layer.in_proj_weight.unflatten(0, split)[1].mean(0)
-        bias = layer.in_proj_bias
-        bias = None if bias is None else bias.unflatten(0, split)[1].mean(0)
-        return F.linear(block.ln_1(features), weight, bias)
+        weight, bias = layer.in_proj_weight.chunk(3)[1], layer.in_proj_bias
+        bias = None if bias is None else bias.chunk(3)[1]
+        return mean_of_heads(weight, bias, layer.num_heads, block.ln_1(features))
 
     def run(self, block: nn.Module, x: Tensor, tokens: Tokens) -> Tensor:
         x = self._attended(block, x, tokens)

@@ -1,31 +1,39 @@
-"""Hugging Face's ViT, DINOv2 (with registers too) and DINOv3-ViT, as models and as backbones.
+"""Hugging Face's ViT, DINOv2 (with registers too) and DINOv3-ViT, as models and as backbones; EoMT.
 
 Tokens (B, prefix + H * W, C), global attention in every layer. Their layers take an additive
 ``attention_mask``, so nothing of theirs is replaced. Hidden states are recorded by forward hooks on
-the layers, which are therefore called with whole maps; see ``watched`` of `Layout`.
+the layers, which are therefore called with whole maps; see ``watched`` of `Layout`. EoMT's last
+layers also run on its queries, and on all tokens.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..compat import attention_of
 from ..tokens import Tokens
-from .host import BlockCosts, Host, block_costs, is_class
+from .host import BlockCosts, Host, block_costs, is_class, mean_of_heads
 from .map_size import MapSizes
 from .timm_eva import positions_of
 from .timm_vit import PrefixLayout
+from .transformers_parts import (
+    check_masks,
+    check_parts,
+    pair,
+    records_hidden_states,
+    refuse_attentions,
+)
+from .versions import unfit
 
-FAMILY = "Hugging Face's ViT, DINOv2, DINOv3"
+FAMILY = "Hugging Face's ViT, DINOv2, DINOv3, EoMT"
 
 
 @dataclass(frozen=True)
-class _Kind:
+class Kind:
     """Where the classes of a family have their parts.
 
     Attributes:
@@ -34,7 +42,8 @@ class _Kind:
         encoder: attribute with the module that loops over the layers; "" for the model itself.
         layers: name of the container in it.
         norms: of a layer, before attention and before the MLP.
-        scales: of a layer, after each of them, in order; each is run if the layer has it.
+        scales: of a layer, after attention and after the MLP, in order.
+        output: of an attention, its last layer.
     """
 
     classes: tuple[str, ...]
@@ -46,10 +55,11 @@ class _Kind:
         ("layer_scale1", "drop_path"),
         ("layer_scale2", "drop_path"),
     )
+    output: str = "o_proj"
 
 
 _KINDS = (
-    _Kind(
+    Kind(
         ("ViTModel",),
         "transformers.models.vit.modeling_vit",
         "",
@@ -57,31 +67,41 @@ _KINDS = (
         ("layernorm_before", "layernorm_after"),
         (("dropout",), ("dropout",)),
     ),
-    _Kind(
+    Kind(
         ("Dinov2Model", "Dinov2Backbone"),
         "transformers.models.dinov2.modeling_dinov2",
         "encoder",
         "layer",
     ),
-    _Kind(
+    Kind(
         ("Dinov2WithRegistersModel", "Dinov2WithRegistersBackbone"),
         "transformers.models.dinov2_with_registers.modeling_dinov2_with_registers",
         "encoder",
         "layer",
     ),
-    _Kind(
+    Kind(
         ("DINOv3ViTModel", "DINOv3ViTBackbone"),
         "transformers.models.dinov3_vit.modeling_dinov3_vit",
         "model",
         "layer",
     ),
+    Kind(
+        ("EomtForUniversalSegmentation",),
+        "transformers.models.eomt.modeling_eomt",
+        "",
+        "layers",
+        output="out_proj",
+    ),
+    Kind(
+        ("EomtDinov3ForUniversalSegmentation",),
+        "transformers.models.eomt_dinov3.modeling_eomt_dinov3",
+        "",
+        "layers",
+    ),
 )
 
-#: Implementations of attention that take an additive mask.
-_MASKED = ("sdpa", "eager")
 
-
-def _kind_of(module: nn.Module) -> _Kind | None:
+def _kind_of(module: nn.Module) -> Kind | None:
     for kind in _KINDS:
         if any(is_class(module, name, kind.module) for name in kind.classes):
             return kind
@@ -93,25 +113,37 @@ def matches(module: nn.Module) -> bool:
 
 
 def adapt(vit: nn.Module) -> Host:
-    kind = _kind_of(vit)
+    host = host_of(vit, _kind_of(vit), LayerLayout)
+    if not hasattr(vit.config, "num_queries"):
+        return host
+    end = len(host.blocks) - vit.config.num_blocks
+    if end == 0:
+        raise ValueError(
+            f"all {len(host.blocks)} blocks of this {type(vit).__name__} run on its queries too, "
+            "so there is none whose tokens could be reduced"
+        )
+    return replace(host, end=end, outputs=(end - 1,))
+
+
+def host_of(vit: nn.Module, kind: Kind, layout: Callable[..., LayerLayout]) -> Host:
+    """The host of a transformer of a kind; ``layout`` takes the fields of a `LayerLayout`."""
     owner = getattr(vit, kind.encoder, None) if kind.encoder else vit
     layers = getattr(owner, kind.layers, None)
-    if layers is None or not all(_fits(layer, kind) for layer in layers):
-        raise ValueError(
-            f"{type(vit).__name__} of this version of transformers has other parts than Expedit "
-            "knows; 5.23 and later 5.x fit"
-        )
+    if layers is None:
+        raise unfit(type(vit).__name__, "transformers")
+    check_parts(
+        vit,
+        layers,
+        *(*kind.norms, *kind.scales[0], *kind.scales[1], "mlp"),
+        *(f"attention.{name}" for name in ("k_proj", kind.output, "head_dim")),
+    )
     config, sizes = vit.config, MapSizes()
     projection = next(m for m in vit.embeddings.modules() if isinstance(m, nn.Conv2d))
 
-    def build(size_aware: bool) -> _Layout:
-        implementation = attention_of(config)
-        if size_aware and implementation not in _MASKED:
-            raise ValueError(
-                f"SIZE_AWARE needs attention that takes a mask, attn_implementation one of "
-                f"{_MASKED}, got {implementation!r}; load the model so, or set SIZE_AWARE False"
-            )
-        return _Layout(
+    def build(size_aware: bool) -> LayerLayout:
+        if size_aware:
+            check_masks(config)
+        return layout(
             prefix=1 + getattr(config, "num_register_tokens", 0),
             size_aware=size_aware,
             sizes=sizes,
@@ -131,26 +163,14 @@ def adapt(vit: nn.Module) -> Host:
         inside=True,
         size=tuple(
             side // patch
-            for side, patch in zip(_pair(config.image_size), _pair(config.patch_size), strict=True)
+            for side, patch in zip(pair(config.image_size), pair(config.patch_size), strict=True)
         ),
         costs=_costs,
     )
 
 
-def _pair(value: Any) -> tuple[int, int]:
-    return tuple(value) if isinstance(value, (tuple, list)) else (value, value)
-
-
-def _fits(layer: nn.Module, kind: _Kind) -> bool:
-    parts = (*kind.norms, *kind.scales[0], *kind.scales[1], "attention", "mlp")
-    attention = ("k_proj", "o_proj", "head_dim")
-    return all(hasattr(layer, name) for name in parts) and all(
-        hasattr(layer.attention, name) for name in attention
-    )
-
-
 def _costs(layer: nn.Module) -> BlockCosts:
-    return block_costs(layer, layer.attention, layer.attention.o_proj.in_features)
+    return block_costs(layer, layer.attention, layer.attention.k_proj.out_features)
 
 
 @dataclass(frozen=True)
@@ -168,19 +188,18 @@ class _Context:
 
 
 @dataclass(frozen=True)
-class _Layout(PrefixLayout):
+class LayerLayout(PrefixLayout):
     """Attributes: ``kind`` and ``config`` of the model; ``rope``: its rotary positions, if any."""
 
-    kind: _Kind | None = None
+    kind: Kind | None = None
     config: Any = None
     rope: nn.Module | None = None
 
     watched = True
 
-    def reads_outputs(self, kwargs: dict[str, Any]) -> bool:
+    def reads_outputs(self, kwargs: Mapping[str, Any]) -> bool:
         """Whether hidden states are recorded."""
-        default = getattr(self.config, "output_hidden_states", False)
-        return bool(kwargs.get("output_hidden_states", default))
+        return records_hidden_states()
 
     @property
     def reads_positions(self) -> bool:
@@ -200,10 +219,8 @@ class _Layout(PrefixLayout):
 
     def keys(self, block: nn.Module, features: Tensor) -> Tensor:
         attention, norm = block.attention, getattr(block, self.kind.norms[0])
-        split = (-1, attention.head_dim)
-        weight, bias = attention.k_proj.weight.unflatten(0, split).mean(0), attention.k_proj.bias
-        bias = None if bias is None else bias.unflatten(0, split).mean(0)
-        return F.linear(norm(features), weight, bias)
+        keys, heads = attention.k_proj, attention.k_proj.out_features // attention.head_dim
+        return mean_of_heads(keys.weight, keys.bias, heads, norm(features))
 
     def run(
         self,
@@ -213,7 +230,7 @@ class _Layout(PrefixLayout):
         attention_mask: Tensor | None = None,
         **kwargs: Any,
     ) -> Tensor:
-        mask, kwargs = self._weighed(tokens, attention_mask, kwargs)
+        mask, kwargs = self.weighed(block, tokens, attention_mask, kwargs)
         with self._masks(x):
             return block.forward(x, mask, **kwargs)
 
@@ -226,36 +243,33 @@ class _Layout(PrefixLayout):
         attention_mask: Tensor | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tokens, Any]:
-        mask, kwargs = self._weighed(tokens, attention_mask, kwargs)
+        mask, kwargs = self.weighed(block, tokens, attention_mask, kwargs)
         first, second = self.kind.norms
         with self._masks(x):
             attended, _ = block.attention(getattr(block, first)(x), attention_mask=mask, **kwargs)
-        attended, before = self._added(block, x, attended, 0), tokens.features.flatten(1, -2)
+        attended, before = self.added(block, x, attended, 0), tokens.features.flatten(1, -2)
         # The keys are those of this attention, whatever came out of it.
         tokens, record = reduce(self.split(attended, tokens), lambda _: self.keys(block, before))
         x = self.join(attended, tokens.features)
         tokens = replace(tokens, context=self.prepare(x, tokens))
-        return self._added(block, x, block.mlp(getattr(block, second)(x)), 1), tokens, record
+        return self.added(block, x, block.mlp(getattr(block, second)(x)), 1), tokens, record
 
-    def _added(self, block: nn.Module, x: Tensor, change: Tensor, index: int) -> Tensor:
+    def added(self, block: nn.Module, x: Tensor, change: Tensor, index: int) -> Tensor:
         """``x`` with what the attention (0) or the MLP (1) of a layer adds to it."""
         for name in self.kind.scales[index]:
             change = getattr(block, name)(change)
         return change + x
 
-    def _weighed(
-        self, tokens: Tokens, mask: Tensor | None, kwargs: dict[str, Any]
+    def weighed(
+        self, block: nn.Module, tokens: Tokens, mask: Tensor | None, kwargs: dict[str, Any]
     ) -> tuple[Tensor | None, dict[str, Any]]:
         """The mask and the other arguments of a layer, for the tokens that are left."""
         if mask is not None:
             raise ValueError(
                 "a model with Expedit takes no attention_mask: it is for all tokens; leave it out"
             )
-        if kwargs.get("output_attentions", getattr(self.config, "output_attentions", False)):
-            raise ValueError(
-                "output_attentions is not supported with Expedit, whose attention is that of "
-                "clusters: set it False"
-            )
+        default = getattr(self.config, "output_attentions", False)
+        refuse_attentions(kwargs.get("output_attentions", default))
         context = tokens.context
         if context is None:
             return None, kwargs

@@ -5,8 +5,9 @@ sums, positions, interpolation, the products by which Segmenter's decoder makes 
 a formula in the encoder alone; of the decoder's, the linear layers count. The two operators have
 formulas that are not what they cost, here or there.
 
-Segmenter's rule is that of the counter its authors published, term by term. DPT's counter is not
-known: its rule is the simplest one that meets all figures, and their differences to 0.2 GFLOPs.
+Segmenter's rule is that of the counter its authors published, term by term. The counters of DPT and
+SWAG are not known: theirs are the simplest rules that meet all figures, DPT's with their
+differences to 0.2 GFLOPs, SWAG's all of them to 0.03 %.
 
 Shorthand: B images, N tokens, M clusters, C channels, A attention heads.
 """
@@ -79,6 +80,20 @@ def _means_alone(n: int, m: int, c: int, s: Settings) -> float:
     return s.iterations * m * n * c
 
 
+def _both_products(n: int, m: int, c: int, s: Settings) -> float:
+    """In every iteration the product of tokens and centroids, and that of affinities and tokens."""
+    return 2 * s.iterations * m * n * c
+
+
+_SWAG = Rule(
+    operation=1,
+    element=5,
+    clustering=_both_products,
+    reconstruction=lambda n, m, c, s: 0.0,
+    note="one FLOP a multiply-add; 5 for each element of a norm, GELU or softmax; of the two "
+    "operators only the dense products of an iteration, which are two",
+)
+
 #: `Table.model` -> its rule; a model that is not here was counted by fvcore.
 RULES = {
     "Segmenter": Rule(
@@ -97,6 +112,8 @@ RULES = {
         note="two FLOPs a multiply-add, and for each element of a norm, GELU or softmax; of the "
         "two operators only the product of affinities and tokens",
     ),
+    "SWAG ViT-L": _SWAG,
+    "SWAG ViT-H": _SWAG,
 }
 
 
@@ -112,6 +129,12 @@ def _attention(tokens: Tensor, heads: int, element: int) -> float:
     return b * n * (2 * n * c + c + element * n * heads)
 
 
+def _whole_attention(layer: nn.MultiheadAttention, tokens: Tensor, rule: Rule) -> float:
+    """The same with its linear layers, which PyTorch does not call as modules there."""
+    linear = 4 * tokens.numel() * layer.embed_dim
+    return linear + _attention(tokens, layer.num_heads, rule.element)
+
+
 def _costs(model: nn.Module, rule: Rule) -> Iterator[tuple[nn.Module, Cost]]:
     """The modules that count, and what a call of each one costs."""
     blocks = find_host(model).blocks
@@ -121,6 +144,8 @@ def _costs(model: nn.Module, rule: Rule) -> Iterator[tuple[nn.Module, Cost]]:
             yield module, lambda args, out, layer=module: _product(layer, out)
         elif isinstance(module, (nn.LayerNorm, nn.GroupNorm, nn.GELU)):
             yield module, lambda args, out: rule.element * args[0].numel()
+        elif isinstance(module, nn.MultiheadAttention):
+            yield module, lambda args, out, layer=module: _whole_attention(layer, args[0], rule)
         elif id(module) in encoder:
             heads = module.num_heads
             yield module, lambda args, out, h=heads: _attention(args[0], h, rule.element)
@@ -140,8 +165,8 @@ def count_published(model: nn.Module, inputs: Any, rule: Rule) -> float:
     """FLOPs of one forward by a published rule.
 
     Args:
-        model: with one plain ViT whose blocks have an ``attn``, in evaluation mode; expedited or
-            not, on any device.
+        model: with one plain ViT whose blocks have an ``attn`` or PyTorch's own, in evaluation
+            mode; expedited or not, on any device.
         inputs: what ``model(inputs)`` takes.
         rule: of `RULES`.
 

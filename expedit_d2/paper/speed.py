@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from ..analysis.timing import Timing, interleaved
-from ..api import expedite_from_node
+from ..api import apply
 from ..comparison import share_weights
 from .tables import Table
 
@@ -41,7 +41,7 @@ def time_table(
     models = [plain]
     for row in table.rows[1:]:
         models.append(share_weights(plain))
-        expedite_from_node(models[-1], table.cfg(row, device).MODEL.EXPEDIT)
+        apply(models[-1], table.settings(row, device))
 
     def forward(model: nn.Module) -> None:
         with torch.no_grad(), torch.autocast(device, dtype, enabled=dtype != torch.float32):

@@ -9,16 +9,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torchvision
 from detectron2.config import CfgNode
 from detectron2.modeling import build_backbone, build_model
 from torch import nn
 
+from ..api import apply
 from ..files.shipped import SHIPPED
 from ..projects import load_cfg
+from ..settings import Settings
 
 __all__ = ["Row", "Table", "load_tables", "select_tables"]
 
 HERE = Path(__file__).resolve().parent
+
+# As in configs/expedit/published.yaml, which is for models with windows besides.
+_PUBLISHED = {"iterations": 5, "window": 5, "neighbors": 20, "size_aware": False}
 
 
 @dataclass(frozen=True)
@@ -32,14 +38,14 @@ class Row:
             22 rows of tokens; the config has 14 x 56, as many.
         gflops: as printed; `rules` says of what.
         fps: as printed, of the authors' GPU: only ratios carry over.
-        config: path under ``projects``.
+        config: path under ``projects``; "" where the model is torchvision's.
     """
 
     alpha: int | None
     grid: tuple[int, int] | None
     gflops: float
     fps: float
-    config: str
+    config: str = ""
 
 
 @dataclass(frozen=True)
@@ -54,6 +60,7 @@ class Table:
         backbone_alone: figures leave out what is behind the backbone.
         opts: config overrides, as keys and values in turn.
         rows: the lines.
+        torchvision: the model's name in `torchvision.models`; None where configs say what it is.
     """
 
     model: str
@@ -64,6 +71,7 @@ class Table:
     backbone_alone: bool
     opts: tuple[Any, ...]
     rows: tuple[Row, ...]
+    torchvision: str | None = None
 
     @property
     def plain(self) -> Row:
@@ -73,8 +81,22 @@ class Table:
         """The config of a row."""
         return load_cfg(SHIPPED / "projects" / row.config, [*self.opts, "MODEL.DEVICE", device])
 
+    def settings(self, row: Row, device: str) -> Settings | None:
+        """How a row is expedited; None for the plain model."""
+        if self.torchvision is None:
+            return Settings.from_node(self.cfg(row, device).MODEL.EXPEDIT)
+        return None if row is self.plain else Settings(alpha=row.alpha, grid=row.grid, **_PUBLISHED)
+
     def build(self, row: Row, device: str) -> tuple[nn.Module, Any]:
         """The model of a row with random weights, in evaluation mode, and one image for it."""
+        if self.torchvision is not None:
+            with torch.device(device):
+                model = torchvision.models.get_model(self.torchvision, image_size=self.size[0])
+                image = torch.rand(1, 3, *self.size)
+            settings = self.settings(row, device)
+            if settings is not None:
+                apply(model, settings)
+            return model.eval(), image
         cfg = self.cfg(row, device)
         with torch.device(device):
             image = 255 * torch.rand(3, *self.size)
