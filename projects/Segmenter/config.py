@@ -22,6 +22,9 @@ _SEGMENTER: dict[str, Any] = {
     "DECODER_LAYERS": 2,  # transformer blocks of the mask transformer
     "DECODER_DIM": None,  # their width, 64 for each head; None: as the encoder's
     "DECODER_DROPOUT": 0.1,  # in these blocks
+    # Scores are normed over the K classes, which keeps them within sqrt(K - 1) times a learnt
+    # scale. It starts at this; with few classes more than 1 lets the model be certain early on.
+    "SCORE_SCALE": 1.0,
     # Added to the variance in the encoder's norms; None: what the timm model has, mostly 1e-6.
     # Official checkpoints were trained with 1e-5.
     "NORM_EPS": None,

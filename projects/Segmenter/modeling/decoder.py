@@ -53,6 +53,7 @@ class MaskTransformer(nn.Module):
         layers: int = 2,
         dropout: float = 0.1,
         width: int | None = None,
+        scale: float = 1.0,
     ) -> None:
         """
         Args:
@@ -62,6 +63,7 @@ class MaskTransformer(nn.Module):
             layers: number of blocks.
             dropout: in them.
             width: of the blocks, with a head for every 64 channels.
+            scale: of the normed scores, to begin with.
 
         Raises:
             ValueError: for a width that is no multiple of 64.
@@ -93,6 +95,7 @@ class MaskTransformer(nn.Module):
         self.proj_patch = nn.Parameter(torch.empty(dim, dim))
         self.proj_classes = nn.Parameter(torch.empty(dim, dim))
         self.mask_norm = nn.LayerNorm(num_classes)
+        nn.init.constant_(self.mask_norm.weight, scale)
         self.apply(_init)
         nn.init.trunc_normal_(self.cls_emb, std=0.02)
         for projection in (self.proj_patch, self.proj_classes):

@@ -118,6 +118,7 @@ class Segmenter(NormalizingModel):
             layers=node.DECODER_LAYERS,
             dropout=node.DECODER_DROPOUT,
             width=node.DECODER_DIM,
+            scale=node.SCORE_SCALE,
         )
         return {
             "encoder": encoder,

@@ -141,6 +141,8 @@ def test_mask_transformer_starts_as_the_official_one():
     assert decoder.proj_patch.std().item() == pytest.approx(1 / 8, rel=0.1)
     assert decoder.cls_emb.std().item() == pytest.approx(0.02, rel=0.1)
     assert decoder.proj_dec.bias.abs().max() == 0
+    assert (decoder.mask_norm.weight == 1).all()
+    assert (MaskTransformer(5, 64, 2, scale=4.0).mask_norm.weight == 4).all()
     assert decoder.blocks[0].mlp.fc1.weight.std().item() == pytest.approx(0.02, rel=0.1)
 
 
