@@ -6,10 +6,11 @@ ARGS   ?=
 BIN   := $(VENV)/bin
 # Newer than what it depends on = installed; makes every later call immediate.
 STAMP := $(VENV)/.installed
+DOCS  := $(VENV)/.docs
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-fast lint clean
+.PHONY: help setup demo test test-fast lint docs clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 18
@@ -31,12 +32,20 @@ lint: $(STAMP) ## check style and formatting with ruff
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
 
+docs: $(DOCS) ## build the documentation in build/site and check its links
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build
+	@echo 'Open build/site/index.html'
+
 clean: ## remove caches and build products, but no environment, data or results
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache
 	find . -path './$(VENV)' -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(STAMP): setup.py tools/install.py | $(BIN)/python
 	$(BIN)/python tools/install.py --extras demo,test
+	@touch $@
+
+$(DOCS): setup.py | $(STAMP)
+	$(BIN)/python tools/install.py --extras demo,test,docs
 	@touch $@
 
 # Checked before anything is made, so that a wrong Python leaves no half environment behind.

@@ -102,6 +102,7 @@ setup(
             *SAM,
             *TRANSFORMERS,
         ],
+        "docs": ["mkdocs>=1.6,<2", "mkdocs-material>=9.5,<10", "mkdocstrings[python]>=1,<2"],
         "onnx": ONNX,
         "sam": SAM,
         "transformers": TRANSFORMERS,

@@ -65,7 +65,7 @@ def expedite(
 ) -> Expedited:
     """Make a vision transformer run its later blocks on fewer tokens.
 
-    Example::
+    Example:
 
         with expedite(model, budget=0.5):  # half of the GFLOPs of its blocks
             outputs = model(inputs)

@@ -45,7 +45,7 @@ def fuse_attention(model: nn.Module) -> Handle:
     keys stay. Layers that are fused already, such as all of timm's, are left as they are. Works
     on plain models and on expedited ones, whose blocks on reduced tokens are fused anyway.
 
-    Example::
+    Example:
 
         with fuse_attention(model):
             outputs = model(inputs)

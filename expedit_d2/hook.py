@@ -455,7 +455,7 @@ class ExpeditedBlocks(nn.Module):
 def sized_blocks(blocks: nn.Module, size: tuple[int, int]) -> Iterable[Callable[..., Tensor]]:
     """The blocks to loop over, for code that runs them by itself and knows the size of the map.
 
-    Example::
+    Example:
 
         for block in sized_blocks(vit.blocks, (height // 16, width // 16)):
             x = block(x)

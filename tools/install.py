@@ -234,7 +234,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--extras",
         default="",
-        help="optional parts, with commas between: demo, test, onnx, sam, transformers",
+        help="optional parts, with commas between: demo, test, docs, onnx, sam, transformers",
     )
     parser.add_argument("--dry-run", action="store_true", help="print the commands, run nothing")
     parser.add_argument(
