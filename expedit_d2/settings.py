@@ -35,10 +35,10 @@ class Settings:
         alpha: number of blocks run before clustering, or several of them; None: off.
         grid: clusters (h, w), of the map or, with scope "window", of each attention window.
         ratio: instead of grid, clusters along each side as a share of the tokens, in (0, 1].
-        keep: for methods off the grid: tokens left behind the last alpha, as a share of all in
-            (0, 1] or a number; or one such value for each alpha, in the order that alpha has.
-        budget: instead of all these: share of the GFLOPs of the transformer's blocks to spend, in
-            (0, 1); alpha and the counts follow from a rule, see `expedit_d2.budget`.
+        keep: for methods off the grid: tokens that remain after the last alpha, as a share of all
+            in (0, 1] or a number; or one such value for each alpha, in the order of alpha.
+        budget: instead of all of these: share of the GFLOPs of the transformer's blocks to spend,
+            in (0, 1); alpha and the counts follow from a rule, see `expedit_d2.budget`.
         scope: "map": cluster the whole map; "window": each attention window for itself.
         method: how tokens are reduced: "expedit", "merge", "tome", "density", "pool", "hard" (one
             file each in `expedit_d2.methods`), or one that another package registers. None:
@@ -47,7 +47,7 @@ class Settings:
         schedule: how method "merge" spreads one ``keep`` over several alphas: the share that it
             merges is "falling" linearly from the first to the last, or "equal". None: "falling",
             and with budget what is best for the transformer.
-        rounds: of bipartite matching in each merge.
+        rounds: rounds of bipartite matching in each merge.
         iterations: soft k-means steps, the paper's kappa.
         temperature: multiplies squared distances, the paper's tau; None (or "auto") follows the
             features.
@@ -56,14 +56,14 @@ class Settings:
         neighbor_window: odd side, in cells, of where these are looked for; 0: everywhere, as in
             the paper.
         normalize: rebuild weights "l1" (sum to one, the paper) or "l2" (unit norm, published code).
-        fused_attention: run the model's own attention layers, which the blocks before alpha and the
-            plain model have, by scaled dot-product attention; see `expedit_d2.fused`.
+        fused_attention: run the model's own attention layers, in the plain model and in the blocks
+            before alpha, by scaled dot-product attention; see `expedit_d2.fused`.
         size_aware: add log(cluster size) to the attention logits of each key.
         positions: relative positions by the clusters' mean positions, "clusters", or as if they
             lay on a regular grid, "grid" (as published).
-        residual: rebuild the change of the clusters on top of the original tokens. None: for
+        residual: rebuild the change of the clusters on top of the original tokens. None: only for
             methods that leave a grid, which gain by it.
-        reconstruct_at: "backbone" rebuilds the tokens behind the last block; "head" lets a head
+        reconstruct_at: "backbone" rebuilds the tokens after the last block; "head" lets a head
             that can do so (Segmenter's) run on the clusters, and rebuilds its class logits.
 
     Raises:
