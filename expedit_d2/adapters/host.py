@@ -116,7 +116,8 @@ class Host:
         off_grid: whether the blocks run on tokens that lie on no grid.
         inside: whether they can be taken apart, for methods that reduce inside of a block.
         size: (H, W) tokens of the map that the model was made for, where costs are reckoned.
-        grid_rule, merge_rule: for BUDGET, where methods that leave a grid reduce, and METHOD merge.
+        grid_rule: for BUDGET, where methods that leave a grid reduce.
+        merge_rule: for BUDGET, where METHOD merge does.
         fused: an attention layer, ``block.attn``, and its arguments to its output, by scaled
             dot-product attention; None where the family's own layers do so.
         stages: where the blocks lie in several containers, one host for each, in order; tokens

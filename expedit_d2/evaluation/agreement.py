@@ -20,8 +20,9 @@ class Agreement(DatasetEvaluator):
     """How far a model's outputs are those of the plain model, in percent; 100 is identical.
 
     - instances, panoptic: the panoptic quality (Kirillov et al., arXiv 1801.00868, equation 1)
-      between the segments of the two, over all classes at once: sum of matched IoUs over (matched
-      + half of the additional + half of the lost). None where neither model finds anything.
+      between the segments of the two, over all classes at once: the sum of matched IoUs, over
+      matched segments plus half of the additional and half of the lost ones. None where neither
+      model finds anything.
     - semantic: pixels with the same label.
     - depth: pixels within 5 % of the plain model's depth (or inverse depth).
 
