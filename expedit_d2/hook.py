@@ -173,7 +173,7 @@ class _Pass:
             what = f"block {index} was given other tokens than block {index - 1} returned"
         return (
             f"{what}: from ALPHA {self.alphas[0]} on Expedit carries reduced tokens from block to "
-            "block and would lose such a change; set ALPHA behind it, or leave this model as it is"
+            "block and would lose such a change; set ALPHA after it, or leave this model as it is"
         )
 
     def _run(

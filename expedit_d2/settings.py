@@ -259,7 +259,7 @@ class Settings:
         return self.grid
 
     def count(self, index: int, tokens: int, spread: Spread) -> int:
-        """Tokens that KEEP leaves behind one of the alphas.
+        """Tokens that KEEP leaves after one of the alphas.
 
         Args:
             index: of the alpha, from the first.

@@ -96,7 +96,7 @@ def build(args: argparse.Namespace) -> tuple[nn.Module, Settings]:
 
 
 def expedited(vit: nn.Module, settings: Settings, fused: bool) -> Expedited:
-    """A transformer alone has no head that could rebuild: it is done behind the last block."""
+    """A transformer alone has no head that could rebuild: it is done after the last block."""
     settings = replace(settings, reconstruct_at="backbone", fused_attention=fused)
     host = find_host(vit)
     only_last = None if host.stages or host.outputs else (len(host.blocks) - 1,)

@@ -159,7 +159,7 @@ class MapLayout(Layout):
         return self.added(block, x, block.mlp(self.normed(block, x, 1))), tokens, record
 
     def normed(self, block: nn.Module, x: Tensor, index: int) -> Tensor:
-        """Tokens behind one of a block's `norms`."""
+        """Tokens after one of a block's `norms`."""
         return getattr(block, self.norms[index])(x)
 
     def added(self, block: nn.Module, x: Tensor, change: Tensor) -> Tensor:
@@ -242,7 +242,7 @@ def _places(tokens: Tokens) -> Tensor | None:
 
 
 def _convolve(residual: nn.Module, x: Tensor, valid: Tensor | None) -> Tensor:
-    """The convolutional branch behind some blocks, on a map (B, h, w, C)."""
+    """The convolutional branch after some blocks, on a map (B, h, w, C)."""
     x = x.permute(0, 3, 1, 2)
     for name, layer in residual.named_children():
         if valid is not None and name == "conv2":

@@ -151,7 +151,7 @@ class SwinLayout(Layout):
         return _parts(block.attn)
 
     def normed(self, block: nn.Module, x: Tensor, index: int) -> Tensor:
-        """Tokens behind the norm before a block's attention (0) or its MLP (1)."""
+        """Tokens after the norm before a block's attention (0) or its MLP (1)."""
         return (block.norm1, block.norm2)[index](x)
 
     def attended(self, block: nn.Module, x: Tensor, change: Tensor) -> Tensor:

@@ -164,7 +164,7 @@ def count_flops(model: nn.Module, inputs: Any) -> Flops:
 
     Args:
         model: a Detectron2 model or backbone, or any module, with one supported transformer.
-            Where that has stages, ``after`` takes in those behind the reduced one.
+            Where that has stages, ``after`` includes those after the reduced one.
         inputs: what ``model(inputs)`` takes: a tensor, or Detectron2's list of dicts.
 
     Raises:

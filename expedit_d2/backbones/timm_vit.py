@@ -1,6 +1,6 @@
 """``build_timm_vit_backbone``: any plain ViT of timm by its name, configured by ``MODEL.TIMM``.
 
-DINOv2, DINOv3, CLIP, SigLIP, MAE, AugReg, EVA-02 …: the token map behind the last block and norm,
+DINOv2, DINOv3, CLIP, SigLIP, MAE, AugReg, EVA-02 …: the token map after the last block and norm,
 and Detectron2's simple feature pyramid on it. State-dict keys are timm's, below ``net.model.``.
 """
 
@@ -147,8 +147,8 @@ def _load(model: nn.Module, weights: dict[str, Tensor], path: str) -> None:
 class TimmNet(Backbone):
     """A plain ViT of timm as a Detectron2 backbone with one output, the token map.
 
-    It is what `forward_features` of timm gives: behind the last block, and the final norm unless
-    the model has that behind its pooling.
+    It is what `forward_features` of timm gives: after the last block, and the final norm unless
+    the model has that after its pooling.
 
     One token stands for ``stride`` x ``stride`` pixels. Images are padded with zeros, at the bottom
     and the right, to whole tokens. Where the patch has another size they are then resized, so that

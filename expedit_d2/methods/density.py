@@ -2,7 +2,7 @@
 
 Rodriguez and Laio (Science 2014), with the density by nearest neighbours of Du et al. (2016).
 AiluRus (Li et al., NeurIPS 2023, arXiv 2311.01197) reduces tokens for dense prediction so, once,
-behind an early block; its authors add a weight of position, for which there is no published code.
+after an early block; its authors add a position term, for which there is no published code.
 Every token joins the centre that is nearest, and is rebuilt from it alone.
 """
 

@@ -133,7 +133,7 @@ def auto_scale(distances: Tensor, x: Tensor, weights: Tensor | None = None) -> T
     informative = distances > floor[:, None]
     if weights is not None:
         informative = informative & (weights > 0)
-    # The (lower) median of the informative ones, which sort behind the zeros of the others.
+    # The (lower) median of the informative ones, which sort after the zeros of the others.
     ordered = (distances * informative).sort(dim=1).values
     middle = (tokens - 1) - informative.sum(1, keepdim=True) // 2
     median = ordered.gather(1, middle).squeeze(1)

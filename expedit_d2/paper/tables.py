@@ -57,7 +57,7 @@ class Table:
         section: its name there.
         backbone: of the model.
         size: (height, width) in pixels of the image, or window, that is counted and timed.
-        backbone_alone: figures leave out what is behind the backbone.
+        backbone_alone: figures leave out what comes after the backbone.
         opts: config overrides, as keys and values in turn.
         rows: the lines.
         torchvision: the model's name in `torchvision.models`; None where configs say what it is.

@@ -63,7 +63,7 @@ def cluster_labels(reductions: Sequence[Reduction]) -> Tensor:
             it has left.
 
     Returns:
-        (B, H, W) long, index of the cluster behind the last reduction.
+        (B, H, W) long, index of the cluster after the last reduction.
     """
     final = reductions[-1].tokens.features
     batch, *shape, _ = shape_of(final)

@@ -47,7 +47,7 @@ class DepthMapper:
     ) -> None:
         """
         Args:
-            augmentations: applied one after the other, behind the crop.
+            augmentations: applied one after the other, after the crop.
             image_format: "RGB" or "BGR".
             crop: (height, width) kept of an image, see `bottom_crop`; None: all.
             depth_scale: PNG values to the metre; None: depth is not read.

@@ -1,4 +1,4 @@
-"""A timm ViT, plain or behind a ResNet, as the encoder of DPT: four levels of features.
+"""A timm ViT, plain or after a ResNet, as the encoder of DPT: four levels of features.
 
 Shorthand: B images of H x W pixels, h x w tokens of C channels.
 """
@@ -29,7 +29,7 @@ class Level(NamedTuple):
 
     Attributes:
         features: (B, C, h, w).
-        class_token: (B, C); None behind a stage of a ResNet, which has none.
+        class_token: (B, C); None after a stage of a ResNet, which has none.
     """
 
     features: Tensor
@@ -80,7 +80,7 @@ class Encoder(nn.Module):
             )
         if resnet is not None:
             standardize(resnet)
-        # Nothing is kept that runs behind all that is read.
+        # Nothing is kept that runs after all that is read.
         vit.blocks = vit.blocks[: blocks[-1] + 1]
         if not norm:
             vit.norm = nn.Identity()
