@@ -67,6 +67,7 @@ setup(
     package_data={"": ["*"]},
     exclude_package_data={"": ["*.pyc"]},
     zip_safe=False,
+    entry_points={"console_scripts": ["expedit = expedit_d2.cli.main:main"]},
     python_requires=">=3.10,<3.13",
     # Detectron2 is not listed: it has no release on PyPI under its own name, so a requirement
     # "detectron2" could never be met. `tools/install.py` installs it, or leaves alone the one

@@ -36,13 +36,8 @@ from expedit_d2.analysis.flops import count_flops
 from expedit_d2.analysis.memory import peak_memory
 from expedit_d2.analysis.timing import DTYPES, interleaved, processor, synchronize
 from expedit_d2.api import Expedited, apply
-from expedit_d2.cli.arguments import (
-    ToolParser,
-    add_config_options,
-    at_least,
-    height_width,
-    prepare_benchmark,
-)
+from expedit_d2.cli.measuring import prepare_benchmark
+from expedit_d2.cli.options import ToolParser, add_config_options, at_least, height_width
 from expedit_d2.comparison import share_weights
 from expedit_d2.engine import import_modules, one_sentence
 from expedit_d2.files import code_in_files

@@ -27,7 +27,8 @@ from torch import Tensor, nn
 from expedit_d2.analysis.dense import dense_clustering, dense_reconstruction
 from expedit_d2.analysis.memory import peak_memory
 from expedit_d2.analysis.timing import DTYPES, Timing, interleaved, processor
-from expedit_d2.cli.arguments import ToolParser, at_least, height_width, prepare_benchmark
+from expedit_d2.cli.measuring import prepare_benchmark
+from expedit_d2.cli.options import ToolParser, at_least, height_width
 from expedit_d2.engine import one_sentence
 from expedit_d2.operators import cluster_tokens, reconstruct_tokens
 

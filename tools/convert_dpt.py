@@ -14,7 +14,7 @@ from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 from torch import nn
 
-from expedit_d2.cli.arguments import ToolParser, add_config_options
+from expedit_d2.cli.options import ToolParser, add_config_options
 from expedit_d2.engine import import_modules, one_sentence
 from expedit_d2.files import code_in_files
 from expedit_d2.projects import load_cfg

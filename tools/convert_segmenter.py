@@ -11,9 +11,9 @@ Example::
 
 from __future__ import annotations
 
-from expedit_d2.cli.arguments import ToolParser
+from expedit_d2.cli.options import ToolParser, add_trust_option
 from expedit_d2.engine import one_sentence
-from expedit_d2.files import add_trust_option, code_in_files
+from expedit_d2.files import code_in_files
 from expedit_d2.projects.Segmenter.convert import convert_checkpoint
 
 

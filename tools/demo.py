@@ -15,7 +15,7 @@ import numpy as np
 from detectron2.data import MetadataCatalog
 from detectron2.utils.logger import setup_logger
 
-from expedit_d2.cli.arguments import ToolParser, add_config_options, at_least
+from expedit_d2.cli.options import ToolParser, add_config_options, at_least
 from expedit_d2.cli.subjects import load_subject, needed_setting
 from expedit_d2.comparison import (
     Comparison,

@@ -25,7 +25,7 @@ from detectron2.utils.logger import setup_logger
 from tqdm import tqdm
 
 from expedit_d2.analysis.timing import DTYPES
-from expedit_d2.cli.arguments import ToolParser, at_least
+from expedit_d2.cli.options import ToolParser, at_least
 from expedit_d2.engine import check_file, choose_device, one_sentence
 from expedit_d2.paper import (
     Result,

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from ..dtypes import DTYPES
+
 __all__ = [
     "DTYPES",
     "Ratio",
@@ -24,8 +26,6 @@ __all__ = [
     "synchronize",
 ]
 
-#: Names of the types that models are timed in.
-DTYPES = ("float32", "bfloat16", "float16")
 #: A middle half that is wider than this share of its median is a wide spread.
 WIDE = 0.2
 

@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial, reduce
 from operator import getitem
 from pathlib import Path
 
+import torch
 from detectron2.config import CfgNode, LazyCall, instantiate
-from detectron2.data import MetadataCatalog, get_detection_dataset_dicts
+from detectron2.data import (
+    DatasetCatalog,
+    MetadataCatalog,
+    build_detection_test_loader,
+    get_detection_dataset_dicts,
+)
 from detectron2.utils.registry import locate
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
+from ..adapters import find_host
 from ..comparison import Subject, describe, register_images
 from ..comparison.origin import sources
 from ..comparison.spelling import changes_tokens
@@ -23,6 +31,7 @@ from ..data import register_by_path
 from ..engine import check_data_sets, load_lazy_config, load_lazy_model, merge_file
 from ..engine.lazy_data import build_lazy_evaluator, build_lazy_loader
 from ..files.shipped import find_config
+from ..libraries import load_feature_model
 from ..projects import get_cfg, load_cfg, load_model, trainer_of
 from ..settings import Settings
 
@@ -30,6 +39,7 @@ __all__ = [
     "is_lazy",
     "load_any_model",
     "load_subject",
+    "model_subject",
     "needed_setting",
     "setting_of",
     "settings_beside",
@@ -71,6 +81,44 @@ def load_subject(
         return subject_of(cfg, name, images=images, limit=limit, config_file=str(config_file))
     cfg = load_lazy_config(str(config_file), list(opts))
     return _lazy_subject(cfg, config_file, images, limit)
+
+
+def model_subject(
+    source: str,
+    images: str | Sequence[str] | None = None,
+    limit: int | None = None,
+    size: tuple[int, int] | None = None,
+    random_weights: bool = False,
+) -> Subject:
+    """A ViT of another library and images without labels.
+
+    Args:
+        source: see `load_feature_model`.
+        images: files, folders or patterns; None: the embedded validation images.
+        limit: only the first images.
+        size: (height, width) in pixels that images are resized to; None: the model's own.
+        random_weights: do not look for the trained weights.
+
+    Raises:
+        ValueError, OSError, ImportError: as `load_feature_model`, or for the images.
+    """
+    model = load_feature_model(source, size, random_weights)
+    find_host(model)  # a model that is not supported should fail now
+    dataset = register_images(images, limit) if images is not None else "collage_val"
+    records = DatasetCatalog.get(dataset)
+    weights = "random weights" if random_weights else "trained weights"
+    height, width = model.size
+    return Subject(
+        name=f"{re.sub(r'[^A-Za-z0-9_.-]+', '-', source).strip('-')}_{height}x{width}",
+        model=model.to("cuda" if torch.cuda.is_available() else "cpu"),
+        dataset=dataset,
+        loader=build_detection_test_loader(dataset=records, mapper=model.prepare),
+        make_evaluator=None,
+        config=f"{source}, {weights}, {model.size}, {model.resampling.name}, "
+        f"{model.mean.flatten().tolist()}, {model.std.flatten().tolist()}",
+        color="RGB",
+        limit=limit,
+    )
 
 
 def subject_of(
@@ -273,7 +321,7 @@ def write_winner(
         The file, and the command that evaluates with it.
     """
     stem = Path(stem)
-    evaluate = "python tools/train_net.py --eval-only --config-file"
+    evaluate = "expedit train --eval-only --config-file"
     if is_lazy(config_file):
         node = OmegaConf.to_container(load_lazy_config(str(config_file), list(opts)).expedit)
         overrides = [*opts, *to_overrides(settings, node)]

@@ -16,7 +16,16 @@ from .store import fingerprint
 __all__ = ["code_digest", "data_digest", "sources", "versions"]
 
 #: Packages whose versions numbers depend on.
-_LIBRARIES = ("detectron2", "numpy", "pycocotools", "timm", "torch", "torchvision")
+_LIBRARIES = (
+    "detectron2",
+    "numpy",
+    "pycocotools",
+    "segment-anything",
+    "timm",
+    "torch",
+    "torchvision",
+    "transformers",
+)
 #: Folders in a data set's metadata with labels that no record names: Cityscapes' evaluators.
 _LABEL_FOLDERS = ("gt_dir",)
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from tabulate import tabulate
 
+from ..predictions import PREDICTIONS
 from .columns import GROUPS, MARKDOWN, TERMINAL, Column, columns_of, spell_settings
 from .rows import Comparison, Row
 
@@ -50,6 +51,8 @@ def caption(comparison: Comparison) -> str:
     if plain.agreement:
         lowest = "the lowest of " if len(plain.agreement) > 1 else ""
         lines.append(f"agree: with the plain model's output, {lowest}{', '.join(plain.agreement)}.")
+        kinds = [kind for kind in PREDICTIONS.values() if kind.name in plain.agreement]
+        lines += [f"{kind.name}: {kind.meaning}." for kind in kinds if kind.meaning]
     lines.append("GFLOPs: of the first image.")
     if plain.latency is not None:
         threads = f", {_count(now.threads, 'thread')}"

@@ -1,11 +1,10 @@
 """Files that others made: found or downloaded, and read without running what they hold."""
 
 from .download import fetch
-from .trust import add_trust_option, code_in_files, runs_code
+from .trust import code_in_files, runs_code
 from .weights import check_finite, read_checkpoint, read_weights
 
 __all__ = [
-    "add_trust_option",
     "check_finite",
     "code_in_files",
     "fetch",

@@ -7,14 +7,12 @@ the environment variable for any of them and for other programs, brings the usua
 
 from __future__ import annotations
 
-import argparse
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-__all__ = ["OPTION", "REMEDY", "VARIABLE", "add_trust_option", "code_in_files", "runs_code"]
+__all__ = ["REMEDY", "VARIABLE", "code_in_files", "runs_code"]
 
-OPTION = "--run-code-in-files"
 VARIABLE = "EXPEDIT_RUN_CODE_IN_FILES"
 #: The end of a sentence that refuses a file.
 REMEDY = f"if you trust whoever made it, set {VARIABLE}=1"
@@ -41,13 +39,3 @@ def code_in_files(allowed: bool) -> Iterator[None]:
             os.environ[VARIABLE] = before
         else:
             os.environ.pop(VARIABLE, None)
-
-
-def add_trust_option(parser: argparse.ArgumentParser) -> None:
-    """Add the option to a tool; its value is for `code_in_files`."""
-    parser.add_argument(
-        OPTION,
-        action="store_true",
-        help="read weights and configs in the old way, which runs any code that is in them; only "
-        "for files of people you trust",
-    )

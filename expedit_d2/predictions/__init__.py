@@ -5,6 +5,7 @@ class in one file, decorated with `register_prediction`; the tools import it wit
 """
 
 from .depth import DepthPrediction
+from .features import CosinePrediction, NeighborPrediction
 from .instances import InstancePrediction
 from .panoptic import PanopticPrediction
 from .prediction import (
@@ -29,5 +30,12 @@ __all__ = [
 ]
 
 # In the order of tables.
-for _kind in (InstancePrediction, PanopticPrediction, SemanticPrediction, DepthPrediction):
+for _kind in (
+    InstancePrediction,
+    PanopticPrediction,
+    SemanticPrediction,
+    DepthPrediction,
+    NeighborPrediction,
+    CosinePrediction,
+):
     register_prediction(_kind)

@@ -47,6 +47,7 @@ class Prediction(ABC):
     Attributes:
         key: of the model's output for an image.
         name: in tables and titles.
+        meaning: what the agreement is the percentage of, for tables where the name does not say.
         metrics: of its evaluators, those that tables have.
         detail: where a model has several kinds, they are drawn by rising detail, and reports show
             the last one.
@@ -54,6 +55,7 @@ class Prediction(ABC):
 
     key: str
     name: str
+    meaning: str = ""
     metrics: tuple[Metric, ...] = ()
     detail: int = 0
 

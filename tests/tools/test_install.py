@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import re
+import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -162,3 +165,78 @@ def test_ruff_is_pinned_once():
     pinned = re.search(r'"ruff==([^"]+)"', (ROOT / "setup.py").read_text(encoding="utf-8"))
     hooks = (ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8")
     assert f"rev: v{pinned.group(1)} " in hooks
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    """A folder with what the wheel holds, made from a copy as building leaves traces."""
+    folder = tmp_path_factory.mktemp("wheel")
+    source = folder / "source"
+    for name in ("expedit_d2", "configs", "projects"):
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("setup.py", "pyproject.toml", "README.md"):
+        shutil.copy(ROOT / name, source)
+    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation"]
+    done = subprocess.run([*command, "-w", folder, source], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (wheel,) = folder.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(folder / "site")
+    return folder / "site"
+
+
+def from_outside(site: Path, folder: Path, code: str) -> str:
+    """What a program prints that finds the wheel's content and nothing of this repository."""
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(site)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_the_wheel_has_every_file_and_one_name(site):
+    """A folder `projects` of somebody's own, such as Detectron2's, stays importable."""
+    (info,) = site.glob("*.dist-info")
+    assert (info / "top_level.txt").read_text().split() == ["expedit_d2"]
+    assert sorted(path.name for path in site.iterdir()) == sorted(["expedit_d2", info.name])
+    assert "expedit = expedit_d2.cli.main:main" in (info / "entry_points.txt").read_text()
+    package = site / "expedit_d2"
+    for name, inside in (("expedit_d2", "."), ("configs", "configs"), ("projects", "projects")):
+        for file in (ROOT / name).rglob("*.*"):
+            if file.is_file() and "__pycache__" not in file.parts:
+                assert (package / inside / file.relative_to(ROOT / name)).is_file(), file
+
+
+def test_help_from_outside(site, tmp_path):
+    code = "from expedit_d2.cli.main import main; main(['{}', '--help'])"
+    for command in ("compare", "train"):
+        printed = from_outside(site, tmp_path, code.format(command))
+        assert f"usage: expedit {command}" in printed
+    code = (
+        "import sys; from expedit_d2.cli.main import main\n"
+        "try: main(['--help'])\n"
+        "finally: assert not {'torch', 'detectron2', 'numpy'} & set(sys.modules)"
+    )
+    assert "compare" in from_outside(site, tmp_path, code)
+
+
+def test_configs_from_outside(site, tmp_path):
+    (tmp_path / "projects").mkdir()
+    (tmp_path / "projects" / "mine.py").write_text("")
+    code = """
+import projects.mine
+import expedit_d2
+from expedit_d2.projects import load_cfg
+from expedit_d2.projects.Mask2Former import add_maskformer2_config
+for name in ("embedded/segmenter.yaml", "configs/embedded/segmenter.yaml"):
+    print(load_cfg(name, ["MODEL.DEVICE", "cpu"]).MODEL.WEIGHTS)
+print(expedit_d2.config_file("embedded/dpt.yaml"))
+print(load_cfg("projects/DPT/configs/dpt_large_midas.yaml").MODEL.META_ARCHITECTURE)
+"""
+    weights = site / "expedit_d2" / "projects" / "Segmenter" / "weights" / "segmenter_collage.pth"
+    config = site / "expedit_d2" / "configs" / "embedded" / "dpt.yaml"
+    assert from_outside(site, tmp_path, code).split() == [*2 * [str(weights)], str(config), "DPT"]

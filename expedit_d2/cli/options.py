@@ -1,4 +1,4 @@
-"""What the command lines of the tools have in common."""
+"""Options that several command lines have; nothing heavy is imported for them."""
 
 from __future__ import annotations
 
@@ -7,40 +7,28 @@ import re
 from collections.abc import Callable
 from typing import NoReturn
 
-import torch
-from detectron2.utils.logger import setup_logger
-
-from ..analysis.timing import DTYPES
-from ..comparison import Options, Store, Subject
-from ..data import register_collage
-from ..engine import check_file, check_folder
-from ..engine.errors import end
-from ..files import add_trust_option
-from ..files.shipped import find_config
-from .subjects import load_subject
+from ..dtypes import DTYPES
 
 __all__ = [
     "ToolParser",
     "add_config_options",
     "add_measuring_options",
+    "add_trust_option",
     "at_least",
     "height_width",
-    "measuring_options",
-    "prepare",
-    "prepare_benchmark",
 ]
 
 EMBEDDED = "configs/embedded/segmenter.yaml"
 
 
 class ToolParser(argparse.ArgumentParser):
-    """A parser that shows a tool's docstring as it is, and says in one line what is wrong."""
+    """A parser that shows a description as it is, and says in one line what is wrong."""
 
     def __init__(self, tool: str, description: str) -> None:
         """
         Args:
-            tool: file name of the tool.
-            description: its docstring.
+            tool: how it is called.
+            description: what it does.
         """
         super().__init__(
             prog=tool,
@@ -49,6 +37,8 @@ class ToolParser(argparse.ArgumentParser):
         )
 
     def error(self, message: str) -> NoReturn:
+        from ..engine.errors import end
+
         end(self.prog, f"{message}; --help lists the options")
 
 
@@ -70,15 +60,34 @@ def at_least(least: int) -> Callable[[str], int]:
 
 
 def height_width(text: str) -> tuple[int, int]:
-    """The type of an option for a size: "640x480" to (640, 480)."""
+    """The type of an option that takes ``HEIGHTxWIDTH``, in pixels."""
     if not re.fullmatch(r"[1-9]\d*x[1-9]\d*", text):
         raise argparse.ArgumentTypeError(f"must be HEIGHTxWIDTH in pixels, got {text!r}")
     height, width = map(int, text.split("x"))
     return height, width
 
 
+def _config_path(name: str) -> str:
+    from ..files.shipped import find_config
+
+    return str(find_config(name)) if name else name
+
+
+def add_trust_option(parser: argparse.ArgumentParser) -> None:
+    """Whether files may run code while they are read; the value is for `code_in_files`."""
+    parser.add_argument(
+        "--run-code-in-files",
+        action="store_true",
+        help="read weights and configs in the old way, which runs any code that is in them; only "
+        "for files of people you trust",
+    )
+
+
 def add_config_options(
-    parser: argparse.ArgumentParser, help: str = "YAML or LazyConfig", default: str | None = None
+    parser: argparse.ArgumentParser,
+    help: str = "YAML or LazyConfig",
+    default: str | None = None,
+    group: argparse._ActionsContainer | None = None,
 ) -> None:
     """The config, what overrides it, modules to import before it is read, and trust in its files.
 
@@ -86,11 +95,12 @@ def add_config_options(
         parser: of a tool that reads a config.
         help: on ``--config-file``.
         default: of ``--config-file``, which is required without one.
+        group: of options that exclude each other, which ``--config-file`` is one of.
     """
     option = parser.add_argument
-    option(
+    (group or parser).add_argument(
         "--config-file",
-        type=lambda name: str(find_config(name)) if name else name,
+        type=_config_path,
         metavar="FILE",
         required=default is None,
         default=default,
@@ -117,7 +127,25 @@ def add_config_options(
 def add_measuring_options(parser: argparse.ArgumentParser, output: str) -> None:
     """The model, its data, how to measure, and ``output``, the folder of the results."""
     option = parser.add_argument
-    add_config_options(parser, "YAML or LazyConfig (embedded Segmenter)", EMBEDDED)
+    model = parser.add_mutually_exclusive_group()
+    model.add_argument(
+        "--model",
+        metavar="LIBRARY:NAME",
+        help="a ViT of another library, whose features are compared: hf:NAME or hf:FOLDER, "
+        "timm:NAME, torchvision:NAME, sam:FILE",
+    )
+    add_config_options(parser, "YAML or LazyConfig (embedded Segmenter)", EMBEDDED, model)
+    option(
+        "--size",
+        type=height_width,
+        metavar="HxW",
+        help="with --model: images are resized to that, multiples of the patch (the model's own)",
+    )
+    option(
+        "--random-weights",
+        action="store_true",
+        help="with --model: do not look for trained weights; GFLOPs and speed are the same",
+    )
     option("--images", metavar="FOLDER_OR_PATTERN", help="images without labels")
     option("--first", type=at_least(1), metavar="N", help="only the first images, without metrics")
     option(
@@ -127,42 +155,3 @@ def add_measuring_options(parser: argparse.ArgumentParser, output: str) -> None:
     option("--dtype", choices=DTYPES, default="float32", help="by autocast (%(default)s)")
     option("--threads", type=at_least(1), help="CPU threads of torch (its own choice)")
     option("--output", default=output, help="folder of the results (%(default)s)")
-
-
-def prepare_benchmark(args: argparse.Namespace) -> None:
-    """Check ``--device`` and ``--json``, and take as many threads as are wanted.
-
-    Raises:
-        ValueError: without the device.
-        OSError: for a file that cannot be written.
-    """
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: torch finds no GPU; give --device cpu")
-    if args.json is not None:
-        check_file(args.json, "--json")
-    if args.threads is not None:
-        torch.set_num_threads(args.threads)
-
-
-def measuring_options(args: argparse.Namespace) -> Options:
-    """How to measure."""
-    return Options(args.dtype, args.timed, args.batch)
-
-
-def prepare(args: argparse.Namespace) -> tuple[Subject, Store]:
-    """The model and its data, with as many threads and as few log lines as are wanted.
-
-    Returns:
-        them, and where results are kept.
-
-    Raises:
-        ValueError, OSError: as `load_subject`, or for an output folder that cannot be written to,
-            or holds results of something else.
-    """
-    setup_logger(name="detectron2").setLevel("ERROR")  # the progress bars say enough
-    check_folder(args.output, "--output")
-    store = Store(args.output)
-    if args.threads is not None:
-        torch.set_num_threads(args.threads)
-    register_collage()
-    return load_subject(args.config_file, args.opts, args.images, args.first), store

@@ -1,0 +1,230 @@
+"""What `expedit` can do, and the options of each command; nothing heavy is imported for these."""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+
+from .options import ToolParser, add_config_options, add_measuring_options, at_least, height_width
+
+__all__ = ["COMMANDS", "parser_of"]
+
+
+def train(parser: argparse.ArgumentParser) -> None:
+    r"""Train or evaluate a model with Detectron2, from a YAML config or a LazyConfig.
+
+    Examples::
+
+        # evaluate official weights, plain and with Expedit
+        expedit train --eval-only --config-file configs/vitdet/mask_rcnn_vitdet_b.yaml
+        expedit train --eval-only --config-file configs/vitdet/mask_rcnn_vitdet_b.yaml \
+            MODEL.EXPEDIT.ENABLED True MODEL.EXPEDIT.ALPHA 4 MODEL.EXPEDIT.RATIO 0.7
+
+        # both at once, in one table with GFLOPs and speed
+        expedit train --eval-only --compare \
+            --config-file configs/vitdet/mask_rcnn_vitdet_b_expedit_a4_45x45.yaml
+
+        # an existing ViTDet LazyConfig
+        expedit train --eval-only --config-file my_vitdet.py \
+            train.init_checkpoint=my_weights.pth \
+            expedit.enabled=True expedit.alpha=4 expedit.ratio=0.7
+
+        # models and data sets of your own, registered by a module
+        expedit train --import my_model.py --config-file my_model.yaml --num-gpus 4
+
+    Training is kept in the output folder: --resume goes on from the last checkpoint.
+    """
+    option = parser.add_argument
+    option("--eval-only", action="store_true", help="evaluate, do not train")
+    option("--compare", action="store_true", help="evaluate without and with Expedit, in one table")
+    option("--resume", action="store_true", help="go on from the last checkpoint in the output")
+    option(
+        "--num-gpus", type=at_least(1), default=1, help="processes on each machine (%(default)s)"
+    )
+    option("--num-machines", type=at_least(1), default=1, help="(%(default)s)")
+    option("--machine-rank", type=at_least(0), default=0, help="of this machine (%(default)s)")
+    option(
+        "--dist-url",
+        default="auto",
+        help="where processes meet; for several machines tcp://HOST:PORT of the first",
+    )
+    add_config_options(parser)
+
+
+def compare(parser: argparse.ArgumentParser) -> None:
+    r"""Compare a plain model with reduced ones: metrics, agreement, GFLOPs, speed and memory.
+
+    Examples::
+
+        # the embedded Segmenter with the settings that lie beside its config; no downloads
+        expedit compare
+
+        # a model of your own, its labelled data, and two settings
+        expedit compare --config-file my_model.yaml \
+            --setting "alpha=8 ratio=0.7" --setting "half: budget=0.5" \
+            -- MODEL.WEIGHTS my_model.pth DATASETS.TEST "('my/instances.json@images',)"
+
+        # images without labels: agreement with the plain model, GFLOPs, speed and memory
+        expedit compare --config-file my_vitdet.py --images "photos/*.jpg" \
+            --setting "alpha=4 ratio=0.7" -- train.init_checkpoint=my_model.pth
+
+        # a ViT of another library, at half of its blocks' GFLOPs: how alike its features are
+        expedit compare --model hf:facebook/dinov2-base --images photos/
+        expedit compare --model torchvision:ViT_L_16_Weights.IMAGENET1K_SWAG_E2E_V1 --size 512x512
+        expedit compare --model sam:sam_vit_b_01ec64.pth --setting "budget=0.7"
+
+    Results are kept in the output folder as they come: the same command goes on after an
+    interruption.
+    """
+    option = parser.add_argument
+    option(
+        "--setting",
+        action="append",
+        default=[],
+        metavar='"[NAME:] KEY=VALUE ..."',
+        help="fields of MODEL.EXPEDIT; lists as 0,1,2 or 0-6; may be given several times",
+    )
+    option("--expedit", nargs="+", default=[], metavar="CONFIG", help="use their MODEL.EXPEDIT")
+    option(
+        "--pictures", type=at_least(0), default=3, help="images to draw in the report (%(default)s)"
+    )
+    add_measuring_options(parser, "output/compare")
+
+
+def tune(parser: argparse.ArgumentParser) -> None:
+    r"""Find the setting for a target: what to keep of the metrics, an agreement, or a speed-up.
+
+    Many settings run on a few images, for agreement with the plain model and GFLOPs. The best few
+    run on all images, with metrics and timing. The winner is written as a small config.
+
+    Examples::
+
+        # the embedded Segmenter: as fast as possible with 99 % of its mIoU
+        expedit tune --keep 99
+
+        # a model of your own: at least 1.4 times faster, the output as close as possible
+        expedit tune --faster 1.4 --config-file my_model.yaml -- MODEL.WEIGHTS my_model.pth
+
+        # images without labels
+        expedit tune --agreement 98 --images photos --config-file my_model.yaml
+
+    Results are kept in the output folder as they come: the same command goes on after an
+    interruption.
+    """
+    option = parser.add_argument
+    option("--keep", type=float, metavar="PERCENT", help="of every metric, or of --metric")
+    option("--metric", help="as in the tables: PQ, mIoU, 'box AP'")
+    option("--agreement", type=float, metavar="PERCENT", help="with the plain model's output")
+    option("--faster", type=float, metavar="TIMES", help="than the plain model, at batch 1")
+    option("--sweep", type=at_least(1), default=8, help="images of the sweep (%(default)s)")
+    option(
+        "--confirm",
+        type=at_least(1),
+        default=6,
+        help="settings to run on everything (%(default)s)",
+    )
+    add_measuring_options(parser, "output/tune")
+
+
+def draw(parser: argparse.ArgumentParser) -> None:
+    r"""Draw a model's predictions on images: plain, with Expedit, and where the two differ.
+
+    Examples::
+
+        # your images
+        expedit draw --images photos/*.jpg --config-file my_model.yaml \
+            MODEL.WEIGHTS my_model.pth MODEL.EXPEDIT.ALPHA 8 MODEL.EXPEDIT.RATIO 0.7
+
+        # all images of a folder, on four GPUs (or four processes, where there is no GPU)
+        expedit draw --images photos --num-gpus 4 --config-file my_model.yaml
+
+        # a LazyConfig, as ViTDet's official ones are
+        expedit draw --images photos --config-file my_vitdet.py \
+            train.init_checkpoint=my_model.pth expedit.alpha=4 expedit.ratio=0.7
+
+        # the first four images of the config's test data set
+        expedit draw --config-file configs/embedded/mask2former_a6_3x3.yaml
+    """
+    option = parser.add_argument
+    option(
+        "--images",
+        nargs="+",
+        help="files, and folders of images, which are reduced if they have more than 2 megapixels; "
+        "default: of the test data",
+    )
+    option("--count", type=at_least(1), default=4, help="images of the data set (%(default)s)")
+    option("--output", default="output/pictures", help="folder of the pictures (%(default)s)")
+    option(
+        "--num-gpus",
+        type=at_least(1),
+        default=1,
+        help="processes that share the images, one on each GPU (%(default)s)",
+    )
+    add_config_options(parser, "YAML or LazyConfig with MODEL.EXPEDIT")
+
+
+def export(parser: argparse.ArgumentParser) -> None:
+    r"""Export a model, plain or with Expedit, as an ONNX file or a torch.export program.
+
+    Segmenter and DPT are exported whole (images in, class scores or depth out), of other models the
+    backbone (normalised images in, feature maps out).
+
+    Examples::
+
+        # any height and width; compared with PyTorch at the size given and at another one
+        expedit export --config-file configs/embedded/segmenter_a4_16x16.yaml \
+            --output segmenter.onnx --check
+
+        # a LazyConfig; ViTDet takes one size
+        expedit export --config-file my_vitdet.py --size 1024x1024 --fixed \
+            --output backbone.onnx train.init_checkpoint=my_model.pth
+
+        # PyTorch and ONNX Runtime, plain and with Expedit, timed in turns
+        expedit export --config-file configs/embedded/dpt_a4_16x16.yaml --size 256x256 \
+            --output dpt.onnx --benchmark 20
+    """
+    option = parser.add_argument
+    option("--output", required=True, metavar="FILE", help="the file to write")
+    option("--format", choices=("onnx", "pt2"), help="default: by the file's name")
+    option("--size", type=height_width, default=(256, 320), help="of the example, HxW (256x320)")
+    option("--fixed", action="store_true", help="take images of this size only")
+    option("--check", action="store_true", help="compare with PyTorch")
+    option(
+        "--benchmark",
+        type=at_least(0),
+        default=0,
+        metavar="N",
+        help="time N rounds, plain and expedited",
+    )
+    add_config_options(parser)
+
+
+def report(parser: argparse.ArgumentParser) -> None:
+    r"""Write one HTML page on saved comparisons: plots, table, conditions and pictures.
+
+    Examples::
+
+        expedit report output/compare/segmenter.json --output report.html
+
+        expedit report a.json b.json --pictures output/pictures --output report.html
+    """
+    parser.add_argument("results", nargs="+", help="JSON files of comparisons")
+    parser.add_argument("--pictures", nargs="+", default=[], help="image files, or folders of them")
+    parser.add_argument("--output", default="report.html", help="the page")
+
+
+#: By name; each has a module of that name here, whose `run` does the work.
+COMMANDS = {command.__name__: command for command in (train, compare, tune, draw, export, report)}
+
+
+def parser_of(name: str, prog: str) -> ToolParser:
+    """The parser of a command.
+
+    Args:
+        name: of the command.
+        prog: how it was called, for messages.
+    """
+    command = COMMANDS[name]
+    parser = ToolParser(prog, inspect.getdoc(command) or "")
+    command(parser)
+    return parser

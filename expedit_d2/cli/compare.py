@@ -1,0 +1,94 @@
+"""What `expedit compare` does; its options are in `commands`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from ..comparison import (
+    Comparison,
+    check_finished,
+    compare,
+    parse_setting,
+    save_tables,
+    table_stem,
+    to_terminal,
+)
+from ..engine import import_modules, one_sentence
+from ..engine.interrupt import interruptible
+from ..files import code_in_files
+from ..report import draw_pictures, headline_row, write_report
+from ..settings import Settings
+from .commands import parser_of
+from .measuring import measuring_options, prepare
+from .subjects import needed_setting, setting_of, settings_beside
+
+
+def parse_arguments(arguments: list[str] | None, prog: str = "compare.py") -> argparse.Namespace:
+    return parser_of("compare", prog).parse_args(arguments)
+
+
+def all_settings(args: argparse.Namespace) -> dict[str, Settings]:
+    """By name, as asked for; otherwise the config's own, and those of the files beside it. For
+    ``--model`` otherwise half of the blocks' GFLOPs.
+
+    Raises:
+        ValueError: if there is none, or two of one name.
+    """
+    given = [parse_setting(text) for text in args.setting]
+    stem = Path(args.config_file).stem
+    for path in args.expedit:
+        given.append((Path(path).stem.removeprefix(f"{stem}_"), needed_setting(path)))
+    if not given and args.model is not None:
+        given = [("budget50", Settings(budget=0.5))]
+    if not given:
+        given = [*settings_beside(args.config_file).items()]
+        own = setting_of(args.config_file, args.opts)
+        given += [("expedit", own)] if own is not None else []
+    if not given:
+        raise ValueError('there is no setting to compare; give --setting "budget=0.6"')
+    settings: dict[str, Settings] = {}
+    for name, setting in given:
+        if name in settings:
+            raise ValueError(f"two settings are named {name!r}; give them names")
+        settings[name] = setting
+    return settings
+
+
+def main(args: argparse.Namespace) -> Comparison:
+    """Compare, and write tables and the report.
+
+    Raises:
+        ValueError, OSError: for what is wrong, before anything is measured.
+        KeyboardInterrupt: before the plain model is finished, or while pictures are drawn; what
+            was measured is written by then.
+    """
+    import_modules(args.imports)
+    options, settings = measuring_options(args), all_settings(args)
+    subject, store = prepare(args)
+    output = Path(args.output)
+    stem = table_stem(output, subject.name, subject.config_file)
+    comparison = compare(
+        subject, settings, options, store, save=lambda so_far: save_tables(so_far, stem)
+    )
+    files = [*save_tables(comparison, stem), write_report([comparison], [], f"{stem}.html")]
+    print(f"\n{to_terminal(comparison)}\n\nAll of it: {', '.join(map(str, files))}")
+    if store.reused:
+        print(f"{store.reused} results were measured before; remove {output} to measure them again")
+    # Pictures tell something also where no setting can be recommended.
+    drawn = [row for row in (headline_row(comparison), *comparison.rows[1:]) if row is not None]
+    if drawn and args.pictures and args.model is None and not comparison.unfinished:
+        with interruptible():
+            pictures = draw_pictures(subject, drawn[0], args.pictures)
+        write_report([comparison], pictures, f"{stem}.html")
+    return comparison
+
+
+def run(arguments: list[str] | None = None, prog: str = "compare.py") -> None:
+    """Parse the arguments and run; an expected error ends with one sentence."""
+    args = parse_arguments(arguments, prog)
+    with (
+        code_in_files(args.run_code_in_files),
+        one_sentence(prog, "what was measured is kept; the same command goes on from here"),
+    ):
+        check_finished([main(args)])

@@ -1,0 +1,85 @@
+"""What `expedit draw` does; its options are in `commands`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from detectron2.data import MetadataCatalog
+from detectron2.utils import comm
+from detectron2.utils.logger import setup_logger
+from tqdm import tqdm
+
+from ..comparison import Subject
+from ..comparison.session import expedited_copy
+from ..data import register_collage
+from ..engine import check_folder, import_modules, launch, one_sentence
+from ..files import code_in_files
+from ..settings import Settings
+from ..visualize import save_panels, side_by_side
+from .commands import parser_of
+from .subjects import load_subject, needed_setting
+
+
+def parse_arguments(arguments: list[str] | None, prog: str = "draw.py") -> argparse.Namespace:
+    return parser_of("draw", prog).parse_args(arguments)
+
+
+def load(args: argparse.Namespace) -> tuple[Subject, Settings]:
+    """The plain model on the images, and the settings to draw beside it.
+
+    Raises:
+        ValueError, OSError: if something is wrong with the config, weights or images, or the
+            settings do not fit the model.
+    """
+    settings = needed_setting(args.config_file, args.opts)
+    subject = load_subject(args.config_file, args.opts, args.images)
+    expedited_copy(subject.model, settings)
+    return subject, settings
+
+
+def main(args: argparse.Namespace) -> list[Path]:
+    """Draw this process's share of the images; returns the pictures' paths."""
+    setup_logger(name="detectron2").setLevel("ERROR")
+    import_modules(args.imports)
+    check_folder(args.output, "--output")
+    register_collage()
+    subject, settings = load(args)
+    inputs, metadata = subject.loader.dataset, MetadataCatalog.get(subject.dataset)
+    count = len(inputs) if args.images else min(args.count, len(inputs))
+    pictures: list[Path] = []
+    skipped: list[str] = []
+    numbers = range(comm.get_rank(), count, comm.get_world_size())
+    for number in tqdm(numbers, unit="image", disable=not comm.is_main_process()):
+        try:
+            item = inputs[number]
+            rows = side_by_side(subject.model, settings, item, metadata, subject.color)
+        except (ValueError, OSError) as error:  # of this image: the others go on
+            skipped.append(str(error))
+            continue
+        # Files of the same name may come from several folders.
+        path = Path(args.output) / f"{number:03d}_{Path(item['file_name']).stem}.png"
+        save_panels(rows, path)
+        pictures.append(path)
+    # Those that cannot be read at all are left out, and named, before.
+    unreadable = len(metadata.get("unreadable", ()))
+    skipped = [message for some in comm.all_gather(skipped) for message in some]
+    if len(skipped) == count:
+        raise ValueError(f"none of {count} images could be drawn; the first: {skipped[0]}")
+    if comm.is_main_process():
+        for message in skipped:
+            print(f"left out: {message}", file=sys.stderr)
+        left_out = f", {len(skipped) + unreadable} left out" if skipped or unreadable else ""
+        print(f"{count - len(skipped)} pictures in {args.output}{left_out}")
+    return pictures
+
+
+def run(arguments: list[str] | None = None, prog: str = "draw.py") -> None:
+    """Parse the arguments and run; an expected error ends with one sentence."""
+    args = parse_arguments(arguments, prog)
+    with (
+        code_in_files(args.run_code_in_files),
+        one_sentence(prog, f"the pictures so far are in {args.output}"),
+    ):
+        launch(main, args.num_gpus, dist_url="auto", args=(args,))

@@ -1,0 +1,101 @@
+"""What `expedit export` does; its options are in `commands`."""
+
+from __future__ import annotations
+
+import argparse
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from detectron2.utils.logger import setup_logger
+from tabulate import tabulate
+from torch import Tensor, nn
+
+from ..analysis.timing import interleaved
+from ..data import register_collage
+from ..engine import check_file, import_modules, one_sentence
+from ..export import ImageModel, check_onnx, export_onnx, export_program, onnx_session
+from ..files import code_in_files
+from .commands import parser_of
+from .subjects import load_any_model, needed_setting
+
+
+def parse_arguments(arguments: list[str] | None, prog: str = "export.py") -> argparse.Namespace:
+    args = parser_of("export", prog).parse_args(arguments)
+    if args.format is None:
+        args.format = "pt2" if args.output.endswith(".pt2") else "onnx"
+    return args
+
+
+def load(args: argparse.Namespace, expedited: bool | None = None) -> nn.Module:
+    """What is exported: a module that takes one tensor of images, on the CPU.
+
+    Args:
+        args: of the command line.
+        expedited: with Expedit or without; None: as the config says.
+    """
+    model = load_any_model(args.config_file, args.opts, "cpu", expedited)
+    return ImageModel(model).eval() if hasattr(model, "predict") else model.backbone
+
+
+def random_images(size: tuple[int, int]) -> Tensor:
+    """One image of noise (1, 3, H, W), 0 to 255."""
+    return torch.rand(1, 3, *size, generator=torch.Generator().manual_seed(0)) * 255
+
+
+def check(model: nn.Module, path: str, size: tuple[int, int], fixed: bool) -> None:
+    """Print the largest difference between ONNX Runtime and PyTorch, also at another size."""
+    for height, width in [size] if fixed else [size, (size[0] + 64, size[1] + 32)]:
+        difference = check_onnx(model, path, random_images((height, width)))
+        print(f"{height} x {width}: largest difference from PyTorch {difference:.1e}")
+
+
+def benchmark(args: argparse.Namespace, path: Path) -> None:
+    """Print the medians of PyTorch and ONNX Runtime, plain and with Expedit."""
+    images = random_images(args.size)
+    runs: dict[str, Any] = {}
+    for name, expedited in (("plain", False), ("Expedit", True)):
+        model = load(args, expedited)
+        file = path.with_name(f"{path.stem}_{name.lower()}{path.suffix}")
+        export_onnx(model, images, file, dynamic=not args.fixed)
+        runs["PyTorch", name] = partial(model, images)
+        runs["ONNX Runtime", name] = partial(onnx_session(file), images)
+    with torch.no_grad():
+        times = interleaved(runs, args.benchmark, warmup=2, progress=True)
+    rows = []
+    for engine in ("PyTorch", "ONNX Runtime"):
+        plain, ours = times[engine, "plain"], times[engine, "Expedit"]
+        rows.append([engine, plain, ours, f"{plain.median / ours.median:.2f}x"])
+    print(f"{args.size[0]} x {args.size[1]}, batch 1, {torch.get_num_threads()} threads")
+    print(tabulate(rows, ["", "plain", "Expedit", "speed-up"], disable_numparse=True))
+
+
+def main(args: argparse.Namespace) -> None:
+    setup_logger(name="detectron2").setLevel("ERROR")
+    if args.format == "pt2" and (args.check or args.benchmark):
+        raise ValueError("--check and --benchmark are for --format onnx")
+    check_file(args.output, "--output")
+    import_modules(args.imports)
+    register_collage()
+    if args.benchmark:
+        needed_setting(args.config_file, args.opts)
+    model, images = load(args), random_images(args.size)
+    path = Path(args.output)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if args.format == "pt2":
+        torch.export.save(export_program(model, images, not args.fixed), path)
+    else:
+        export_onnx(model, images, path, not args.fixed)
+    print(f"wrote {path}")
+    if args.check:
+        check(model, str(path), args.size, args.fixed)
+    if args.benchmark:
+        benchmark(args, path)
+
+
+def run(arguments: list[str] | None = None, prog: str = "export.py") -> None:
+    """Parse the arguments and run; an expected error ends with one sentence."""
+    args = parse_arguments(arguments, prog)
+    with code_in_files(args.run_code_in_files), one_sentence(prog):
+        main(args)

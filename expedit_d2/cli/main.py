@@ -1,0 +1,36 @@
+"""The command `expedit`: one word for what is to be done, then the options of that."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from importlib import import_module
+
+from .. import __version__
+from .commands import COMMANDS, parser_of
+from .options import ToolParser
+
+__all__ = ["main"]
+
+_HEAD = """Faster large vision transformers for dense prediction, without fine-tuning.
+
+  {commands}
+
+`expedit COMMAND --help` has the options of a command, with examples."""
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run a command; an expected error ends with one sentence and exit status 2."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    summaries = {
+        name: (inspect.getdoc(command) or "").partition("\n")[0]
+        for name, command in COMMANDS.items()
+    }
+    lines = [f"{name:<9}{summary}" for name, summary in summaries.items()]
+    parser = ToolParser("expedit", _HEAD.format(commands="\n  ".join(lines)))
+    parser.add_argument("--version", action="version", version=__version__)
+    parser.add_argument("command", choices=list(COMMANDS), metavar="COMMAND", help="see above")
+    command = parser.parse_args(arguments[:1]).command
+    prog, rest = f"expedit {command}", arguments[1:]
+    parser_of(command, prog).parse_args(rest)  # help and mistakes come before torch is imported
+    import_module(f".{command}", __package__).run(rest, prog)

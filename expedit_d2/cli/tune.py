@@ -1,0 +1,81 @@
+"""What `expedit tune` does; its options are in `commands`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+from ..adapters import find_host
+from ..comparison import (
+    Target,
+    Tuning,
+    candidates,
+    save_tables,
+    table_stem,
+    to_terminal,
+    tune,
+)
+from ..comparison.columns import spell_settings
+from ..engine import import_modules, one_sentence
+from ..files import code_in_files
+from .commands import parser_of
+from .measuring import measuring_options, prepare
+from .subjects import write_winner
+
+
+def parse_arguments(arguments: list[str] | None, prog: str = "tune.py") -> argparse.Namespace:
+    return parser_of("tune", prog).parse_args(arguments)
+
+
+def report(tuning: Tuning) -> None:
+    """Print what was found."""
+    if tuning.front:
+        front = replace(tuning.sweep, rows=[tuning.sweep.plain, *tuning.front])
+        print(f"\nNo other setting of the sweep is better than these:\n\n{to_terminal(front)}")
+    if tuning.skipped:
+        name, why = next(iter(tuning.skipped.items()))
+        print(f"\nLeft out: {len(tuning.skipped)} settings, such as {name}: {why}")
+    if tuning.confirmed:
+        print(f"\nOn everything:\n\n{to_terminal(tuning.confirmed)}")
+
+
+def main(args: argparse.Namespace) -> Tuning:
+    import_modules(args.imports)
+    target = Target(args.keep, args.metric, args.agreement, args.faster)
+    options = measuring_options(args)
+    subject, store = prepare(args)
+    settings = candidates(find_host(subject.model))
+    tuning = tune(subject, settings, target, args.sweep, args.confirm, options, store)
+    stem = table_stem(Path(args.output), subject.name, subject.config_file)
+    if tuning.sweep:
+        save_tables(tuning.sweep, f"{stem}_sweep")
+    if tuning.confirmed:
+        save_tables(tuning.confirmed, stem)
+    report(tuning)
+    if tuning.winner is not None:
+        spelled = spell_settings(tuning.winner)
+        settings = tuning.winner.settings
+        if args.model is not None:
+            print(f"\nFor {target}: {spelled}\nTo be given to `expedite` in Python.")
+            return tuning
+        file, command = write_winner(settings, args.config_file, args.opts, stem, spelled)
+        print(f"\nFor {target}: {spelled}\n{file}, to be run with\n  {command}")
+    elif not tuning.interrupted:
+        print(f"\nNo setting was found for {target}.")
+    return tuning
+
+
+def run(arguments: list[str] | None = None, prog: str = "tune.py") -> None:
+    """Parse the arguments and run; an expected error ends with one sentence."""
+    args = parse_arguments(arguments, prog)
+    with (
+        code_in_files(args.run_code_in_files),
+        one_sentence(prog, "what was measured is kept; the same command goes on from here"),
+    ):
+        tuning = main(args)
+        if tuning.interrupted:
+            raise KeyboardInterrupt
+    if tuning.winner is None:
+        sys.exit(1)

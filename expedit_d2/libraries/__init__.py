@@ -1,0 +1,56 @@
+"""Vision transformers of other libraries by name, as models whose output is a map of features.
+
+``hf:facebook/dinov2-base``, ``timm:vit_base_patch14_dinov2.lvd142m``, ``torchvision:vit_b_16``,
+``sam:sam_vit_b_01ec64.pth``: each library has a file here, which is imported when it is asked for.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+
+from .features import FeatureModel, Source
+
+__all__ = ["LIBRARIES", "FeatureModel", "load_feature_model"]
+
+#: Prefix -> the module here, the package to install, and what comes after the prefix.
+LIBRARIES = {
+    "hf": ("from_transformers", "transformers", "a name on the Hugging Face Hub, or a folder"),
+    "timm": ("from_timm", "timm", "a name that timm knows"),
+    "torchvision": ("from_torchvision", "torchvision", "a model, or one of its weights"),
+    "sam": ("from_segment_anything", "segment-anything", "a checkpoint file"),
+}
+
+
+def load_feature_model(
+    source: str, size: tuple[int, int] | None = None, random_weights: bool = False
+) -> FeatureModel:
+    """The model that a source names, in evaluation mode, on the CPU.
+
+    Args:
+        source: prefix and name, see `LIBRARIES`.
+        size: (height, width) in pixels of the images it is to run on; None: its own.
+        random_weights: do not look for the trained weights.
+
+    Raises:
+        ValueError: for a source that is none, a model that the library does not know, or a size
+            that does not fit it.
+        OSError: if its files are not there, or cannot be downloaded.
+        ImportError: if the library is not installed.
+    """
+    library, colon, name = source.partition(":")
+    if not colon or not name or library not in LIBRARIES:
+        forms = ", ".join(f"{prefix}: and {what}" for prefix, (_, _, what) in LIBRARIES.items())
+        raise ValueError(f"--model is one of {forms}; got {source!r}")
+    module, package, _ = LIBRARIES[library]
+    try:
+        load = import_module(f".{module}", __package__).load
+    except ModuleNotFoundError as error:
+        raise ImportError(f"{source}: install {package} with pip ({error})") from None
+    loaded: Source = load(name, size, random_weights)
+    size = size or loaded.size
+    if any(side % loaded.patch for side in size):
+        raise ValueError(
+            f"--size must be multiples of the patch of {source}, {loaded.patch} pixels, got "
+            f"{size[0]}x{size[1]}"
+        )
+    return FeatureModel(loaded, size).eval()

@@ -1,0 +1,102 @@
+"""Maps of features (C, h, w), of a transformer without a head.
+
+They are compared in two ways, so a model puts them out under the keys of both. Directions alone
+count, as features are mostly used by cosine.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from detectron2.data.catalog import Metadata
+from torch import Tensor
+
+from .drawing import canvas_of, to_image
+from .prediction import Prediction, Record
+
+__all__ = ["CosinePrediction", "NeighborPrediction", "draw_features"]
+
+_SLACK = 1e-6  # of rounding, so that equal tokens are equally near
+
+
+def draw_features(image: np.ndarray, features: Tensor, metadata: Metadata) -> np.ndarray:
+    """Three fixed random projections as red, green and blue: alike features have like colours.
+
+    Args:
+        image, metadata: nothing of them is needed.
+        features: (C, h, w).
+    """
+    tokens = _directions(features)
+    axes = torch.randn(tokens.shape[1], 3, generator=torch.Generator().manual_seed(0))
+    colors = 128 + 100 * (tokens @ axes).clamp(-1.27, 1.27)
+    return to_image(canvas_of(colors.reshape(*features.shape[1:], 3).byte().numpy()))
+
+
+def _directions(features: Tensor) -> Tensor:
+    """Unit vectors (N, C) of a map (C, h, w), row by row, on the CPU."""
+    return F.normalize(features.to("cpu", torch.float32).flatten(1).T, dim=1)
+
+
+def _nearest_is_here(mine: Tensor, plain: Tensor, size: tuple[int, int]) -> Tensor:
+    """Whether the most similar plain token lies at a token's own place or next to it, (N,) bool.
+
+    Tokens that were merged have the same features: with their own place alone they would be
+    counted, not compared.
+    """
+    places = torch.cartesian_prod(*map(torch.arange, size))
+    around = (places[:, None] - places[None]).abs().amax(2) <= 1
+    similar = mine @ plain.T
+    return similar.masked_fill(~around, -torch.inf).amax(1) >= similar.amax(1) - _SLACK
+
+
+class _FeaturePrediction(Prediction):
+    draw = staticmethod(draw_features)
+
+    def keep(self, output: Tensor) -> Record:
+        """``tokens`` (N, C) of length 1, and ``size`` (h, w)."""
+        tokens = _directions(output).half().numpy()
+        return {"tokens": tokens, "size": np.array(output.shape[1:])}
+
+    @staticmethod
+    def _tokens(record: Record) -> Tensor:
+        return F.normalize(torch.from_numpy(record["tokens"]).float(), dim=1)
+
+
+class NeighborPrediction(_FeaturePrediction):
+    """Tokens agree whose nearest neighbour in the plain map is where they are."""
+
+    key = "features"
+    name = "nearest neighbour"
+    meaning = (
+        "tokens whose most similar token of the plain model, in the same image, is at their own "
+        "place or next to it"
+    )
+
+    def terms(self, mine: Record, plain: Record) -> np.ndarray:
+        size = tuple(plain["size"].tolist())
+        here = _nearest_is_here(self._tokens(mine), self._tokens(plain), size)
+        return np.array([float(here.sum()), len(here)])
+
+    def differ(self, plain: Tensor, other: Tensor) -> np.ndarray:
+        """Tokens instead of pixels."""
+        size = tuple(plain.shape[1:])
+        here = _nearest_is_here(_directions(other), _directions(plain), size)
+        return ~here.reshape(size).numpy()
+
+
+class CosinePrediction(_FeaturePrediction):
+    """The mean cosine with the plain model's token at the same place."""
+
+    key = "feature_directions"
+    name = "cosine"
+    meaning = "mean cosine between a token's features and the plain model's"
+
+    def terms(self, mine: Record, plain: Record) -> np.ndarray:
+        cosines = (self._tokens(mine) * self._tokens(plain)).sum(1)
+        return np.array([float(cosines.sum()), len(cosines)])
+
+    def differ(self, plain: Tensor, other: Tensor) -> np.ndarray:
+        """Tokens instead of pixels, with a cosine below 0.9."""
+        cosines = (_directions(other) * _directions(plain)).sum(1)
+        return (cosines < 0.9).reshape(plain.shape[1:]).numpy()
