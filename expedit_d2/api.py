@@ -8,13 +8,13 @@ from typing import Any
 
 from torch import nn
 
-from .adapters import Host, find_host
+from .adapters import TransformerSpec, find_transformer
 from .budget import within_budget
 from .fused import Handle, fuse_attention
 from .hook import ExpeditedBlocks
 from .methods import METHODS, build_method
 from .settings import Settings
-from .spelling import describe
+from .settings_text import describe
 
 __all__ = ["Expedited", "apply", "expedite", "expedite_from_node", "is_expedited"]
 
@@ -50,11 +50,11 @@ class Expedited(Handle):
 
     def __repr__(self) -> str:
         """The transformer, its settings as `tools/compare.py` takes them, and whether it is on."""
-        spelled = describe(self.settings, method=self.blocks is not None)
+        text = describe(self.settings, method=self.blocks is not None)
         if self.blocks is not None:
-            spelled += f", {len(self.blocks)} blocks"
+            text += f", {len(self.blocks)} blocks"
         removed = ", removed" if self._removed else ""
-        return f"Expedited({self._transformer}: {spelled}{removed})"
+        return f"Expedited({self._transformer}: {text}{removed})"
 
 
 def expedite(
@@ -110,55 +110,55 @@ def apply(
         )
     if is_expedited(model):
         raise ValueError("the model is already expedited; remove() the first handle before")
-    host = find_host(model)
-    transformer = type(host.whole).__name__
+    spec = find_transformer(model)
+    transformer = type(spec.whole).__name__
     if settings.budget is not None:
-        budget, settings = settings, within_budget(settings, host)
+        budget, settings = settings, within_budget(settings, spec)
         _logger.info("%s: %s -> %s", transformer, describe(budget), describe(settings, method=True))
     if not settings.alphas:
         return Expedited(settings, None, fuse_attention(model).remove, transformer)
-    _check_that_it_fits(settings, host)
-    host, first = host.stage_of(settings.alphas)
-    layout, original = host.layout(settings.size_aware), host.blocks
+    _check_that_it_fits(settings, spec)
+    spec, first = spec.stage_of(settings.alphas)
+    layout, original = spec.layout(settings.size_aware), spec.blocks
     blocks = ExpeditedBlocks(
         original,
         layout,
         {
-            alpha - first: build_method(settings, host.window, index)
+            alpha - first: build_method(settings, spec.window, index)
             for index, alpha in enumerate(settings.alphas)
         },
-        host.outputs if outputs is None else _checked_outputs(outputs, len(original)),
+        spec.outputs if outputs is None else _checked_outputs(outputs, len(original)),
         settings.reconstruct_at == "backbone",
-        host.end,
+        spec.end,
     )
     blocks.train(original.training)
-    detach, unguard = host.attach(model), blocks.guard()
+    detach, unguard = spec.attach(model), blocks.guard()
     fused = fuse_attention(model) if settings.fused_attention else Handle(lambda: None)
-    setattr(host.owner, host.attribute, blocks)
+    setattr(spec.owner, spec.attribute, blocks)
 
     def undo() -> None:
         fused.remove()
         original.training = blocks.training
-        setattr(host.owner, host.attribute, original)
+        setattr(spec.owner, spec.attribute, original)
         unguard()
         detach()
 
     return Expedited(settings, blocks, undo, transformer)
 
 
-def _check_that_it_fits(settings: Settings, host: Host) -> None:
+def _check_that_it_fits(settings: Settings, spec: TransformerSpec) -> None:
     """Whether the transformer can do what the method needs."""
-    method, transformer = METHODS[settings.method], type(host.whole).__name__
-    if "scope" in method.reads and settings.scope not in host.scopes:
+    method, transformer = METHODS[settings.method], type(spec.whole).__name__
+    if "scope" in method.reads and settings.scope not in spec.scopes:
         raise ValueError(
-            f"SCOPE must be one of {host.scopes} for {transformer}, got {settings.scope!r}"
+            f"SCOPE must be one of {spec.scopes} for {transformer}, got {settings.scope!r}"
         )
-    if method.off_grid and not host.off_grid:
+    if method.unstructured and not spec.unstructured:
         raise ValueError(
             f"METHOD {settings.method} leaves tokens on no grid, and there are convolutions "
             f"between the blocks of this {transformer}; METHOD expedit keeps a grid"
         )
-    if method.inside and not host.stage_of(settings.alphas)[0].inside:
+    if method.inside and not spec.stage_of(settings.alphas)[0].inside:
         raise ValueError(
             f"METHOD {settings.method} works inside of the blocks, and those of {transformer} "
             "cannot be taken apart; METHOD merge works before them"

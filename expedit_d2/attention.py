@@ -171,8 +171,8 @@ class MasksAsChannels(TorchFunctionMode):
 def key_bias(sizes: Tensor) -> Tensor:
     """log(size), to be added to the attention logits of each key.
 
-    A key that stands for n tokens then has n votes (proportional attention, Bolya et al., ToMe,
-    arXiv 2210.09461, section 3.2). A key of size 0 gets no vote.
+    A key that stands for n tokens then counts n times (proportional attention, Bolya et al., ToMe,
+    arXiv 2210.09461, section 3.2). A key of size 0 does not count.
 
     Args:
         sizes: (..., N), at least 0.

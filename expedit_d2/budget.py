@@ -20,8 +20,8 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-from .adapters import Host
-from .adapters.host import BlockCosts
+from .adapters import TransformerSpec
+from .adapters.spec import BlockCosts
 from .methods import METHODS, Method, default_method
 from .settings import Settings
 
@@ -43,13 +43,13 @@ class Costs:
     padded: int
 
     @classmethod
-    def of(cls, host: Host) -> Costs:
-        """Of a host's blocks at its nominal size."""
-        side = host.window or 1
+    def of(cls, spec: TransformerSpec) -> Costs:
+        """Costs of the blocks at the size the transformer was made for."""
+        side = spec.window or 1
         return cls(
-            blocks=tuple(host.costs(block) for block in host.blocks.children()),
-            size=host.size,
-            padded=math.prod(-(-n // side) * side for n in host.size),
+            blocks=tuple(spec.costs(block) for block in spec.blocks.children()),
+            size=spec.size,
+            padded=math.prod(-(-n // side) * side for n in spec.size),
         )
 
     @property
@@ -73,7 +73,7 @@ class Costs:
             attention += tokens * self._sides(block) * block.channels
         return attention + self.tokens * share * (block.linear - block.attention)
 
-    def _off_grid(self, block: BlockCosts, entering: float, share: float) -> float:
+    def _unstructured(self, block: BlockCosts, entering: float, share: float) -> float:
         """The same off the grid, where windows keep a place for every token."""
         linear = entering * block.attention + share * (block.linear - block.attention)
         tokens, keys = self.padded, block.window**2
@@ -119,7 +119,7 @@ class Costs:
                 tokens = self.tokens * entering
                 total += method.cost(settings, tokens, self.tokens * left, self.channels)
             grid = before or (method.inside and entering == 1)
-            cost = self._on_grid if grid else self._off_grid
+            cost = self._on_grid if grid else self._unstructured
             total += cost(block, entering if method.inside else left, left)
             entering = left
         return total
@@ -134,24 +134,24 @@ def _least(meets: Callable[[float], bool]) -> float:
     return low
 
 
-def within_budget(settings: Settings, host: Host) -> Settings:
+def within_budget(settings: Settings, spec: TransformerSpec) -> Settings:
     """Settings with alpha and counts in the place of their budget.
 
     Args:
         settings: with ``budget``; their method, if given, is kept, and so is all else.
-        host: the transformer, as `find_host` gives it.
+        spec: the transformer, as `find_transformer` gives it.
 
     Raises:
         ValueError: if no setting meets the budget; names the least one that can be met.
     """
-    name = settings.method or default_method(host.off_grid)
+    name = settings.method or default_method(spec.unstructured)
     rule = _reducing_late if METHODS[name].budget_rule == "late" else _merging
-    return rule(settings, host, name)
+    return rule(settings, spec, name)
 
 
-def _merging(settings: Settings, host: Host, name: str) -> Settings:
-    stage, first = host.longest_stage
-    costs, elsewhere, whole = _costs(host, stage)
+def _merging(settings: Settings, spec: TransformerSpec, name: str) -> Settings:
+    stage, first = spec.longest_stage
+    costs, elsewhere, whole = _costs(spec, stage)
     method, depth = METHODS[name], len(costs.blocks)
     alphas: Sequence[int] = range(depth)
     if method.budget_rule == "early":
@@ -168,17 +168,17 @@ def _merging(settings: Settings, host: Host, name: str) -> Settings:
     return _chosen(settings, name, tuple(first + alpha for alpha in alphas), keep=round(keep, 4))
 
 
-def _costs(host: Host, stage: Host) -> tuple[Costs, float, float]:
+def _costs(spec: TransformerSpec, stage: TransformerSpec) -> tuple[Costs, float, float]:
     """Costs of the stage that reduces, of the others together, and of all."""
     own = Costs.of(stage)
     own = replace(own, blocks=own.blocks[: stage.end])
-    whole = sum(Costs.of(other).total for other in host.stages or (host,))
+    whole = sum(Costs.of(other).total for other in spec.stages or (spec,))
     return own, whole - own.total, whole
 
 
-def _reducing_late(settings: Settings, host: Host, name: str) -> Settings:
-    stage, first = host.longest_stage
-    own, elsewhere, whole = _costs(host, stage)
+def _reducing_late(settings: Settings, spec: TransformerSpec, name: str) -> Settings:
+    stage, first = spec.longest_stage
+    own, elsewhere, whole = _costs(spec, stage)
     limit = settings.budget * whole - elsewhere
     method, rule, depth = METHODS[name], stage.grid_rule, len(own.blocks)
     # Where attention has windows, each of them becomes a grid.
@@ -191,7 +191,7 @@ def _reducing_late(settings: Settings, host: Host, name: str) -> Settings:
     latest = min(int(rule.latest * depth), depth - 1)
     for alpha in range(latest, -1, -1):
         meets = partial(fits, alpha)
-        if method.off_grid:
+        if method.unstructured:
             share = _least(lambda share, meets=meets: meets(share**0.5))
             counts, sides, smallest = {"keep": round(share, 4)}, share**0.5, share * own.tokens >= 1
         elif stage.window:

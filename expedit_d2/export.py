@@ -92,7 +92,7 @@ def _check_free_size(model: nn.Module, onnx: bool) -> None:
     """
     remedy = "export one file for each size: --fixed, or dynamic=False in Python"
     reduced = is_expedited(model)
-    if any(isinstance(module, Method) and module.off_grid for module in model.modules()):
+    if any(isinstance(module, Method) and module.unstructured for module in model.modules()):
         raise ValueError(
             "METHODs that leave no grid cannot be exported for images of any size, as the "
             f"number of tokens left in each block follows from it; {remedy}"

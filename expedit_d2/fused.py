@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from .adapters import find_host
+from .adapters import find_transformer
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -59,15 +59,15 @@ def fuse_attention(model: nn.Module) -> Handle:
     Raises:
         ValueError: for a model that is not supported.
     """
-    host = find_host(model)
+    spec = find_transformer(model)
     layers = []
-    if host.fused is not None:
-        for stage in host.stages or (host,):
+    if spec.fused is not None:
+        for stage in spec.stages or (spec,):
             layers += [stage.blocks[index].attn for index in range(len(stage.blocks))]
     layers = [layer for layer in layers if "forward" not in vars(layer)]
     for layer in layers:
         # Found before the class's own; can be copied and pickled with the layer.
-        layer.forward = partial(host.fused, layer)
+        layer.forward = partial(spec.fused, layer)
 
     def undo() -> None:
         for layer in layers:

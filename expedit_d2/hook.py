@@ -122,7 +122,7 @@ class _Pass:
     def _forget(self, index: int) -> None:
         """Drop states of tensors that are gone: nobody can go on from them."""
         if index in self.states:
-            self.states[index] = [kept for kept in self.states[index] if kept[0].alive]
+            self.states[index] = [entry for entry in self.states[index] if entry[0].alive]
 
     def _before(self, step: _Step, x: Tensor, *args: Any, **kwargs: Any) -> _State:
         """The state that a block goes on from.

@@ -106,7 +106,7 @@ class Settings:
         if self.budget is not None:
             self._check_budget()
         elif self.method is None:
-            fix("method", default_method(off_grid=self.keep is not None))
+            fix("method", default_method(unstructured=self.keep is not None))
         self._check_values()
         if self.method is not None:
             self._check_that_all_is_read()

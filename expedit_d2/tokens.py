@@ -84,7 +84,7 @@ class Layout(ABC):
 
     def reads_outputs(self, kwargs: Mapping[str, Any]) -> bool:
         """Whether a model that gives its blocks these keyword arguments reads the output of each,
-        beside those that `Host.outputs` names."""
+        beside those that `TransformerSpec.outputs` names."""
         return False
 
     def returned(self, x: Tensor) -> Any:
@@ -122,6 +122,6 @@ class Layout(ABC):
     ) -> tuple[Tensor, Tokens, Any]:
         """`run`, reducing the tokens between attention and MLP; their record comes third.
 
-        Needed where `Host.inside` is True.
+        Needed where `TransformerSpec.inside` is True.
         """
         raise NotImplementedError

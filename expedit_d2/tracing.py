@@ -15,7 +15,7 @@ __all__ = ["cached", "in_graph", "is_exporting", "shape_of"]
 _R = TypeVar("_R")
 
 #: Results that `cached` keeps for each function.
-_KEPT = 64
+_CACHE_SIZE = 64
 
 
 def shape_of(x: Tensor) -> tuple[int, ...]:
@@ -45,18 +45,18 @@ def cached(function: Callable[..., _R]) -> Callable[..., _R]:
     Args:
         function: its positional arguments are hashable and say everything.
     """
-    kept: OrderedDict[tuple, _R] = OrderedDict()
+    results: OrderedDict[tuple, _R] = OrderedDict()
 
     @wraps(function)
     def run(*args: object) -> _R:
         if in_graph() or type(torch.empty(0)) is not Tensor:
             return function(*args)
-        result = kept.get(args)
+        result = results.get(args)
         if result is None:
             with torch.inference_mode(False):  # it may be used where gradients are recorded
-                result = kept[args] = function(*args)
-            while len(kept) > _KEPT:
-                kept.popitem(last=False)
+                result = results[args] = function(*args)
+            while len(results) > _CACHE_SIZE:
+                results.popitem(last=False)
         return result
 
     return run

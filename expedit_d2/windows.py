@@ -88,7 +88,7 @@ def slot_rows(
     window: tuple[int, int],
     shift: tuple[int, int] = (0, 0),
 ) -> tuple[Tensor, Tensor]:
-    """Where tokens stand in the windows of a map that keeps all its places, and who has a vote.
+    """Where tokens are in the windows of a map that keeps all its places, and which places count.
 
     A token keeps the place of one of those it stands for; the others' places are empty. So windows
     are those of the model, its padding included, whatever was merged.

@@ -11,7 +11,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from expedit_d2 import expedite
-from expedit_d2.adapters import FAMILIES, find_host
+from expedit_d2.adapters import FAMILIES, find_transformer
 from expedit_d2.api import Expedited, expedite_from_node, is_expedited
 from support.tensors import error, perturbed
 from support.vits import PATCH, detectron2_vit, images, timm_vit
@@ -192,7 +192,7 @@ def test_an_expedited_model_can_be_pickled(vit):
 
 def test_unsupported_models_are_refused_by_name():
     with pytest.raises(ValueError) as caught:
-        find_host(nn.Sequential(nn.Linear(2, 2)))
+        find_transformer(nn.Sequential(nn.Linear(2, 2)))
     assert "Sequential" in str(caught.value)
     for family in FAMILIES:
         assert family.FAMILY in str(caught.value)
@@ -238,7 +238,7 @@ def test_other_classes_of_that_name_are_not():
         blocks = nn.ModuleList()
 
     with pytest.raises(ValueError, match="supported"):
-        find_host(VisionTransformer())
+        find_transformer(VisionTransformer())
 
 
 def test_expediting_twice_is_refused(vit):

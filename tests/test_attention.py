@@ -1,4 +1,4 @@
-"""Votes, relative positions and windows, against explicit loops and Detectron2's own functions."""
+"""Cluster sizes, relative positions and windows, against explicit loops and Detectron2."""
 
 from __future__ import annotations
 
@@ -123,9 +123,9 @@ def test_attend_adds_every_kind_of_term(entries, monkeypatch):
     q, k, v = queries_keys_values()
     pairs, heads = torch.randn(3, 2, 10, 12), torch.randn(1, 2, 1, 12)
     query, key = torch.randn(3, 2, 10, 5), torch.randn(3, 1, 5, 12)
-    votes = torch.rand(3, 12) * 4 + 0.2
-    actual = attend(q, k, v, 0.3, [pairs, heads, (query, key)], votes.log())
-    bias = pairs + heads + query @ key + votes.log()[:, None, None]
+    cluster_sizes = torch.rand(3, 12) * 4 + 0.2
+    actual = attend(q, k, v, 0.3, [pairs, heads, (query, key)], cluster_sizes.log())
+    bias = pairs + heads + query @ key + cluster_sizes.log()[:, None, None]
     torch.testing.assert_close(actual, explicit(q, k, v, bias, 0.3))
 
 
@@ -134,18 +134,18 @@ def test_attend_takes_keys_on_a_grid(entries, monkeypatch):
     monkeypatch.setattr(attention, "_PART_CPU", entries)
     q, k, v = queries_keys_values()
     rows, cols = torch.randn(3, 2, 10, 3, 1), torch.randn(3, 2, 10, 1, 4)
-    votes = torch.rand(3, 3, 4) * 4 + 0.2
-    bias = (rows + cols + votes.log()[:, None, None]).flatten(3)
-    actual = attend(q, k, v, 0.3, [rows, cols], votes.log())
+    cluster_sizes = torch.rand(3, 3, 4) * 4 + 0.2
+    bias = (rows + cols + cluster_sizes.log()[:, None, None]).flatten(3)
+    actual = attend(q, k, v, 0.3, [rows, cols], cluster_sizes.log())
     torch.testing.assert_close(actual, explicit(q, k, v, bias, 0.3))
 
 
 def test_attend_without_terms():
     q, k, v = queries_keys_values()
     torch.testing.assert_close(attend(q, k, v, 0.3), explicit(q, k, v, torch.zeros(()), 0.3))
-    votes = torch.rand(3, 3, 4) * 4 + 0.2
-    bias = votes.log().flatten(1)[:, None, None]
-    actual = attend(q, k, v, 0.3, bias=votes.log())
+    cluster_sizes = torch.rand(3, 3, 4) * 4 + 0.2
+    bias = cluster_sizes.log().flatten(1)[:, None, None]
+    actual = attend(q, k, v, 0.3, bias=cluster_sizes.log())
     torch.testing.assert_close(actual, explicit(q, k, v, bias, 0.3))
 
 

@@ -9,7 +9,7 @@ from detectron2.modeling import ViT
 from torch import nn
 
 from expedit_d2 import expedite
-from expedit_d2.adapters import find_host
+from expedit_d2.adapters import find_transformer
 from expedit_d2.analysis.flops import count_flops
 from expedit_d2.backbones.swin import D2SwinTransformer
 from expedit_d2.budget import Costs, within_budget
@@ -38,7 +38,7 @@ def vitdet() -> nn.Module:
     ).eval()
 
 
-def kept(model: nn.Module, x: torch.Tensor, **settings) -> float:
+def share_spent(model: nn.Module, x: torch.Tensor, **settings) -> float:
     """The share of the blocks' FLOPs that is left, by fvcore."""
     plain = count_flops(model, x)
     with expedite(model, **settings):
@@ -48,17 +48,17 @@ def kept(model: nn.Module, x: torch.Tensor, **settings) -> float:
 @pytest.mark.parametrize("method", [None, "merge", "tome", "density", "expedit", "pool", "hard"])
 @pytest.mark.parametrize("budget", [0.55, 0.7])
 def test_the_budget_is_met_on_a_plain_vit(method, budget):
-    share = kept(vit_b(), torch.randn(1, 3, 192, 256), budget=budget, method=method)
+    share = share_spent(vit_b(), torch.randn(1, 3, 192, 256), budget=budget, method=method)
     # Distances of all pairs, for density peaks, come on top.
     assert budget - 0.04 < share < budget + 0.04
 
 
 @pytest.mark.parametrize("budget", [0.6, 0.8])
 def test_the_budget_is_met_with_windows(budget):
-    share = kept(vitdet(), torch.randn(1, 3, 256, 256), budget=budget)
+    share = share_spent(vitdet(), torch.randn(1, 3, 256, 256), budget=budget)
     assert budget - 0.04 < share < budget + 0.04
     # A window has a whole number of clusters along its side, and there may be fewer than allowed.
-    share = kept(vitdet(), torch.randn(1, 3, 256, 256), budget=budget, method="expedit")
+    share = share_spent(vitdet(), torch.randn(1, 3, 256, 256), budget=budget, method="expedit")
     assert budget - 0.12 < share < budget + 0.04
 
 
@@ -75,7 +75,7 @@ def test_the_budget_is_met_where_windows_are_padded(window):
         window_block_indexes=(0, 1, 2),
         use_rel_pos=True,
     ).eval()
-    share = kept(model, torch.randn(1, 3, 256, 256), budget=0.6)
+    share = share_spent(model, torch.randn(1, 3, 256, 256), budget=0.6)
     assert 0.56 < share < 0.64
 
 
@@ -83,12 +83,12 @@ def test_the_budget_is_met_on_a_swin():
     swin = D2SwinTransformer(
         embed_dim=48, depths=(2, 2, 6, 2), num_heads=(2, 2, 4, 8), window_size=8, drop_path_rate=0.0
     ).eval()
-    share = kept(swin, torch.randn(1, 3, 256, 256), budget=0.8)
+    share = share_spent(swin, torch.randn(1, 3, 256, 256), budget=0.8)
     assert 0.76 < share < 0.84
     with expedite(swin, budget=0.8) as handle:
         assert handle.settings.method == "merge"
         assert 4 <= min(handle.settings.alphas) and max(handle.settings.alphas) < 10
-    share = kept(swin, torch.randn(1, 3, 256, 256), budget=0.8, method="expedit")
+    share = share_spent(swin, torch.randn(1, 3, 256, 256), budget=0.8, method="expedit")
     assert 0.68 < share < 0.84
     with expedite(swin, budget=0.8, method="expedit") as handle:
         assert 4 <= handle.settings.alpha < 10 and handle.settings.scope == "window"
@@ -96,30 +96,32 @@ def test_the_budget_is_met_on_a_swin():
 
 def test_costs_of_a_plain_model_are_those_that_fvcore_counts():
     for model, x in ((vit_b(), (192, 256)), (vitdet(), (256, 256))):
-        host = find_host(model)
+        spec = find_transformer(model)
         counted = count_flops(model, torch.randn(1, 3, *x)).blocks
         # Norms, class tokens and relative positions are not reckoned.
-        assert Costs.of(host).total == pytest.approx(counted, rel=0.05)
+        assert Costs.of(spec).total == pytest.approx(counted, rel=0.05)
 
 
 def test_what_is_chosen():
-    host = find_host(vit_b())
-    merge = within_budget(Settings(budget=0.5), host)
+    spec = find_transformer(vit_b())
+    merge = within_budget(Settings(budget=0.5), spec)
     assert (merge.method, merge.alphas, merge.budget) == ("merge", (0, 1, 2, 4), None)
-    assert within_budget(Settings(budget=0.4), host).keep < merge.keep
+    assert within_budget(Settings(budget=0.4), spec).keep < merge.keep
     # Late where the clusters stay many enough, else earlier.
-    grids = [within_budget(Settings(budget=b, method="expedit"), host) for b in (0.75, 0.5)]
+    grids = [within_budget(Settings(budget=b, method="expedit"), spec) for b in (0.75, 0.5)]
     assert grids[0].alpha == 3 and grids[1].alpha < 3
     assert min(setting.ratio for setting in grids) >= 0.6
-    merge = within_budget(Settings(budget=0.5), find_host(vitdet()))
+    merge = within_budget(Settings(budget=0.5), find_transformer(vitdet()))
     assert (merge.method, merge.alphas, merge.schedule) == ("merge", (0, 1, 3, 5), "equal")
-    windows = within_budget(Settings(budget=0.8, method="expedit"), find_host(vitdet()))
+    windows = within_budget(Settings(budget=0.8, method="expedit"), find_transformer(vitdet()))
     assert (windows.method, windows.scope) == ("expedit", "window")
     assert windows.grid[0] == windows.grid[1] < 8
 
 
 def test_other_settings_stay():
-    chosen = within_budget(Settings(budget=0.5, rounds=3, size_aware=False), find_host(vit_b()))
+    chosen = within_budget(
+        Settings(budget=0.5, rounds=3, size_aware=False), find_transformer(vit_b())
+    )
     assert (chosen.rounds, chosen.size_aware) == (3, False)
 
 

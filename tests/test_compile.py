@@ -41,7 +41,7 @@ def settings_for(kind: str, method: str) -> dict:
     settings = {"alpha": 1, "method": method}
     if "iterations" in METHODS[method].reads:
         settings["iterations"] = 2
-    if METHODS[method].off_grid:
+    if METHODS[method].unstructured:
         return settings | {"keep": 0.6}
     if kind == "swin":
         return settings | {"grid": (2, 3), "scope": "window"}

@@ -15,7 +15,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from expedit_d2 import attention, expedite, fuse_attention
-from expedit_d2.adapters.detectron2_vit import _attend
+from expedit_d2.adapters.detectron2_vit import attend_layer
 from expedit_d2.analysis.memory import peak_memory
 from expedit_d2.api import expedite_from_node, is_expedited
 from expedit_d2.settings import Settings
@@ -196,7 +196,7 @@ def test_no_mask_of_all_pairs_is_held(monkeypatch, clusters):
     positions = 31 * torch.rand(1, 32, 32, 2) if clusters else None
     monkeypatch.setattr(attention, "_PART_CPU", 2**18)
     with torch.no_grad():
-        held = peak_memory(lambda: _attend(layer, x, positions=positions), torch.device("cpu"))
+        held = peak_memory(lambda: attend_layer(layer, x, positions=positions), torch.device("cpu"))
         assert held < 8 * 2**20
         if not clusters:
             assert peak_memory(lambda: layer(x), torch.device("cpu")) > 32 * 2**20

@@ -12,7 +12,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from expedit_d2 import expedite
-from expedit_d2.adapters import find_host
+from expedit_d2.adapters import find_transformer
 from expedit_d2.hook import ExpeditedBlocks, run_reduced
 from expedit_d2.methods import Method
 from expedit_d2.tokens import Tokens
@@ -95,7 +95,7 @@ class Halve(nn.Module):
         # Each token is rebuilt from the kept one whose index is nearest, and counted there.
         nearest = (torch.arange(count)[:, None] - kept).abs().argmin(1)
         sizes = torch.bincount(nearest, minlength=len(kept)).float().expand(len(flat), -1)
-        # A second time: the votes of what is dropped go along.
+        # A second time: the sizes of what is dropped are added.
         if tokens.sizes is not None:
             before = tokens.sizes.flatten(1)
             sizes = torch.zeros_like(sizes).index_add(1, nearest, before)
@@ -108,7 +108,7 @@ class Repeat(nn.Module):
         return features[:, nearest].unflatten(1, tuple(tokens.features.shape[1:-1]))
 
 
-class OffGrid(Method):
+class Unstructured(Method):
     def __init__(self) -> None:
         super().__init__(None, None)
         self.reduce = Halve()
@@ -117,10 +117,10 @@ class OffGrid(Method):
 
 def with_method(vit: nn.Module, methods: dict[int, nn.Module], size_aware: bool = True):
     """What `expedite` does, for methods that have no name."""
-    host = find_host(vit)
-    blocks = ExpeditedBlocks(host.blocks, host.layout(size_aware), methods, host.outputs)
-    host.attach(vit)
-    setattr(host.owner, host.attribute, blocks)
+    spec = find_transformer(vit)
+    blocks = ExpeditedBlocks(spec.blocks, spec.layout(size_aware), methods, spec.outputs)
+    spec.attach(vit)
+    setattr(spec.owner, spec.attribute, blocks)
     return blocks
 
 
@@ -134,13 +134,13 @@ def test_clusters_may_lie_on_no_grid(size_aware):
     reduced, record = Halve()(Tokens(maps, SIZE, SIZE))
     assert reduced.features.shape == (2, 48, 32) and reduced.sizes.sum() == 2 * 96
     y = torch.cat([prefix, reduced.features], dim=1)
-    votes = torch.cat([torch.ones(2, 3), reduced.sizes], dim=1)
-    mask = votes.log()[:, None, None] if size_aware else None
+    cluster_sizes = torch.cat([torch.ones(2, 3), reduced.sizes], dim=1)
+    mask = cluster_sizes.log()[:, None, None] if size_aware else None
     for block in vit.blocks[2:]:
         y = block(y, attn_mask=mask)
     expected = vit.norm(torch.cat([y[:, :3], y[:, 3:][:, record[0]]], dim=1))
 
-    with_method(vit, {2: OffGrid()}, size_aware)
+    with_method(vit, {2: Unstructured()}, size_aware)
     assert error(vit.forward_features(x), expected) < 1e-6
     final, (first, last) = vit.forward_intermediates(x, [0, 3], norm=True)
     assert first.shape == (2, 32, *SIZE) and error(final, expected) < 1e-6
@@ -149,7 +149,7 @@ def test_clusters_may_lie_on_no_grid(size_aware):
 
 def test_clusters_off_the_grid_may_be_reduced_again():
     vit, x, seen = tiny_vit(), images(), []
-    blocks = with_method(vit, {0: OffGrid(), 2: OffGrid()})
+    blocks = with_method(vit, {0: Unstructured(), 2: Unstructured()})
     for method in blocks.methods.values():
         method.reduce.register_forward_hook(lambda m, args, out: seen.append(out[0]))
     maps = vit.forward_intermediates(x, intermediates_only=True)
@@ -160,10 +160,10 @@ def test_clusters_off_the_grid_may_be_reduced_again():
 
 
 def test_a_method_outside_the_blocks_is_refused(vit):
-    host = find_host(vit)
+    spec = find_transformer(vit)
     for alpha in (-1, 4):
         with pytest.raises(ValueError, match=f"ALPHA must be in 0 to 3 .* got {alpha}"):
-            ExpeditedBlocks(host.blocks, host.layout(True), {alpha: OffGrid()})
+            ExpeditedBlocks(spec.blocks, spec.layout(True), {alpha: Unstructured()})
 
 
 # --- several passes at once ------------------------------------------------------------------

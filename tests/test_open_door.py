@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from expedit_d2 import expedite
-from expedit_d2.adapters import ADAPTER_REGISTRY, find_host
+from expedit_d2.adapters import ADAPTER_REGISTRY, find_transformer
 from expedit_d2.methods import METHOD_REGISTRY, METHODS, GridMethod, Method
 from expedit_d2.settings import Settings
 from support.tensors import error
@@ -49,8 +49,8 @@ from dataclasses import replace
 
 from torch import nn
 
-from expedit_d2.adapters import ADAPTER_REGISTRY, Host
-from expedit_d2.adapters.host import block_costs
+from expedit_d2.adapters import ADAPTER_REGISTRY, TransformerSpec
+from expedit_d2.adapters.spec import block_costs
 from expedit_d2.tokens import Layout, Tokens
 
 
@@ -93,12 +93,12 @@ class MixerAdapter:
 
     @staticmethod
     def adapt(module):
-        return Host(
+        return TransformerSpec(
             owner=module,
             attribute="steps",
             layout=MapLayout,
             costs=lambda step: block_costs(step, step, channels=8),
-            off_grid=True,
+            unstructured=True,
         )
 '''
 
@@ -149,7 +149,7 @@ def test_a_method_is_one_file(install):
 def test_a_family_is_one_file(install):
     install("mixer_family", FAMILY, "[expedit_d2.adapters]\nmixer = mixer_family\n")
     with pytest.raises(ValueError, match="supported: .*, somebody's mixer$"):
-        find_host(nn.Linear(2, 2))
+        find_transformer(nn.Linear(2, 2))
     model, x = sys.modules["mixer_family"].Mixer().eval(), torch.randn(2, 6, 6, 8)
     plain = model(x)
     with expedite(model, 1, keep=1.0):
@@ -169,7 +169,7 @@ def test_a_broken_entry_point_is_named_and_does_no_harm(install, caplog):
     with pytest.raises(ValueError, match="METHOD must be one of .*'nice' of expedit_d2.methods"):
         Settings(alpha=1, ratio=0.5, method="nice")
     with pytest.raises(ValueError, match="supported: .*'nice' of expedit_d2.adapters, 'broken'"):
-        find_host(nn.Linear(2, 2))
+        find_transformer(nn.Linear(2, 2))
     with expedite(timm_vit(), 1, keep=0.5):
         pass
     lines = [record.getMessage() for record in caplog.records]

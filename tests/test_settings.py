@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from expedit_d2 import expedite
 from expedit_d2.api import expedite_from_node, is_expedited
 from expedit_d2.settings import Settings
-from expedit_d2.spelling import parse_setting
+from expedit_d2.settings_text import parse_setting
 from support.vits import detectron2_vit, images, timm_vit
 
 

@@ -9,7 +9,7 @@ from expedit_d2 import add_expedit_config, expedite
 from expedit_d2.api import expedite_from_node
 from expedit_d2.engine import merge_file
 from expedit_d2.settings import Settings
-from expedit_d2.spelling import describe, parse_setting
+from expedit_d2.settings_text import describe, parse_setting
 from support.repository import ROOT
 from support.vits import timm_vit
 
@@ -89,7 +89,7 @@ def test_config_keys_and_defaults_are_those_of_settings():
 
 
 @pytest.mark.parametrize("temperature", [None, "auto"])
-def test_both_spellings_of_the_automatic_temperature_are_one(temperature):
+def test_both_forms_of_the_automatic_temperature_are_one(temperature):
     settings = Settings(alpha=1, ratio=0.5, temperature=temperature)
     assert settings == Settings(alpha=1, ratio=0.5)
     assert describe(settings) == "alpha=1 ratio=0.5"

@@ -31,7 +31,7 @@ from tabulate import tabulate
 from torch import Tensor, nn
 
 from expedit_d2 import fuse_attention
-from expedit_d2.adapters import find_host
+from expedit_d2.adapters import find_transformer
 from expedit_d2.analysis.flops import count_flops
 from expedit_d2.analysis.memory import peak_memory
 from expedit_d2.analysis.timing import DTYPES, interleaved, processor, synchronize
@@ -84,17 +84,17 @@ def build(args: argparse.Namespace) -> tuple[nn.Module, Settings]:
         raise ValueError(f"{args.config_file}: MODEL.EXPEDIT.ALPHA is not set; nothing to time")
     cfg.defrost()
     cfg.MODEL.EXPEDIT.ENABLED = cfg.MODEL.EXPEDIT.FUSED_ATTENTION = False
-    host = find_host(build_model(cfg).eval())
+    spec = find_transformer(build_model(cfg).eval())
     if args.blocks is not None:
-        setattr(host.owner, host.attribute, host.blocks[: args.blocks])
-    return host.owner, settings
+        setattr(spec.owner, spec.attribute, spec.blocks[: args.blocks])
+    return spec.owner, settings
 
 
 def expedited(vit: nn.Module, settings: Settings, fused: bool) -> Expedited:
     """A transformer alone has no head that could rebuild: it is done after the last block."""
     settings = replace(settings, reconstruct_at="backbone", fused_attention=fused)
-    host = find_host(vit)
-    only_last = None if host.stages or host.outputs else (len(host.blocks) - 1,)
+    spec = find_transformer(vit)
+    only_last = None if spec.stages or spec.outputs else (len(spec.blocks) - 1,)
     return apply(vit, settings, only_last)
 
 

@@ -47,12 +47,12 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if min(args.batch) < 1:
         parser.error(f"--batch must be at least 1, got {min(args.batch)}")
-    args.subjects = {
-        name: subject
-        for name, subject in (SMALL_MODELS if args.small else MODELS).items()
+    args.entries = {
+        name: entry
+        for name, entry in (SMALL_MODELS if args.small else MODELS).items()
         if args.models is None or any(part.lower() in name.lower() for part in args.models)
     }
-    if not args.subjects:
+    if not args.entries:
         known = ", ".join(SMALL_MODELS if args.small else MODELS)
         parser.error(f"--models {' '.join(args.models)} names none of {known}")
     if args.device == "cuda" and not torch.cuda.is_available():
@@ -64,12 +64,12 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     began, device = time.perf_counter(), torch.device(args.device)
     args.output.mkdir(parents=True, exist_ok=True)
-    missing = {name: s.needs for name, s in args.subjects.items() if not s.available}
+    missing = {name: s.needs for name, s in args.entries.items() if not s.available}
     for name, package in missing.items():
         print(f"{name} is left out: {package} is not installed", flush=True)
-    subjects = {name: s for name, s in args.subjects.items() if name not in missing}
+    entries = {name: s for name, s in args.entries.items() if name not in missing}
     units = benchmark.plan(
-        [*subjects], args.batch, args.dtype, args.settings, [MODES[mode] for mode in args.mode]
+        [*entries], args.batch, args.dtype, args.settings, [MODES[mode] for mode in args.mode]
     )
     rows: list[dict] = []
     deviations: list[dict] = []
@@ -84,13 +84,13 @@ def main(argv: list[str] | None = None) -> int:
         try:
             while left and time.perf_counter() - began < args.seconds:
                 print(f"{time.perf_counter() - began:5.0f} s: {left[0]}", flush=True)
-                for row in benchmark.measure(subjects[left[0].model], left[0], device):
+                for row in benchmark.measure(entries[left[0].model], left[0], device):
                     keep(rows, row)
                 left.pop(0)
                 if len(left) == len(units) - 1:
-                    for name, subject in SMALL_MODELS.items():
-                        if subject.available:
-                            for row in benchmark.check(name, subject, device, args.settings):
+                    for name, entry in SMALL_MODELS.items():
+                        if entry.available:
+                            for row in benchmark.check(name, entry, device, args.settings):
                                 keep(deviations, row)
         except KeyboardInterrupt:
             print("interrupted", flush=True)

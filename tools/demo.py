@@ -16,11 +16,11 @@ from detectron2.data import MetadataCatalog
 from detectron2.utils.logger import setup_logger
 
 from expedit_d2.cli.options import ToolParser, add_config_options, at_least
-from expedit_d2.cli.subjects import load_subject, needed_setting
+from expedit_d2.cli.workloads import load_workload, needed_setting
 from expedit_d2.comparison import (
     Comparison,
     Options,
-    Subject,
+    Workload,
     check_finished,
     compare,
     to_markdown,
@@ -106,26 +106,26 @@ def settings_of(case: Case, opts: Sequence[str]) -> dict[str, Settings]:
     return {path.stem.removeprefix(stem): needed_setting(path, opts) for path in case.expedit}
 
 
-def draw(subject: Subject, setting: Settings, count: int) -> list[dict[str, np.ndarray]]:
+def draw(workload: Workload, setting: Settings, count: int) -> list[dict[str, np.ndarray]]:
     """Panels of the first images; of the output that says most, where there are several."""
-    metadata = MetadataCatalog.get(subject.dataset)
+    metadata = MetadataCatalog.get(workload.dataset)
     rows = []
-    for inputs in subject.images(count):
-        rows += side_by_side(subject.model, setting, inputs[0], metadata, subject.color)[-1:]
+    for inputs in workload.images(count):
+        rows += side_by_side(workload.model, setting, inputs[0], metadata, workload.color)[-1:]
     return rows
 
 
 def run_case(case: Case, args: argparse.Namespace) -> Comparison:
     """Evaluate and draw one model."""
     name, settings = case.plain.stem, settings_of(case, args.opts)
-    subject = load_subject(case.plain, args.opts)
-    comparison = compare(subject, settings, Options(timed_images=args.timed, batch=1))
+    workload = load_workload(case.plain, args.opts)
+    comparison = compare(workload, settings, Options(timed_images=args.timed, batch=1))
     print(f"\n{to_terminal(comparison)}\n")
     if comparison.unfinished:
         raise KeyboardInterrupt
     drawn = [row.settings for row in comparison.rows[1:]]
     if drawn and args.pictures:
-        panels = draw(subject, drawn[0], args.pictures)
+        panels = draw(workload, drawn[0], args.pictures)
         save_panels(panels, Path(args.output) / f"{name}.png")
     return comparison
 

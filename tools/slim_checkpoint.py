@@ -34,8 +34,9 @@ def run(arguments: list[str] | None = None) -> None:
         elsewhere = frozen_part(load_cfg(args.head_of)) if args.head_of else {}
         slimmed = slim_checkpoint(args.source, args.target, elsewhere)
     print(f"{args.target}: {slimmed.size / 1e6:.1f} MB")
-    if slimmed.kept:
-        print(f"not in half precision, which has no numbers as large: {', '.join(slimmed.kept)}")
+    if slimmed.full_precision:
+        names = ", ".join(slimmed.full_precision)
+        print(f"not in half precision, which has no numbers as large: {names}")
 
 
 if __name__ == "__main__":

@@ -1,11 +1,14 @@
-"""One small file a family of transformers: how its blocks and its tokens look to the hook.
+"""One small file per family of transformers: what its blocks and tokens look like to the hook.
 
-An adapter has ``matches(module) -> bool`` and ``adapt(module) -> Host``; see `Adapter`. Families
-are told by the class's name and module, so that none of their packages has to be installed. Those
-of other packages are added to `ADAPTER_REGISTRY`.
+An adapter has ``matches(module) -> bool`` and ``adapt(module) -> TransformerSpec``; see `Adapter`.
+Families are recognised by the name and module of their class, so that none of their packages has to
+be installed. Adapters in other packages register with `ADAPTER_REGISTRY`.
 """
 
 from __future__ import annotations
+
+import warnings
+from typing import Any
 
 from torch import nn
 
@@ -21,10 +24,10 @@ from . import (
     transformers_swin,
     transformers_vit,
 )
-from .host import Host
 from .registry import ADAPTER_REGISTRY, Adapter
+from .spec import TransformerSpec
 
-__all__ = ["ADAPTER_REGISTRY", "Adapter", "Host", "find_host"]
+__all__ = ["ADAPTER_REGISTRY", "Adapter", "TransformerSpec", "find_transformer"]
 
 FAMILIES = (
     detectron2_vit,
@@ -41,8 +44,11 @@ FAMILIES = (
 for _family in FAMILIES:
     ADAPTER_REGISTRY.register(_family)
 
+#: Old names, deprecated.
+_RENAMED = {"Host": "TransformerSpec", "find_host": "find_transformer"}
 
-def find_host(model: nn.Module) -> Host:
+
+def find_transformer(model: nn.Module) -> TransformerSpec:
     """The one supported transformer that ``model`` is or contains.
 
     Raises:
@@ -65,3 +71,10 @@ def find_host(model: nn.Module) -> Host:
         raise ValueError(f"several transformers in the model, pass one of them: {names}")
     _, module, family = found[0]
     return family.adapt(module)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _RENAMED:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    warnings.warn(f"{name} is now {_RENAMED[name]}", DeprecationWarning, stacklevel=2)
+    return globals()[_RENAMED[name]]

@@ -19,7 +19,7 @@ from ..operators import grid_positions, on_device
 from ..tokens import Layout, Tokens
 from ..tracing import shape_of
 from ..windows import from_slots, partition, slot_rows, to_slots, unpartition
-from .host import BlockCosts, GridRule, Host, MergeRule, block_costs, is_class, mean_keys
+from .spec import BlockCosts, GridRule, MergeRule, TransformerSpec, block_costs, is_class, mean_keys
 
 FAMILY = "Detectron2's ViT (ViTDet)"
 
@@ -28,24 +28,24 @@ def matches(module: nn.Module) -> bool:
     return is_class(module, "ViT", "detectron2.modeling.backbone.vit")
 
 
-def adapt(vit: nn.Module) -> Host:
+def adapt(vit: nn.Module) -> TransformerSpec:
     # A convolution between blocks needs a grid.
-    off_grid = not any(block.use_residual_block for block in vit.blocks)
-    return host_of(vit, MapLayout, off_grid)
+    unstructured = not any(block.use_residual_block for block in vit.blocks)
+    return spec_of(vit, MapLayout, unstructured)
 
 
-def host_of(
-    vit: nn.Module, layout: type[MapLayout], off_grid: bool, attribute: str = "blocks"
-) -> Host:
-    """The host of a transformer with Detectron2's attention.
+def spec_of(
+    vit: nn.Module, layout: type[MapLayout], unstructured: bool, attribute: str = "blocks"
+) -> TransformerSpec:
+    """`TransformerSpec` of a transformer with Detectron2's attention.
 
     Args:
         layout: of its family.
-        off_grid, attribute: see `Host`.
+        unstructured, attribute: see `TransformerSpec`.
     """
     blocks = getattr(vit, attribute)
     window = max((block.window_size for block in blocks), default=0)
-    return Host(
+    return TransformerSpec(
         owner=vit,
         attribute=attribute,
         layout=partial(
@@ -57,7 +57,7 @@ def host_of(
         costs=_costs,
         outputs=(len(blocks) - 1,),
         fused=attend_layer,
-        off_grid=off_grid,
+        unstructured=unstructured,
         inside=True,
         merge_rule=MergeRule.windowed() if window else MergeRule(),
         grid_rule=GridRule(latest=0.75, least_latest=0.375),
@@ -126,7 +126,7 @@ class MapLayout(Layout):
         return mean_keys(block.attn.qkv, _heads(block.attn), self.normed(block, features, 0))
 
     def prepare(self, x: Tensor, tokens: Tokens) -> dict[str, _Keys]:
-        # Padding is not part of the stock model's global attention: it has no vote here.
+        # Padding is not part of the stock model's global attention: its size is 0 here.
         sizes = self._sizes(tokens, padding=0.0)
         context = {"map": _Keys(None if sizes is None else key_bias(sizes), _places(tokens))}
         if self.window:

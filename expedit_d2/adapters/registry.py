@@ -8,7 +8,7 @@ from typing import Any, Protocol
 from torch import nn
 
 from ..registry import Registry
-from .host import Host
+from .spec import TransformerSpec
 
 __all__ = ["ADAPTER_REGISTRY", "Adapter"]
 
@@ -24,7 +24,7 @@ class Adapter(Protocol):
         """Whether a part of a model is a transformer of this family; see `is_class`."""
 
     @staticmethod
-    def adapt(module: nn.Module) -> Host:
+    def adapt(module: nn.Module) -> TransformerSpec:
         """What the hook needs to know of it.
 
         Raises:

@@ -9,8 +9,8 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from ..tokens import Tokens
-from .detectron2_vit import MapLayout, host_of
-from .host import Host, is_class
+from .detectron2_vit import MapLayout, spec_of
+from .spec import TransformerSpec, is_class
 
 FAMILY = "segment-anything's ImageEncoderViT (SAM)"
 
@@ -19,8 +19,8 @@ def matches(module: nn.Module) -> bool:
     return is_class(module, "ImageEncoderViT", "segment_anything.modeling.image_encoder")
 
 
-def adapt(encoder: nn.Module) -> Host:
-    return host_of(encoder, _Layout, off_grid=True)
+def adapt(encoder: nn.Module) -> TransformerSpec:
+    return spec_of(encoder, _Layout, unstructured=True)
 
 
 class _Layout(MapLayout):

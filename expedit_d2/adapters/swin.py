@@ -24,7 +24,15 @@ from ..operators import grid_positions, on_device
 from ..tokens import Layout, Tokens
 from ..tracing import shape_of
 from ..windows import from_slots, partition, shifted_mask, slot_rows, to_slots, unpartition
-from .host import BlockCosts, GridRule, Host, MergeRule, block_costs, is_class, mean_of_heads
+from .spec import (
+    BlockCosts,
+    GridRule,
+    MergeRule,
+    TransformerSpec,
+    block_costs,
+    is_class,
+    mean_of_heads,
+)
 
 FAMILY = "Swin (Mask2Former's, Detectron2's)"
 
@@ -44,36 +52,36 @@ def matches(module: nn.Module) -> bool:
     return official or is_class(module, "D2SwinTransformer", _OURS)
 
 
-def adapt(swin: nn.Module) -> Host:
+def adapt(swin: nn.Module) -> TransformerSpec:
     flat = not is_class(swin, "D2SwinTransformer", _OURS)
     layout = partial(SwinLayout, flat=flat)
-    return host_of(swin, swin.layers[0].window_size, layout, _costs, fused=_fused)
+    return spec_of(swin, swin.layers[0].window_size, layout, _costs, fused=_fused)
 
 
-def host_of(
+def spec_of(
     owner: nn.Module,
     window: int,
     layout: Callable[..., SwinLayout],
     costs: Callable[..., BlockCosts],
     **attributes: Any,
-) -> Host:
-    """The host of a Swin whose ``layers`` are stages with ``blocks``.
+) -> TransformerSpec:
+    """`TransformerSpec` of a Swin whose ``layers`` are stages with ``blocks``.
 
     Args:
         owner: the module with these layers.
         window: side of the windows.
         layout: of the family; takes ``size_aware`` and ``window``.
         costs: of a block; takes it and ``window``.
-        **attributes: others of the `Host`.
+        **attributes: others of the `TransformerSpec`.
     """
     common = {
         "layout": partial(layout, window=window),
         "costs": partial(costs, window=window),
-        "off_grid": True,
+        "unstructured": True,
     }
 
-    def stage(index: int, layer: nn.Module) -> Host:
-        return Host(
+    def stage(index: int, layer: nn.Module) -> TransformerSpec:
+        return TransformerSpec(
             owner=layer,
             attribute="blocks",
             merge_rule=MergeRule.windowed(),
@@ -84,7 +92,7 @@ def host_of(
             **common,
         )
 
-    return Host(
+    return TransformerSpec(
         owner=owner,
         attribute="layers",
         scopes=("window",),

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from ..operators import grid_positions, on_device
 from ..tokens import Tokens
-from .host import Host, is_class
-from .timm_vit import PrefixLayout, host_of
+from .spec import TransformerSpec, is_class
+from .timm_vit import PrefixLayout, spec_of
 
 FAMILY = "timm's Eva (DINOv3, EVA-02)"
 
@@ -30,7 +30,7 @@ def matches(module: nn.Module) -> bool:
     return is_class(module, "Eva", "timm.models.eva")
 
 
-def adapt(eva: nn.Module) -> Host:
+def adapt(eva: nn.Module) -> TransformerSpec:
     kind = type(eva.rope).__name__
     if eva.rope is not None and kind not in _ANGLES:
         raise ValueError(f"rotary positions must be one of {sorted(_ANGLES)}, got {kind}")
@@ -38,7 +38,7 @@ def adapt(eva: nn.Module) -> Host:
     def layout(**kwargs: Any) -> _Layout:
         return _Layout(rope=eva.rope, blocks=tuple(eva.blocks), **kwargs)
 
-    return host_of(eva, layout)
+    return spec_of(eva, layout)
 
 
 @dataclass(frozen=True)

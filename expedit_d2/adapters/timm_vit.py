@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from ..attention import MasksAsChannels, key_bias
 from ..tokens import Layout, Tokens
 from ..tracing import shape_of
-from .host import BlockCosts, Host, block_costs, is_class, mean_keys, mean_of_heads
 from .map_size import MapSizes, Size
+from .spec import BlockCosts, TransformerSpec, block_costs, is_class, mean_keys, mean_of_heads
 
 FAMILY = "timm's VisionTransformer"
 
@@ -29,12 +29,12 @@ def matches(module: nn.Module) -> bool:
     return is_class(module, "VisionTransformer", "timm.models.vision_transformer")
 
 
-def adapt(vit: nn.Module) -> Host:
-    return host_of(vit, PrefixLayout)
+def adapt(vit: nn.Module) -> TransformerSpec:
+    return spec_of(vit, PrefixLayout)
 
 
-def host_of(vit: nn.Module, layout: Callable[..., PrefixLayout]) -> Host:
-    """The host of a timm transformer; ``layout`` takes ``prefix``, ``size_aware`` and
+def spec_of(vit: nn.Module, layout: Callable[..., PrefixLayout]) -> TransformerSpec:
+    """`TransformerSpec` of a timm transformer; ``layout`` takes ``prefix``, ``size_aware`` and
     ``sizes``.
     """
 
@@ -52,7 +52,7 @@ def host_of(vit: nn.Module, layout: Callable[..., PrefixLayout]) -> Host:
             )
         return layout(prefix=vit.num_prefix_tokens, size_aware=size_aware, sizes=sizes)
 
-    return Host(
+    return TransformerSpec(
         owner=vit,
         attribute="blocks",
         layout=build,
@@ -60,7 +60,7 @@ def host_of(vit: nn.Module, layout: Callable[..., PrefixLayout]) -> Host:
         # Known to who drives the model (`expedit_d2.backbones.timm_vit`), else it may read any.
         outputs=getattr(vit, "expedit_outputs", None),
         attach=lambda model: sizes.attach(model, vit),
-        off_grid=True,
+        unstructured=True,
         inside=all(hasattr(block, part) for block in blocks for part in _PARTS),
         size=tuple(vit.patch_embed.grid_size or (32, 32)),
     )
@@ -80,7 +80,7 @@ class PrefixLayout(Layout):
 
     Attributes:
         prefix: number of class and register tokens.
-        size_aware: clusters have as many votes as they stand for tokens.
+        size_aware: attention counts a cluster once for each of its tokens.
         sizes: knows the size of this run's map.
         size: that size, (H, W); None before the run, or if it is not known.
     """

@@ -12,8 +12,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..tokens import Tokens
-from .host import BlockCosts, Host, is_class, linear_weights, mean_of_heads
 from .map_size import MapSizes, Size
+from .spec import BlockCosts, TransformerSpec, is_class, linear_weights, mean_of_heads
 from .timm_vit import PrefixLayout
 
 FAMILY = "torchvision's VisionTransformer"
@@ -23,18 +23,18 @@ def matches(module: nn.Module) -> bool:
     return is_class(module, "VisionTransformer", "torchvision.models.vision_transformer")
 
 
-def adapt(vit: nn.Module) -> Host:
+def adapt(vit: nn.Module) -> TransformerSpec:
     def layout(size_aware: bool) -> _Layout:
         return _Layout(prefix=1, size_aware=size_aware, sizes=MapSizes(), vit=vit)
 
-    return Host(
+    return TransformerSpec(
         owner=vit.encoder,
         attribute="layers",
         transformer=vit,
         layout=layout,
         # An nn.Sequential, whose last output alone is read.
         outputs=(len(vit.encoder.layers) - 1,),
-        off_grid=True,
+        unstructured=True,
         inside=True,
         size=_size(vit),
         costs=_costs,

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 
 from ..tokens import Tokens
 from ..tracing import shape_of
-from .host import Host, is_class
+from .spec import TransformerSpec, is_class
 from .swin import position_bias
 from .timm_eva import positions_of
 from .transformers_parts import check_parts, checkpointed
-from .transformers_vit import Kind, LayerLayout, host_of
+from .transformers_vit import Kind, LayerLayout, spec_of
 
 FAMILY = "Hugging Face's BEiT"
 
@@ -37,11 +37,11 @@ def matches(module: nn.Module) -> bool:
     return is_class(module, *_KIND.classes, _KIND.module)
 
 
-def adapt(beit: nn.Module) -> Host:
-    host = host_of(beit, _KIND, _Layout)
+def adapt(beit: nn.Module) -> TransformerSpec:
+    spec = spec_of(beit, _KIND, _Layout)
     check_parts(beit, beit.layers, "relative_position_bias")
     check_parts(beit, [beit], "shared_position_bias")
-    attach = host.attach
+    attach = spec.attach
 
     def attach_both(model: nn.Module) -> Callable[[], None]:
         hook = beit.register_forward_pre_hook(_refuse_mask, with_kwargs=True)
@@ -53,7 +53,7 @@ def adapt(beit: nn.Module) -> Host:
 
         return undo
 
-    return replace(host, attach=attach_both)
+    return replace(spec, attach=attach_both)
 
 
 def _refuse_mask(beit: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

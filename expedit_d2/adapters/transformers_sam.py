@@ -14,8 +14,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..tokens import Tokens
-from .detectron2_vit import MapLayout, attend_layer, host_of
-from .host import Host, is_class
+from .detectron2_vit import MapLayout, attend_layer, spec_of
+from .spec import TransformerSpec, is_class
 from .transformers_parts import check_parts, checkpointed, records_hidden_states
 
 FAMILY = "Hugging Face's SAM, SAM-HQ"
@@ -28,7 +28,7 @@ def matches(module: nn.Module) -> bool:
     return any(is_class(module, *names) for names in _CLASSES)
 
 
-def adapt(encoder: nn.Module) -> Host:
+def adapt(encoder: nn.Module) -> TransformerSpec:
     layers = encoder.layers
     check_parts(
         encoder,
@@ -37,12 +37,12 @@ def adapt(encoder: nn.Module) -> Host:
         *(f"attn.{name}" for name in ("qkv", "proj", "scale", "use_rel_pos")),
         "attn.num_attention_heads",
     )
-    host = host_of(encoder, _Layout, off_grid=True, attribute="layers")
+    spec = spec_of(encoder, _Layout, unstructured=True, attribute="layers")
     side = encoder.config.image_size // encoder.config.patch_size
-    outputs = set(host.outputs)
+    outputs = set(spec.outputs)
     if is_class(encoder, *_HQ):
         outputs.update(index for index, layer in enumerate(layers) if layer.window_size == 0)
-    return replace(host, size=(side, side), outputs=tuple(sorted(outputs)), fused=_fused)
+    return replace(spec, size=(side, side), outputs=tuple(sorted(outputs)), fused=_fused)
 
 
 class _Layout(MapLayout):

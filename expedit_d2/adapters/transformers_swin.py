@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from ..tokens import Tokens
-from .host import BlockCosts, Host, block_costs, is_class
-from .swin import Parts, SwinLayout, host_of, laid_out, looked_up
+from .spec import BlockCosts, TransformerSpec, block_costs, is_class
+from .swin import Parts, SwinLayout, laid_out, looked_up, spec_of
 from .transformers_parts import check_parts, refuse_attentions
 
 FAMILY = "Hugging Face's Swin (Mask2Former's, OneFormer's, MaskFormer's, UperNet's)"
@@ -29,14 +29,14 @@ def matches(module: nn.Module) -> bool:
     return is_class(module, *_SWIN) or is_class(module, *_MASKFORMER)
 
 
-def adapt(swin: nn.Module) -> Host:
+def adapt(swin: nn.Module) -> TransformerSpec:
     layout, names = _MaskFormer, _MASKFORMER_PARTS
     if is_class(swin, *_SWIN):
         layout, names = _Layout, _PARTS
     check_parts(swin, [swin], "encoder.layers", "config.window_size")
     blocks = [block for stage in swin.encoder.layers for block in stage.blocks]
     check_parts(swin, blocks, "layernorm_before", "layernorm_after", "shift_size", *names)
-    return host_of(
+    return spec_of(
         swin.encoder, swin.config.window_size, partial(layout, flat=True), _costs, transformer=swin
     )
 

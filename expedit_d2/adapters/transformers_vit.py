@@ -16,8 +16,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..tokens import Tokens
-from .host import BlockCosts, Host, block_costs, is_class, mean_of_heads
 from .map_size import MapSizes
+from .spec import BlockCosts, TransformerSpec, block_costs, is_class, mean_of_heads
 from .timm_eva import positions_of
 from .timm_vit import PrefixLayout
 from .transformers_parts import (
@@ -112,21 +112,21 @@ def matches(module: nn.Module) -> bool:
     return _kind_of(module) is not None
 
 
-def adapt(vit: nn.Module) -> Host:
-    host = host_of(vit, _kind_of(vit), LayerLayout)
+def adapt(vit: nn.Module) -> TransformerSpec:
+    spec = spec_of(vit, _kind_of(vit), LayerLayout)
     if not hasattr(vit.config, "num_queries"):
-        return host
-    end = len(host.blocks) - vit.config.num_blocks
+        return spec
+    end = len(spec.blocks) - vit.config.num_blocks
     if end == 0:
         raise ValueError(
-            f"all {len(host.blocks)} blocks of this {type(vit).__name__} run on its queries too, "
+            f"all {len(spec.blocks)} blocks of this {type(vit).__name__} run on its queries too, "
             "so there is none whose tokens could be reduced"
         )
-    return replace(host, end=end, outputs=(end - 1,))
+    return replace(spec, end=end, outputs=(end - 1,))
 
 
-def host_of(vit: nn.Module, kind: Kind, layout: Callable[..., LayerLayout]) -> Host:
-    """The host of a transformer of a kind; ``layout`` takes the fields of a `LayerLayout`."""
+def spec_of(vit: nn.Module, kind: Kind, layout: Callable[..., LayerLayout]) -> TransformerSpec:
+    """`TransformerSpec` of one kind; ``layout`` takes the fields of a `LayerLayout`."""
     owner = getattr(vit, kind.encoder, None) if kind.encoder else vit
     layers = getattr(owner, kind.layers, None)
     if layers is None:
@@ -152,14 +152,14 @@ def host_of(vit: nn.Module, kind: Kind, layout: Callable[..., LayerLayout]) -> H
             rope=getattr(vit, "rope_embeddings", None),
         )
 
-    return Host(
+    return TransformerSpec(
         owner=owner,
         attribute=kind.layers,
         transformer=vit,
         layout=build,
         outputs=(len(layers) - 1,),
         attach=lambda model: sizes.attach_projection(model, vit, projection),
-        off_grid=True,
+        unstructured=True,
         inside=True,
         size=tuple(
             side // patch

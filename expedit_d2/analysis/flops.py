@@ -18,7 +18,7 @@ from detectron2.utils.analysis import FlopCountAnalysis
 from fvcore.nn.jit_handles import elementwise_flop_counter, get_shape
 from torch import nn
 
-from ..adapters import find_host
+from ..adapters import find_transformer
 from ..hook import ExpeditedBlocks
 
 __all__ = ["Flops", "count_flops"]
@@ -170,8 +170,8 @@ def count_flops(model: nn.Module, inputs: Any) -> Flops:
     Raises:
         ValueError: if the model has no supported transformer.
     """
-    host = find_host(model)
-    owner, stages = host.owner, host.stages or (host,)
+    spec = find_transformer(model)
+    owner, stages = spec.owner, spec.stages or (spec,)
     training = model.training
     model.eval()
     try:
@@ -213,7 +213,7 @@ def count_flops(model: nn.Module, inputs: Any) -> Flops:
     reconstruction = sum(total(method.rebuild) for method in methods)
     others = [
         child
-        for part in {id(part.owner): part for part in (host, *stages)}.values()
+        for part in {id(part.owner): part for part in (spec, *stages)}.values()
         for child in part.owner.children()
         if child is not part.blocks
     ]
@@ -221,13 +221,13 @@ def count_flops(model: nn.Module, inputs: Any) -> Flops:
     # blocks on reduced tokens, which the hook runs.
     resizing = sum(own_operators(owner)[name] for name in _RESIZING)
     inside = sum(total(child) for child in others) + resizing
-    around = total(host.whole) - total(owner)
+    around = total(spec.whole) - total(owner)
     return Flops(
         embed=inside + around,
         before=before,
         clustering=clustering,
         after=total(owner) - inside - before - clustering - reconstruction,
         reconstruction=reconstruction,
-        head=float(totals[""]) - total(host.whole),
+        head=float(totals[""]) - total(spec.whole),
         uncounted=uncounted,
     )

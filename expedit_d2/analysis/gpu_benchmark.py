@@ -23,7 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from ..api import expedite
 from ..compat import cpu_attention
 from ..methods import METHODS
-from .gpu_models import Subject
+from .gpu_models import BenchmarkModel
 from .launches import count_launches
 from .memory import peak_memory
 from .timing import DTYPES, interleaved, synchronize
@@ -123,14 +123,14 @@ def _shared_copy(model: nn.Module) -> nn.Module:
 
 
 def _prepared(
-    subject: Subject, model: nn.Module, names: Sequence[str]
+    entry: BenchmarkModel, model: nn.Module, names: Sequence[str]
 ) -> tuple[dict[str, nn.Module], dict[str, str]]:
     """The plain model and expedited ones by name, and why others cannot be."""
     models, refused = {PLAIN: model}, {}
     for name in names:
         expedited = _shared_copy(model)
         try:
-            expedite(expedited, outputs=(subject.depth - 1,), **settings()[name])
+            expedite(expedited, outputs=(entry.depth - 1,), **settings()[name])
             models[name] = expedited
         except ValueError as error:
             refused[name] = str(error)
@@ -156,7 +156,7 @@ def _first(out: Any) -> Tensor:
 
 
 @torch.inference_mode()
-def measure(subject: Subject, unit: Unit, device: torch.device) -> Iterator[dict[str, Any]]:
+def measure(entry: BenchmarkModel, unit: Unit, device: torch.device) -> Iterator[dict[str, Any]]:
     """Rows of one unit, the plain model's first.
 
     Each says what it is of, and either ``seconds`` (median, low and high), ``speed_up`` over the
@@ -166,9 +166,9 @@ def measure(subject: Subject, unit: Unit, device: torch.device) -> Iterator[dict
     """
     head = {name: value for name, value in asdict(unit).items() if name != "names"}
     torch.manual_seed(0)
-    plain = subject.build().eval().to(device, getattr(torch, unit.dtype))
-    models, refused = _prepared(subject, plain, unit.names)
-    x = torch.randn(unit.batch, 3, subject.size, subject.size, device=device)
+    plain = entry.build().eval().to(device, getattr(torch, unit.dtype))
+    models, refused = _prepared(entry, plain, unit.names)
+    x = torch.randn(unit.batch, 3, entry.size, entry.size, device=device)
     x = x.to(getattr(torch, unit.dtype))
     if unit.compiled:
         torch.compiler.reset()  # what earlier units compiled
@@ -214,7 +214,7 @@ def measure(subject: Subject, unit: Unit, device: torch.device) -> Iterator[dict
 
 @torch.inference_mode()
 def check(
-    label: str, subject: Subject, device: torch.device, names: Sequence[str] | None = None
+    label: str, entry: BenchmarkModel, device: torch.device, names: Sequence[str] | None = None
 ) -> Iterator[dict[str, Any]]:
     """How far the outputs on a device are from those on the CPU, both in fp32.
 
@@ -222,9 +222,9 @@ def check(
     two clusters are equally near, another one may be taken on another device.
     """
     torch.manual_seed(0)
-    model = subject.build().eval()
-    x = torch.randn(2, 3, subject.size, subject.size)
-    models, _ = _prepared(subject, model, tuple(settings() if names is None else names))
+    model = entry.build().eval()
+    x = torch.randn(2, 3, entry.size, entry.size)
+    models, _ = _prepared(entry, model, tuple(settings() if names is None else names))
     for name, model in models.items():
         expected = _first(model(x)).double()
         found = _first(copy.deepcopy(model).to(device)(x.to(device))).double().cpu()

@@ -9,11 +9,11 @@ from importlib.util import find_spec
 
 from torch import Tensor, nn
 
-__all__ = ["MODELS", "SMALL_MODELS", "Subject"]
+__all__ = ["MODELS", "SMALL_MODELS", "BenchmarkModel"]
 
 
 @dataclass(frozen=True)
-class Subject:
+class BenchmarkModel:
     """A backbone and the images it is given.
 
     Attributes:
@@ -68,15 +68,15 @@ def _vitdet(
     )
 
 
-def _of_timm(name: str, size: int, depth: int, **kwargs: object) -> Subject:
-    return Subject(partial(_timm, name, img_size=size, depth=depth, **kwargs), size, depth)
+def _of_timm(name: str, size: int, depth: int, **kwargs: object) -> BenchmarkModel:
+    return BenchmarkModel(partial(_timm, name, img_size=size, depth=depth, **kwargs), size, depth)
 
 
 def _of_vitdet(
     dim: int, heads: int, everywhere: tuple[int, ...], size: int, depth: int, window: int = 14
-) -> Subject:
+) -> BenchmarkModel:
     build = partial(_vitdet, dim, heads, everywhere, size, depth, window)
-    return Subject(build, size, depth, "detectron2")
+    return BenchmarkModel(build, size, depth, "detectron2")
 
 
 #: The most important first.

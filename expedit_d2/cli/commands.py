@@ -95,7 +95,7 @@ def tune(parser: argparse.ArgumentParser) -> None:
     r"""Find the setting for a target: what to keep of the metrics, an agreement, or a speed-up.
 
     Many settings run on a few images, for agreement with the plain model and GFLOPs. The best few
-    run on all images, with metrics and timing. The winner is written as a small config.
+    run on all images, with metrics and timing. The best setting is written as a small config.
 
     Examples::
 

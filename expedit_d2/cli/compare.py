@@ -21,7 +21,7 @@ from ..report import draw_pictures, headline_row, write_report
 from ..settings import Settings
 from .commands import parser_of
 from .measuring import measuring_options, prepare
-from .subjects import needed_setting, setting_of, settings_beside
+from .workloads import needed_setting, setting_of, settings_beside
 
 
 def parse_arguments(arguments: list[str] | None, prog: str = "compare.py") -> argparse.Namespace:
@@ -65,11 +65,11 @@ def main(args: argparse.Namespace) -> Comparison:
     """
     import_modules(args.imports)
     options, settings = measuring_options(args), all_settings(args)
-    subject, store = prepare(args)
+    workload, store = prepare(args)
     output = Path(args.output)
-    stem = table_stem(output, subject.name, subject.config_file)
+    stem = table_stem(output, workload.name, workload.config_file)
     comparison = compare(
-        subject, settings, options, store, save=lambda so_far: save_tables(so_far, stem)
+        workload, settings, options, store, save=lambda so_far: save_tables(so_far, stem)
     )
     files = [*save_tables(comparison, stem), write_report([comparison], [], f"{stem}.html")]
     print(f"\n{to_terminal(comparison)}\n\nAll of it: {', '.join(map(str, files))}")
@@ -79,7 +79,7 @@ def main(args: argparse.Namespace) -> Comparison:
     drawn = [row for row in (headline_row(comparison), *comparison.rows[1:]) if row is not None]
     if drawn and args.pictures and args.model is None and not comparison.unfinished:
         with interruptible():
-            pictures = draw_pictures(subject, drawn[0], args.pictures)
+            pictures = draw_pictures(workload, drawn[0], args.pictures)
         write_report([comparison], pictures, f"{stem}.html")
     return comparison
 

@@ -11,7 +11,7 @@ from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 from tqdm import tqdm
 
-from ..comparison import Subject
+from ..comparison import Workload
 from ..comparison.session import expedited_copy
 from ..data import register_collage
 from ..engine import check_folder, import_modules, launch, one_sentence
@@ -19,14 +19,14 @@ from ..files import code_in_files
 from ..settings import Settings
 from ..visualize import save_panels, side_by_side
 from .commands import parser_of
-from .subjects import load_subject, needed_setting
+from .workloads import load_workload, needed_setting
 
 
 def parse_arguments(arguments: list[str] | None, prog: str = "draw.py") -> argparse.Namespace:
     return parser_of("draw", prog).parse_args(arguments)
 
 
-def load(args: argparse.Namespace) -> tuple[Subject, Settings]:
+def load(args: argparse.Namespace) -> tuple[Workload, Settings]:
     """The plain model on the images, and the settings to draw beside it.
 
     Raises:
@@ -34,9 +34,9 @@ def load(args: argparse.Namespace) -> tuple[Subject, Settings]:
             settings do not fit the model.
     """
     settings = needed_setting(args.config_file, args.opts)
-    subject = load_subject(args.config_file, args.opts, args.images)
-    expedited_copy(subject.model, settings)
-    return subject, settings
+    workload = load_workload(args.config_file, args.opts, args.images)
+    expedited_copy(workload.model, settings)
+    return workload, settings
 
 
 def main(args: argparse.Namespace) -> list[Path]:
@@ -45,8 +45,8 @@ def main(args: argparse.Namespace) -> list[Path]:
     import_modules(args.imports)
     check_folder(args.output, "--output")
     register_collage()
-    subject, settings = load(args)
-    inputs, metadata = subject.loader.dataset, MetadataCatalog.get(subject.dataset)
+    workload, settings = load(args)
+    inputs, metadata = workload.loader.dataset, MetadataCatalog.get(workload.dataset)
     count = len(inputs) if args.images else min(args.count, len(inputs))
     pictures: list[Path] = []
     skipped: list[str] = []
@@ -54,7 +54,7 @@ def main(args: argparse.Namespace) -> list[Path]:
     for number in tqdm(numbers, unit="image", disable=not comm.is_main_process()):
         try:
             item = inputs[number]
-            rows = side_by_side(subject.model, settings, item, metadata, subject.color)
+            rows = side_by_side(workload.model, settings, item, metadata, workload.color)
         except (ValueError, OSError) as error:  # of this image: the others go on
             skipped.append(str(error))
             continue

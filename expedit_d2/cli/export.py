@@ -18,7 +18,7 @@ from ..engine import check_file, import_modules, one_sentence
 from ..export import ImageModel, check_onnx, export_onnx, export_program, onnx_session
 from ..files import code_in_files
 from .commands import parser_of
-from .subjects import load_any_model, needed_setting
+from .workloads import load_any_model, needed_setting
 
 
 def parse_arguments(arguments: list[str] | None, prog: str = "export.py") -> argparse.Namespace:

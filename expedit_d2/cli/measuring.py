@@ -7,10 +7,10 @@ import argparse
 import torch
 from detectron2.utils.logger import setup_logger
 
-from ..comparison import Options, Store, Subject
+from ..comparison import Options, Store, Workload
 from ..data import register_collage
 from ..engine import check_file, check_folder
-from .subjects import load_subject, model_subject
+from .workloads import load_workload, model_workload
 
 __all__ = ["measuring_options", "prepare", "prepare_benchmark"]
 
@@ -35,14 +35,14 @@ def measuring_options(args: argparse.Namespace) -> Options:
     return Options(args.dtype, args.timed, args.batch)
 
 
-def prepare(args: argparse.Namespace) -> tuple[Subject, Store]:
+def prepare(args: argparse.Namespace) -> tuple[Workload, Store]:
     """The model and its data, with as many threads and as few log lines as are wanted.
 
     Returns:
         them, and where results are kept.
 
     Raises:
-        ValueError, OSError: as `load_subject` and `model_subject`, or for an output folder that
+        ValueError, OSError: as `load_workload` and `model_workload`, or for an output folder that
             cannot be written to, or holds results of something else.
     """
     setup_logger(name="detectron2").setLevel("ERROR")  # the progress bars say enough
@@ -53,12 +53,12 @@ def prepare(args: argparse.Namespace) -> tuple[Subject, Store]:
     register_collage()
     if args.model is None:
         check_model_options(args)
-        return load_subject(args.config_file, args.opts, args.images, args.first), store
+        return load_workload(args.config_file, args.opts, args.images, args.first), store
     if args.opts:
         raise ValueError(f"overrides are of a config, and --model has none, got {args.opts[0]!r}")
     torch.manual_seed(0)  # random weights are the same ones when the command goes on
-    subject = model_subject(args.model, args.images, args.first, args.size, args.random_weights)
-    return subject, store
+    workload = model_workload(args.model, args.images, args.first, args.size, args.random_weights)
+    return workload, store
 
 
 def check_model_options(args: argparse.Namespace) -> None:

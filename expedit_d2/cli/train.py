@@ -11,7 +11,7 @@ from detectron2.engine import default_setup
 from detectron2.evaluation import print_csv_format
 from detectron2.utils import comm
 
-from ..comparison import Subject, check_finished, compare, to_terminal
+from ..comparison import Workload, check_finished, compare, to_terminal
 from ..data import register_by_path, register_collage
 from ..engine import (
     check_data_sets,
@@ -27,7 +27,7 @@ from ..files import code_in_files
 from ..projects import load_cfg, load_model, trainer_of
 from ..settings import Settings
 from .commands import parser_of
-from .subjects import is_lazy, load_subject, needed_setting, subject_of
+from .workloads import is_lazy, load_workload, needed_setting, workload_of
 
 
 def parse_arguments(arguments: list[str] | None, prog: str = "train_net.py") -> argparse.Namespace:
@@ -67,9 +67,9 @@ def run_yaml(args: argparse.Namespace) -> dict[str, Any]:
     return trainer.train()
 
 
-def print_comparison(subject: Subject, settings: Settings) -> None:
+def print_comparison(workload: Workload, settings: Settings) -> None:
     """The plain model and the configured one, measured anew."""
-    comparison = compare(subject, {"expedit": settings})
+    comparison = compare(workload, {"expedit": settings})
     print(f"\n{to_terminal(comparison)}\n")
     check_finished([comparison])
 
@@ -78,7 +78,7 @@ def compare_yaml(cfg: CfgNode, args: argparse.Namespace) -> dict[str, Any]:
     """On every test data set."""
     settings = needed_setting(args.config_file, args.opts)
     for name in cfg.DATASETS.TEST:
-        print_comparison(subject_of(cfg, Path(args.config_file).stem, name), settings)
+        print_comparison(workload_of(cfg, Path(args.config_file).stem, name), settings)
     return {}
 
 
@@ -88,7 +88,7 @@ def run_lazy(args: argparse.Namespace) -> dict[str, Any]:
     default_setup(cfg, args)
     if args.compare:
         settings = needed_setting(args.config_file, args.opts)
-        print_comparison(load_subject(args.config_file, args.opts), settings)
+        print_comparison(load_workload(args.config_file, args.opts), settings)
         return {}
     if args.eval_only:
         results = evaluate_lazy(cfg)
@@ -104,7 +104,7 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     return run_lazy(args) if is_lazy(args.config_file) else run_yaml(args)
 
 
-def kept(args: argparse.Namespace) -> str:
+def what_is_left(args: argparse.Namespace) -> str:
     """What an interruption leaves behind."""
     if args.eval_only or args.compare:
         return "an evaluation that is not finished leaves no result"
@@ -120,7 +120,7 @@ def kept(args: argparse.Namespace) -> str:
 def run(arguments: list[str] | None = None, prog: str = "train_net.py") -> None:
     """Parse the arguments and run; an expected error ends with one sentence."""
     args = parse_arguments(arguments, prog)
-    with code_in_files(args.run_code_in_files), one_sentence(prog, lambda: kept(args)):
+    with code_in_files(args.run_code_in_files), one_sentence(prog, lambda: what_is_left(args)):
         launch(
             main,
             args.num_gpus,

@@ -7,7 +7,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from ..adapters import find_host
+from ..adapters import find_transformer
 from ..comparison import (
     Target,
     Tuning,
@@ -17,12 +17,12 @@ from ..comparison import (
     to_terminal,
     tune,
 )
-from ..comparison.columns import spell_settings
+from ..comparison.columns import describe_settings
 from ..engine import import_modules, one_sentence
 from ..files import code_in_files
 from .commands import parser_of
 from .measuring import measuring_options, prepare
-from .subjects import write_winner
+from .workloads import write_tuned_config
 
 
 def parse_arguments(arguments: list[str] | None, prog: str = "tune.py") -> argparse.Namespace:
@@ -45,23 +45,23 @@ def main(args: argparse.Namespace) -> Tuning:
     import_modules(args.imports)
     target = Target(args.keep, args.metric, args.agreement, args.faster)
     options = measuring_options(args)
-    subject, store = prepare(args)
-    settings = candidates(find_host(subject.model))
-    tuning = tune(subject, settings, target, args.sweep, args.confirm, options, store)
-    stem = table_stem(Path(args.output), subject.name, subject.config_file)
+    workload, store = prepare(args)
+    settings = candidates(find_transformer(workload.model))
+    tuning = tune(workload, settings, target, args.sweep, args.confirm, options, store)
+    stem = table_stem(Path(args.output), workload.name, workload.config_file)
     if tuning.sweep:
         save_tables(tuning.sweep, f"{stem}_sweep")
     if tuning.confirmed:
         save_tables(tuning.confirmed, stem)
     report(tuning)
-    if tuning.winner is not None:
-        spelled = spell_settings(tuning.winner)
-        settings = tuning.winner.settings
+    if tuning.best is not None:
+        description = describe_settings(tuning.best)
+        settings = tuning.best.settings
         if args.model is not None:
-            print(f"\nFor {target}: {spelled}\nTo be given to `expedite` in Python.")
+            print(f"\nFor {target}: {description}\nTo be given to `expedite` in Python.")
             return tuning
-        file, command = write_winner(settings, args.config_file, args.opts, stem, spelled)
-        print(f"\nFor {target}: {spelled}\n{file}, to be run with\n  {command}")
+        file, command = write_tuned_config(settings, args.config_file, args.opts, stem, description)
+        print(f"\nFor {target}: {description}\n{file}, to be run with\n  {command}")
     elif not tuning.interrupted:
         print(f"\nNo setting was found for {target}.")
     return tuning
@@ -77,5 +77,5 @@ def run(arguments: list[str] | None = None, prog: str = "tune.py") -> None:
         tuning = main(args)
         if tuning.interrupted:
             raise KeyboardInterrupt
-    if tuning.winner is None:
+    if tuning.best is None:
         sys.exit(1)

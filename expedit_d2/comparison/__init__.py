@@ -1,19 +1,19 @@
 """The plain model beside expedited ones: metrics, agreement, FLOPs, speed and memory.
 
-A `Subject` is a model with its data; `compare` measures it with a list of settings, which gives a
+A `Workload` is a model with its data; `compare` measures it with a list of settings, which gives a
 `Comparison`; `tables` writes that down.
 """
 
+from ..settings_text import describe, parse_setting
 from .candidates import candidates
 from .options import Options
 from .rows import PLAIN, Comparison, Conditions, Row, check_finished, pareto
 from .run import compare
 from .session import Session, expedited_copy, share_weights
-from .spelling import describe, parse_setting
 from .store import Store
-from .subject import Subject, register_images
 from .tables import save_tables, table_stem, to_csv, to_markdown, to_terminal
 from .tuning import Target, Tuning, tune
+from .workload import Workload, register_images
 
 __all__ = [
     "PLAIN",
@@ -23,7 +23,7 @@ __all__ = [
     "Row",
     "Session",
     "Store",
-    "Subject",
+    "Workload",
     "Target",
     "Tuning",
     "candidates",

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from ..adapters import Host
+from ..adapters import TransformerSpec
 from ..settings import Settings
-from .spelling import describe
+from ..settings_text import describe
 
 __all__ = ["candidates"]
 
@@ -16,7 +16,7 @@ _STARTS = (1 / 6, 1 / 4, 1 / 3, 1 / 2, 2 / 3)
 _RATIOS = (0.5, 0.6, 0.7, 0.8, 0.85)
 #: Merges before each block of this first part of the network, and none after.
 _MERGED = (1 / 3, 1 / 2, 1)
-_KEPT = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
+_KEEPS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
 #: What the rules of `expedit_d2.budget` choose.
 _BUDGETS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
 
@@ -31,23 +31,23 @@ def _on_the_grid(scopes: Sequence[str], first: int, depth: int) -> Iterator[Sett
 
 def _merging(first: int, depth: int) -> Iterator[Settings]:
     for part in sorted({max(1, round(share * depth)) for share in _MERGED}):
-        for keep in _KEPT:
+        for keep in _KEEPS:
             yield Settings(alpha=tuple(range(first, first + part)), method="merge", keep=keep)
 
 
-def candidates(host: Host) -> dict[str, Settings]:
+def candidates(spec: TransformerSpec) -> dict[str, Settings]:
     """What to try on a transformer, by name.
 
     Where its blocks lie in stages, they reduce in the longest one, which costs most.
 
     Args:
-        host: of the model, as `find_host` gives it.
+        spec: of the model, as `find_transformer` gives it.
     """
-    stage, first = host.longest_stage
+    stage, first = spec.longest_stage
     depth = len(stage.blocks)
-    scopes = [scope for scope in host.scopes if scope != "window" or stage.window is not None]
+    scopes = [scope for scope in spec.scopes if scope != "window" or stage.window is not None]
     tried = [Settings(budget=budget) for budget in _BUDGETS]
     tried += _on_the_grid(scopes, first, depth)
-    if host.off_grid:
+    if spec.unstructured:
         tried += _merging(first, depth)
     return {describe(settings): settings for settings in tried}

@@ -12,10 +12,10 @@ from functools import partial
 
 from ..analysis.flops import Flops
 from ..analysis.timing import Ratio
+from ..settings_text import describe
 from .rows import Comparison, Row
-from .spelling import describe
 
-__all__ = ["GROUPS", "HTML", "MARKDOWN", "TERMINAL", "Column", "columns_of", "spell_settings"]
+__all__ = ["GROUPS", "HTML", "MARKDOWN", "TERMINAL", "Column", "columns_of", "describe_settings"]
 
 TERMINAL, MARKDOWN, HTML = "terminal", "Markdown", "HTML"
 _FULL = (MARKDOWN, HTML)
@@ -90,7 +90,7 @@ def columns_of(comparison: Comparison, where: str | None = None) -> list[Column]
     ]
 
 
-def spell_settings(row: Row) -> str:
+def describe_settings(row: Row) -> str:
     """A row's settings as a line to paste, and after an arrow what a budget chose, as another."""
     if row.settings is None:
         return ""
@@ -102,10 +102,13 @@ def spell_settings(row: Row) -> str:
 def _quality(comparison: Comparison) -> Iterator[Column]:
     column = partial(Column, group="Quality")
     for metric in comparison.plain.metrics:
-        value, kept = partial(_entry, "metrics", metric), partial(comparison.kept, metric=metric)
+        value, retained = (
+            partial(_entry, "metrics", metric),
+            partial(comparison.retained, metric=metric),
+        )
         yield column(metric, value, head=metric, where=_ALL)
         yield column(
-            f"{metric} kept", kept, head="kept", unit=" %", form=".1f", where=_ALL, below=True
+            f"{metric} kept", retained, head="kept", unit=" %", form=".1f", where=_ALL, below=True
         )
     if comparison.plain.agreement:
         lowest = lambda row: row.lowest_agreement  # noqa: E731

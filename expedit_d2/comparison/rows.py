@@ -153,7 +153,7 @@ class Comparison:
     def plain(self) -> Row:
         return self.rows[0]
 
-    def kept(self, row: Row, metric: str) -> float | None:
+    def retained(self, row: Row, metric: str) -> float | None:
         """Percent of the plain model's metric; above 100 is better than the plain model.
 
         None where the ratio has no meaning, as one of the two is missing, not finite, or the one
@@ -166,16 +166,16 @@ class Comparison:
             now, was = was, now
         return 100 * now / was if math.isfinite(now) and math.isfinite(was) and was > 0 else None
 
-    def lowest_kept(self, row: Row) -> float | None:
+    def lowest_retained(self, row: Row) -> float | None:
         """Of all metrics of the plain model; None where one is undefined, or there is none."""
-        kept = [self.kept(row, metric) for metric in self.plain.metrics]
-        return None if None in kept else min(kept, default=None)
+        retained = [self.retained(row, metric) for metric in self.plain.metrics]
+        return None if None in retained else min(retained, default=None)
 
     def undefined(self) -> list[str]:
         """Sentences on what no setting can be judged by, as the plain model does not have it."""
         said = []
         for metric in self.plain.metrics:
-            if self.kept(self.plain, metric) is None:
+            if self.retained(self.plain, metric) is None:
                 value = self.plain.metrics[metric]
                 said.append(f"The plain model's {metric} is {value:g}: nothing can be kept of it.")
         for task, value in self.plain.agreement.items():

@@ -12,13 +12,13 @@ from .options import Options
 from .rows import PLAIN, Comparison, Row
 from .session import Session, expedited_copy
 from .store import Store
-from .subject import Subject
+from .workload import Workload
 
 __all__ = ["compare"]
 
 
 def compare(
-    subject: Subject,
+    workload: Workload,
     settings: Mapping[str, Settings],
     options: Options | None = None,
     store: Store | None = None,
@@ -31,7 +31,7 @@ def compare(
     reason, and the others are finished.
 
     Args:
-        subject: the model and its data.
+        workload: the model and its data.
         settings: name to settings.
         options: how to measure.
         store: keeps results, so that the same call again goes on where this one stopped.
@@ -45,8 +45,8 @@ def compare(
             if the plain model fails on an image.
         KeyboardInterrupt: if not even the plain model is finished.
     """
-    _check(subject.model, settings)
-    session = Session(subject, options, store)
+    _check(workload.model, settings)
+    session = Session(workload, options, store)
     rows: list[Row] = []
     failed: dict[str, str] = {}
     left = [PLAIN, *settings]

@@ -33,7 +33,7 @@ from .options import Options
 from .reading import read_dataclass
 from .rows import PLAIN, Comparison, Conditions, Row
 from .store import Store, fingerprint
-from .subject import Subject, image_name
+from .workload import Workload, image_name
 
 __all__ = ["Session", "expedited_copy", "share_weights"]
 
@@ -62,18 +62,18 @@ def _expedited(model: nn.Module, settings: Settings | None) -> tuple[nn.Module, 
 
 
 class Session:
-    """Measures a subject's plain model and its settings; what is in the store is not run again."""
+    """Measures a workload's plain model and its settings; what is in the store is not run again."""
 
     def __init__(
-        self, subject: Subject, options: Options | None = None, store: Store | None = None
+        self, workload: Workload, options: Options | None = None, store: Store | None = None
     ) -> None:
         """
         Args:
-            subject: what is measured.
+            workload: what is measured.
             options: how.
             store: where results are kept; None: in memory.
         """
-        self.subject = subject
+        self.workload = workload
         self.options = options or Options()
         self.store = store or Store(None)
         self._timed: list[list[dict[str, Any]]] = []
@@ -82,12 +82,12 @@ class Session:
     def conditions(self) -> Conditions:
         """How rows are taken now."""
         return Conditions(
-            device=processor(self.subject.device.type),
+            device=processor(self.workload.device.type),
             threads=torch.get_num_threads(),
             dtype=self.options.dtype,
             torch=torch.__version__,
             date=datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
-            timed_images=min(self.options.timed_images, len(self.subject)),
+            timed_images=min(self.options.timed_images, len(self.workload)),
             batch=self.options.batch,
             command=shlex.join(["python", *sys.argv]),
         )
@@ -98,17 +98,17 @@ class Session:
         unfinished: Sequence[str] = (),
         failed: Mapping[str, str] | None = None,
     ) -> Comparison:
-        """Rows of this subject, the plain model's first."""
-        subject = self.subject
+        """Rows of this workload, the plain model's first."""
+        workload = self.workload
         return Comparison(
-            model=subject.name,
-            dataset=subject.dataset,
-            images=len(subject),
+            model=workload.name,
+            dataset=workload.dataset,
+            images=len(workload),
             conditions=self.conditions(),
             rows=list(rows),
             unfinished=list(unfinished),
             failed=dict(failed or {}),
-            config_file=str(Path(subject.config_file).resolve()) if subject.config_file else "",
+            config_file=str(Path(workload.config_file).resolve()) if workload.config_file else "",
         )
 
     def row(self, name: str, settings: Settings | None) -> Row:
@@ -126,8 +126,8 @@ class Session:
         return read_dataclass(Row, {**values, "name": name, "settings": _plain(settings)}, name)
 
     def _key(self, kind: str, settings: Settings | None, where: Mapping[str, Any]) -> str:
-        device = self.subject.device.type
-        parts = (kind, self.subject.fingerprint, _plain(settings), self.options.dtype, device)
+        device = self.workload.device.type
+        parts = (kind, self.workload.fingerprint, _plain(settings), self.options.dtype, device)
         return fingerprint(*parts, where)
 
     def _stored(
@@ -140,7 +140,7 @@ class Session:
     ) -> dict[str, Any]:
         key = self._key(kind, settings, where)
         if self.store.get(key) is None:
-            model, resolved = _expedited(self.subject.model, settings)
+            model, resolved = _expedited(self.workload.model, settings)
             try:
                 values = measure(name, model)
             except ValueError as error:
@@ -150,7 +150,7 @@ class Session:
                 raise ValueError(f"image {image}: {error}") from error
             if kind == "quality":
                 values["resolved"] = _plain(resolved)
-            self.store.put(key, values, f"{self.subject.name}: {name}, {kind}")
+            self.store.put(key, values, f"{self.workload.name}: {name}, {kind}")
         else:
             self.store.reused += 1
         return dict(self.store.get(key))
@@ -158,7 +158,7 @@ class Session:
     @contextlib.contextmanager
     def _forwarding(self) -> Iterator[None]:
         dtype = getattr(torch, self.options.dtype)
-        mixed = torch.autocast(self.subject.device.type, dtype, enabled=dtype != torch.float32)
+        mixed = torch.autocast(self.workload.device.type, dtype, enabled=dtype != torch.float32)
         with torch.no_grad(), mixed:
             yield
 
@@ -170,13 +170,13 @@ class Session:
             with contextlib.suppress(ValueError):  # a file of another kind
                 return Agreement.from_arrays(arrays)
         reference = Agreement()
-        self._run(PLAIN, self.subject.model, reference)
+        self._run(PLAIN, self.workload.model, reference)
         self.store.put_arrays(key, reference.to_arrays())
         return reference
 
     def _images(self) -> Iterator[list[dict[str, Any]]]:
-        """The subject's images, each noted while a model runs on it."""
-        for batch in self.subject.images():
+        """The workload's images, each noted while a model runs on it."""
+        for batch in self.workload.images():
             check_interrupt()
             self._image = image_name(batch[0])
             yield batch
@@ -186,11 +186,11 @@ class Session:
     def _run(self, name: str, model: nn.Module, agreement: Agreement) -> dict[str, Any]:
         """The results of the task's evaluator, and the agreement."""
         evaluators = [agreement]
-        if self.subject.evaluator is not None:
-            evaluators.append(self.subject.evaluator())
+        if self.workload.evaluator is not None:
+            evaluators.append(self.workload.evaluator())
         bar = tqdm(
             self._images(),
-            total=len(self.subject),
+            total=len(self.workload),
             desc=name,
             unit="image",
             leave=False,
@@ -202,7 +202,7 @@ class Session:
             return inference_on_dataset(model, bar, DatasetEvaluators(evaluators))
 
     def _evaluate(self, name: str, model: nn.Module) -> dict[str, Any]:
-        if model is self.subject.model:
+        if model is self.workload.model:
             agreement = Agreement()
             results = self._run(name, model, agreement)
             self.store.put_arrays(self._key("reference", None, {}), agreement.to_arrays())
@@ -224,11 +224,11 @@ class Session:
 
     def _inputs(self, count: int) -> list[list[dict[str, Any]]]:
         """The first images as the model takes them, each alone; labels and the like left out."""
-        if len(self._timed) < min(count, len(self.subject)):
+        if len(self._timed) < min(count, len(self.workload)):
             wanted = ("image", "height", "width")
             self._timed = [
                 [{key: item[key] for key in wanted if key in item} for item in batch]
-                for batch in self.subject.images(count)
+                for batch in self.workload.images(count)
             ]
         return self._timed[:count]
 
@@ -244,7 +244,7 @@ class Session:
             "ratio": asdict(Ratio.of(plain, seconds)),
         }
         with self._forwarding():
-            values["peak_memory"] = peak_memory(lambda: model(singles[0]), self.subject.device)
+            values["peak_memory"] = peak_memory(lambda: model(singles[0]), self.workload.device)
         if batch > 1:
             items = [item for one in islice(cycle(images), batch) for item in one]
             repeats = max(3, -(-len(singles) // batch))
@@ -264,7 +264,7 @@ class Session:
     ) -> tuple[list[float], list[float]]:
         """Seconds of one forward of a model and of the plain one, in turns, the two on the same
         input in a round."""
-        plain = self.subject.model
+        plain = self.workload.model
         models = {PLAIN: plain} if model is plain else {PLAIN: plain, label: model}
 
         def forward(model: nn.Module, turn: Iterator[list[dict[str, Any]]]) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from tabulate import tabulate
 
 from ..predictions import PREDICTIONS
-from .columns import GROUPS, MARKDOWN, TERMINAL, Column, columns_of, spell_settings
+from .columns import GROUPS, MARKDOWN, TERMINAL, Column, columns_of, describe_settings
 from .rows import Comparison, Row
 
 __all__ = ["caption", "save_tables", "table_stem", "to_csv", "to_markdown", "to_terminal"]
@@ -35,7 +35,7 @@ def to_terminal(comparison: Comparison) -> str:
 def _chosen(comparison: Comparison) -> list[str]:
     """What budgets chose, a line for each, as one paragraph; nothing without a budget."""
     lines = [
-        f"{row.name}: {spell_settings(row)}"
+        f"{row.name}: {describe_settings(row)}"
         for row in comparison.rows
         if row.settings is not None and row.settings.budget is not None and row.resolved
     ]
@@ -87,7 +87,7 @@ def to_markdown(comparison: Comparison) -> str:
     for title in GROUPS:
         mine = [column for column in columns if column.group == title]
         parts.append(f"**{title}**\n\n{_tabulate(rows, mine, 'github')}")
-    settings = [f"- {row.name}: `{spell_settings(row)}`" for row in rows if row.settings]
+    settings = [f"- {row.name}: `{describe_settings(row)}`" for row in rows if row.settings]
     parts += ["**Settings**\n\n" + "\n".join(settings)] if settings else []
     now = comparison.conditions
     parts.append(f"{now.date}: `{now.command}`")
@@ -103,7 +103,7 @@ def to_csv(comparison: Comparison) -> str:
     writer.writerow(["name", "settings", *(column.key for column in columns)])
     for row in comparison.rows:
         values = [column.value(row) for column in columns]
-        writer.writerow([row.name, spell_settings(row), *values])
+        writer.writerow([row.name, describe_settings(row), *values])
     return text.getvalue()
 
 

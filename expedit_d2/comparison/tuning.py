@@ -12,7 +12,7 @@ from ..settings import Settings
 from .rows import PLAIN, Comparison, Row, pareto
 from .session import Options, Session
 from .store import Store
-from .subject import Subject
+from .workload import Workload
 
 __all__ = ["Target", "Tuning", "tune"]
 
@@ -22,7 +22,7 @@ class Target:
     """What a setting has to reach; whatever is None is not asked for.
 
     Attributes:
-        kept: percent of the plain model's metric, of every task's or of ``metric``.
+        retained: percent of the plain model's metric, of every task's or of ``metric``.
         metric: a name as in tables: PQ, mIoU, "box AP".
         agreement: percent, with the plain model's output, of every task.
         speedup: how many times faster than the plain model, at batch 1.
@@ -31,17 +31,17 @@ class Target:
         ValueError: if nothing is asked for, or a value is out of range.
     """
 
-    kept: float | None = None
+    retained: float | None = None
     metric: str | None = None
     agreement: float | None = None
     speedup: float | None = None
 
     def __post_init__(self) -> None:
-        if self.metric is not None and self.kept is None:
+        if self.metric is not None and self.retained is None:
             raise ValueError(f"the metric {self.metric!r} needs the percentage to keep of it")
-        if self.kept is self.agreement is self.speedup is None:
+        if self.retained is self.agreement is self.speedup is None:
             raise ValueError("there is no target: give what to keep, an agreement or a speed-up")
-        for name in ("kept", "agreement"):
+        for name in ("retained", "agreement"):
             value = getattr(self, name)
             if value is not None and not 0 < value <= 100:
                 raise ValueError(f"{name} must be a percentage in (0, 100], got {value}")
@@ -50,8 +50,8 @@ class Target:
 
     def __str__(self) -> str:
         parts = []
-        if self.kept is not None:
-            parts.append(f"keep {self.kept:g} % of {self.metric or 'every metric'}")
+        if self.retained is not None:
+            parts.append(f"keep {self.retained:g} % of {self.metric or 'every metric'}")
         if self.agreement is not None:
             parts.append(f"agreement at least {self.agreement:g} %")
         if self.speedup is not None:
@@ -60,7 +60,7 @@ class Target:
 
     @property
     def asks_for_quality(self) -> bool:
-        return self.kept is not None or self.agreement is not None
+        return self.retained is not None or self.agreement is not None
 
     def check(self, comparison: Comparison) -> None:
         """
@@ -70,14 +70,14 @@ class Target:
         plain = comparison.plain
         if plain.not_finite:
             raise ValueError(f"there is nothing to tune for: {comparison.undefined()[-1]}")
-        if self.kept is not None and not plain.metrics:
+        if self.retained is not None and not plain.metrics:
             raise ValueError("without labels there is no metric to keep; ask for an agreement")
         if self.metric is not None and self.metric not in plain.metrics:
             raise ValueError(
                 f"the metric must be one of {list(plain.metrics)}, got {self.metric!r}"
             )
         for metric in plain.metrics if self.metric is None else [self.metric]:
-            if self.kept is not None and comparison.kept(plain, metric) is None:
+            if self.retained is not None and comparison.retained(plain, metric) is None:
                 raise ValueError(
                     f"the plain model's {metric} is {plain.metrics[metric]:g}, so no share of it "
                     "can be kept; name another metric, or ask for an agreement"
@@ -89,10 +89,14 @@ class Target:
 
     def quality_met(self, comparison: Comparison, row: Row) -> bool:
         """Whether a row has the metrics and the agreement, and is finite."""
-        kept = comparison.kept(row, self.metric) if self.metric else comparison.lowest_kept(row)
+        retained = (
+            comparison.retained(row, self.metric)
+            if self.metric
+            else comparison.lowest_retained(row)
+        )
         return (
             not row.not_finite
-            and _reaches(kept, self.kept)
+            and _reaches(retained, self.retained)
             and _reaches(row.lowest_agreement, self.agreement)
         )
 
@@ -126,7 +130,7 @@ class Tuning:
         sweep: every candidate on a few images; None if not even the plain model was run.
         front: of the finished sweep, by falling agreement and falling GFLOPs.
         confirmed: the best few on all images; None if none was.
-        winner: of these; None if none reaches the target.
+        best: of these; None if none reaches the target.
         skipped: candidates that the model cannot run with, or not on every image, and why.
         interrupted: whether it ended early.
     """
@@ -135,7 +139,7 @@ class Tuning:
     sweep: Comparison | None = None
     front: list[Row] = field(default_factory=list)
     confirmed: Comparison | None = None
-    winner: Row | None = None
+    best: Row | None = None
     skipped: dict[str, str] = field(default_factory=dict)
     interrupted: bool = False
 
@@ -207,7 +211,7 @@ class _Confirmation:
                 return
             self.row(index)
 
-    def winner(self) -> Row | None:
+    def best(self) -> Row | None:
         """The fastest that has the quality; or, where only speed is asked for, the best output."""
         comparison = self.comparison()
         met = [row for row in comparison.rows[1:] if self.target.met(comparison, row)]
@@ -220,7 +224,7 @@ class _Confirmation:
 
 
 def tune(
-    subject: Subject,
+    workload: Workload,
     settings: Mapping[str, Settings],
     target: Target,
     sweep_images: int = 8,
@@ -235,7 +239,7 @@ def tune(
     metrics and timing.
 
     Args:
-        subject: the model and its data.
+        workload: the model and its data.
         settings: to choose from, by name; see `candidates`.
         target: what to reach.
         sweep_images: images of the sweep.
@@ -250,8 +254,8 @@ def tune(
         ValueError: if the target asks for what the data cannot give.
     """
     options, store = options or Options(), store or Store(None)
-    full = Session(subject, options, store)
-    few = replace(subject, limit=min(sweep_images, len(subject)), make_evaluator=None)
+    full = Session(workload, options, store)
+    few = replace(workload, limit=min(sweep_images, len(workload)), make_evaluator=None)
     sweep = Session(few, replace(options, timed_images=0, progress=False), store)
     rows: list[Row] = []
     skipped: dict[str, str] = {}
@@ -282,7 +286,7 @@ def tune(
         sweep=sweep.comparison(rows, failed=skipped) if rows else None,
         front=front,
         confirmed=confirmation.comparison() if confirmation else None,
-        winner=confirmation.winner() if confirmation and not interrupted else None,
+        best=confirmation.best() if confirmation and not interrupted else None,
         skipped=skipped | (confirmation.failed if confirmation else {}),
         interrupted=interrupted,
     )

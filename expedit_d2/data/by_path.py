@@ -1,6 +1,6 @@
 """Data sets by path: what ``DATASETS.TRAIN`` and ``DATASETS.TEST`` may say besides names.
 
-One spelling for all of them, the labels first::
+One form for all of them, the labels first::
 
     LABELS[@IMAGES[@PNGS]]
 
@@ -34,7 +34,7 @@ _VALID = (
 
 
 def register_by_path(names: Sequence[str], key: str = "DATASETS.TEST or DATASETS.TRAIN") -> None:
-    """Registers every name that is a path in one of the spellings above.
+    """Registers every name that is a path in one of the forms above.
 
     Panoptic records have ``pan_seg_file_name``, ``segments_info`` and ``sem_seg_file_name``, the
     last one drawn on the fly; their metadata give PQ, mask AP (of the things) and mIoU. Metadata of

@@ -224,11 +224,11 @@ class Slimmed(NamedTuple):
 
     Attributes:
         size: of the file, in bytes.
-        kept: names of the tensors whose values are too large for fp16; they keep their type.
+        full_precision: names of the tensors that keep their type, as values are too large for fp16.
     """
 
     size: int
-    kept: list[str]
+    full_precision: list[str]
 
 
 def _halved(weight: Tensor) -> Tensor:
@@ -273,5 +273,7 @@ def slim_checkpoint(
     ):
         for entry in plain.infolist():
             small.writestr(entry.filename, plain.read(entry))
-    kept = [key for key, w in halves.items() if w.is_floating_point() and w.dtype != torch.float16]
-    return Slimmed(os.path.getsize(target), kept)
+    full_precision = [
+        key for key, w in halves.items() if w.is_floating_point() and w.dtype != torch.float16
+    ]
+    return Slimmed(os.path.getsize(target), full_precision)

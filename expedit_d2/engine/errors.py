@@ -69,13 +69,13 @@ class ExplainedError(Exception):
 
 @contextmanager
 def one_sentence(
-    tool: str, kept: str | Callable[[], str] = "nothing was written"
+    tool: str, on_interrupt: str | Callable[[], str] = "nothing was written"
 ) -> Iterator[None]:
     """End the process with one sentence on stderr for errors that a user can mend.
 
     Args:
         tool: its name, which the sentence starts with.
-        kept: what an interruption leaves behind, or a function that tells it.
+        on_interrupt: what is left after an interruption, or a function that returns it.
 
     Raises:
         SystemExit: with the sentence as its text; its code is 2, or 130 after Ctrl-C.
@@ -83,7 +83,8 @@ def one_sentence(
     try:
         yield
     except KeyboardInterrupt:
-        end(tool, f"interrupted; {kept() if callable(kept) else kept}", 130)
+        left = on_interrupt() if callable(on_interrupt) else on_interrupt
+        end(tool, f"interrupted; {left}", 130)
     except Exception as error:
         sentence = explain(error)
         if sentence is None or os.environ.get("EXPEDIT_TRACEBACK"):
@@ -102,7 +103,7 @@ def end(tool: str, sentence: str, status: int = 2) -> NoReturn:
 
 
 def close_to(word: str, known: Iterable[str], cutoff: float = 0.6) -> str:
-    """`` (did you mean …?)`` for the word that is spelled most alike; nothing if none is."""
+    """`` (did you mean …?)`` for the word that is most similar; nothing if none is."""
     found = difflib.get_close_matches(word, known, n=1, cutoff=cutoff)
     return f" (did you mean {found[0]}?)" if found else ""
 

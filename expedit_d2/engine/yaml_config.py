@@ -157,7 +157,7 @@ def _sources(path: str, chain: tuple[str, ...]) -> Iterator[tuple[str, yaml.Mapp
         raise ValueError(f"{path} is empty; a config has keys, such as MODEL: {{WEIGHTS: my.pth}}")
     if not isinstance(tree, yaml.MappingNode):
         raise ValueError(
-            f"{path} holds {_spelled(tree)}; a config has keys, such as MODEL: {{WEIGHTS: my.pth}}"
+            f"{path} holds {_written(tree)}; a config has keys, such as MODEL: {{WEIGHTS: my.pth}}"
         )
     _check_keys(path, tree, ())
     yield path, tree
@@ -189,7 +189,7 @@ def _check_keys(path: str, tree: yaml.MappingNode, above: tuple[int, ...]) -> No
     seen: set[str] = set()
     for key, value in tree.value:
         if not isinstance(key, yaml.ScalarNode) or key.tag not in _NAMES:
-            raise ValueError(f"{_place(path, key)}: a key must be a name, got {_spelled(key)}")
+            raise ValueError(f"{_place(path, key)}: a key must be a name, got {_written(key)}")
         if key.value in seen:
             raise ValueError(f"{_place(path, key)}: {key.value} is given twice; leave one of them")
         seen.add(key.value)
@@ -198,14 +198,14 @@ def _check_keys(path: str, tree: yaml.MappingNode, above: tuple[int, ...]) -> No
 
 
 def _find(sources: Sequence[tuple[str, yaml.MappingNode]], key: str) -> tuple[str, str]:
-    """Where a key is given, and the value as it is spelled there."""
+    """Where a key is given, and the value as it is written there."""
     for path, tree in sources:
         node: yaml.Node | None = tree
         for name in key.split("."):
             pairs = node.value if isinstance(node, yaml.MappingNode) else ()
             node = next((value for given, value in pairs if given.value == name), None)
         if node is not None:
-            return _place(path, node), _spelled(node)
+            return _place(path, node), _written(node)
     return sources[0][0], "another type"
 
 
@@ -213,7 +213,7 @@ def _place(path: str, node: yaml.Node) -> str:
     return f"{path}, line {node.start_mark.line + 1}"
 
 
-def _spelled(node: yaml.Node) -> str:
+def _written(node: yaml.Node) -> str:
     if isinstance(node, yaml.ScalarNode):
         return repr(node.value[:80]) if node.value else "nothing"
     return "a list" if isinstance(node, yaml.SequenceNode) else "keys"

@@ -47,7 +47,7 @@ class Agreement(DatasetEvaluator):
         self.reset()
 
     def reset(self) -> None:
-        self.kept: dict[tuple[str, int | str], Record] = {}
+        self.records: dict[tuple[str, int | str], Record] = {}
         self.not_finite: set[int | str] = set()
         self.sums: dict[str, np.ndarray] = {}
         self.lowest: tuple[float, int | str] | None = None
@@ -65,9 +65,9 @@ class Agreement(DatasetEvaluator):
     def _compare(self, kind: Prediction, image: int | str, mine: Record) -> None:
         task, plain, not_finite = kind.name, mine, self.not_finite
         if self.reference is None:
-            self.kept[task, image] = mine
+            self.records[task, image] = mine
         else:
-            plain = self.reference.kept[task, image]
+            plain = self.reference.records[task, image]
             not_finite = not_finite | self.reference.not_finite
         terms = kind.terms(mine, plain)
         if image in not_finite:
@@ -101,9 +101,9 @@ class Agreement(DatasetEvaluator):
 
     def to_arrays(self) -> dict[str, np.ndarray]:
         """What a reference has to remember, for a file; `from_arrays` is the opposite."""
-        index = {"kept": list(self.kept), "not_finite": list(self.not_finite)}
+        index = {"records": list(self.records), "not_finite": list(self.not_finite)}
         arrays = {"index": np.frombuffer(json.dumps(index).encode(), np.uint8)}
-        for number, record in enumerate(self.kept.values()):
+        for number, record in enumerate(self.records.values()):
             arrays |= {f"{number}.{name}": array for name, array in record.items()}
         return arrays
 
@@ -122,8 +122,8 @@ class Agreement(DatasetEvaluator):
         try:
             index = json.loads(arrays["index"].tobytes())
             found.not_finite = set(index["not_finite"])
-            for number, (task, image) in enumerate(index["kept"]):
-                found.kept[task, image] = records[str(number)]
+            for number, (task, image) in enumerate(index["records"]):
+                found.records[task, image] = records[str(number)]
         except (KeyError, TypeError, ValueError):
             raise ValueError("these arrays are not those of an agreement's reference") from None
         return found

@@ -9,7 +9,7 @@ from torch import nn
 from . import density, expedit, hard, merge, pool, tome  # noqa: F401  they register themselves
 from .base import METHOD_REGISTRY, Method
 from .grid import GridMethod
-from .off_grid import OffGridMethod
+from .unstructured import UnstructuredMethod
 
 if TYPE_CHECKING:
     from ..settings import Settings
@@ -19,7 +19,7 @@ __all__ = [
     "METHOD_REGISTRY",
     "GridMethod",
     "Method",
-    "OffGridMethod",
+    "UnstructuredMethod",
     "build_method",
     "default_method",
 ]
@@ -28,9 +28,9 @@ __all__ = [
 METHODS = METHOD_REGISTRY
 
 
-def default_method(off_grid: bool) -> str:
+def default_method(unstructured: bool) -> str:
     """What METHOD None stands for: off the grid, or on it."""
-    return "merge" if off_grid else "expedit"
+    return "merge" if unstructured else "expedit"
 
 
 def build_method(settings: Settings, attention_window: int | None, index: int = 0) -> Method:

@@ -25,7 +25,8 @@ _BUDGET_RULES = ("late", "early", "every")
 class Method(nn.Module, ABC):
     """A pair of parameter-free modules; what they share passes through an explicit record.
 
-    Subclass `GridMethod` or `OffGridMethod`, which leave one or two functions to write, or this.
+    Subclass `GridMethod` or `UnstructuredMethod`, which leave one or two functions to write, or
+    this class.
     """
 
     #: (Tokens, Keys) -> (fewer Tokens, record).
@@ -41,7 +42,7 @@ class Method(nn.Module, ABC):
         {"size_aware", "positions", "residual", "reconstruct_at", "fused_attention"}
     )
     #: Whether it leaves tokens that lie on no grid.
-    off_grid = False
+    unstructured = False
     #: Whether it reduces inside of the block after alpha, between its attention and its MLP.
     inside = False
     #: Where BUDGET lets it reduce: once, "late" (see `GridRule`); a few times, "early" (see

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..tracing import shape_of
 from .base import METHOD_REGISTRY
-from .off_grid import OffGridMethod, Windows
+from .unstructured import UnstructuredMethod, Windows
 
 if TYPE_CHECKING:
     from ..settings import Settings
@@ -53,7 +53,7 @@ def density_peaks(keys: Tensor, count: int, neighbors: int = _NEIGHBORS) -> Tens
 
 
 @METHOD_REGISTRY.register("density")
-class Density(OffGridMethod):
+class Density(UnstructuredMethod):
     """Density peaks before each alpha."""
 
     @staticmethod

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from .base import METHOD_REGISTRY
 from .matching import match, matching_cost
-from .off_grid import OffGridMethod, Windows
 from .spread import SCHEDULES, Spread
+from .unstructured import UnstructuredMethod, Windows
 
 if TYPE_CHECKING:
     from ..settings import Settings
@@ -31,10 +31,10 @@ _MATCHED = 256
 
 
 @METHOD_REGISTRY.register("merge")
-class Merge(OffGridMethod):
+class Merge(UnstructuredMethod):
     """Before each alpha, the share of the tokens that SCHEDULE gives."""
 
-    reads = OffGridMethod.reads | {"schedule", "rounds"}
+    reads = UnstructuredMethod.reads | {"schedule", "rounds"}
     budget_rule = "early"
 
     @staticmethod

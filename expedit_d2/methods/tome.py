@@ -16,8 +16,8 @@ from torch import Tensor
 from ..tracing import shape_of
 from .base import METHOD_REGISTRY
 from .matching import match, matching_cost
-from .off_grid import OffGridMethod, Windows
 from .spread import Spread, same_number
+from .unstructured import UnstructuredMethod, Windows
 
 if TYPE_CHECKING:
     from ..settings import Settings
@@ -26,7 +26,7 @@ __all__ = ["ToMe"]
 
 
 @METHOD_REGISTRY.register("tome")
-class ToMe(OffGridMethod):
+class ToMe(UnstructuredMethod):
     """Equal numbers inside each block: the tokens left fall linearly from alpha to alpha."""
 
     inside = True

@@ -18,13 +18,13 @@ from .distances import (
     tiled_scores,
 )
 from .maps import adaptive_pool, grid_positions
-from .tiling import NEVER, gather_up, tile
+from .tiling import MASKED_LOGIT, sum_into_clusters, tile
 
 __all__ = ["Clusters", "TokenClustering", "cluster_tokens"]
 
 # Largest product of temperature and squared distance: hard assignment long since, and far from
 # what overflows.
-_HOTTEST = 1e30
+_MAX_LOGIT = 1e30
 
 
 class Clusters(NamedTuple):
@@ -123,7 +123,7 @@ def cluster_tokens(
         centroids = torch.cat([means / total.clamp_min(TINY), centroids[..., channels:]], dim=-1)
         # A cell of padding alone is no candidate for a token (padding itself joins nothing).
         empty = (total <= 0).flatten().take(tiles.cells).unflatten(0, (batch, -1))  # (B, T, P)
-        mask = mask.masked_fill(empty[:, :, None] & (counts > 0), NEVER)
+        mask = mask.masked_fill(empty[:, :, None] & (counts > 0), MASKED_LOGIT)
     centroids = centroids.flatten(0, 2)  # (B * M, C + 4), as all that follow
 
     tiled = tiled.flatten(0, 1)
@@ -138,8 +138,8 @@ def cluster_tokens(
         affinity = torch.addcdiv(mask, score, scale).softmax(-1)  # (B, T, R, P)
         if counts is not None:
             affinity = affinity * counts
-        # The tiny vote for its old place keeps a cluster that no token joins where it is.
-        sums = gather_up(affinity.flatten(0, 1), tiled, tiles.cells, centroids * TINY)
+        # The tiny weight of its old place leaves a cluster that no token joins where it is.
+        sums = sum_into_clusters(affinity.flatten(0, 1), tiled, tiles.cells, centroids * TINY)
         sizes = sums[:, channels : channels + 1]
         centroids = sums / sizes
     sizes = (sizes - TINY).view(batch, *grid)
@@ -159,7 +159,7 @@ def _scale(temperature: float, x: Tensor, batch: int) -> Tensor:
         batch: B.
     """
     spread = torch.linalg.vector_norm(x.unflatten(0, (batch, -1)), dim=(1, 2, 3), keepdim=True)
-    return (spread.square() / _HOTTEST).clamp_min(min(max(1 / temperature, 1e-37), 1e37))
+    return (spread.square() / _MAX_LOGIT).clamp_min(min(max(1 / temperature, 1e-37), 1e37))
 
 
 class TokenClustering(nn.Module):

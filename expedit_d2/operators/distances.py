@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..tracing import is_exporting, shape_of
-from .tiling import meet
+from .tiling import multiply_tiles
 
 __all__ = [
     "TINY",
@@ -87,7 +87,7 @@ def tiled_scores(x: Tensor, centroids: Tensor, cells: Tensor) -> Tensor:
         near = near[..., :channels].transpose(1, 2)
         return torch.baddbmm(norms[group], x, near, beta=-1, alpha=2)
 
-    return meet(x, centroids, cells, product)
+    return multiply_tiles(x, centroids, cells, product)
 
 
 @torch.no_grad()

@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from ..tracing import cached, shape_of
 from .checks import AUTO, NORMALIZATIONS, check_temperature, check_window
 from .distances import auto_scale, centered, in_fp32, nearest_distance, tiled_scores
-from .tiling import NEVER, Tiles, meet, tile
+from .tiling import MASKED_LOGIT, Tiles, multiply_tiles, tile
 
 __all__ = ["TokenReconstruction", "reconstruct_tokens"]
 
 # Highest temperature: it fits fp32.
-_HOTTEST = 1e38
+_MAX_TEMPERATURE = 1e38
 
 
 def _normalize(similarity: Tensor, normalize: str) -> Tensor:
@@ -91,7 +91,7 @@ def reconstruct_tokens(
         # Never above 0, so that nothing overflows.
         below = best - best[..., :1].detach()
         if temperature != AUTO:
-            return _normalize(below * min(temperature, _HOTTEST), normalize)
+            return _normalize(below * min(temperature, _MAX_TEMPERATURE), normalize)
         distances = nearest_distance(x, centroids.flatten(0, 1), nearest())
         scale = auto_scale(distances, x, weights)
         return _normalize(below / scale.view(-1, *[1] * (best.dim() - 1)), normalize)
@@ -116,7 +116,7 @@ def _rebuild_from_all(
     norms = centroids.square().sum(-1)[:, None]
     score = torch.baddbmm(norms, x, centroids.transpose(1, 2), beta=-1, alpha=2)  # (B, N, M)
     if keep is not None:
-        score = score.masked_fill(~keep[:, None], NEVER)
+        score = score.masked_fill(~keep[:, None], MASKED_LOGIT)
     best, index = score.topk(neighbors, dim=-1)
     batch, total, channels = shape_of(values)
     if batch > 1:
@@ -153,7 +153,7 @@ def _rebuild_from_window(
     score = score.unflatten(0, (batch, -1)) + tiles.mask  # (B, T, R, P)
     if keep is not None:
         hidden = ~keep.flatten().take(tiles.cells).unflatten(0, (batch, -1))  # (B, T, P)
-        score = score.masked_fill(hidden[:, :, None], NEVER)
+        score = score.masked_fill(hidden[:, :, None], MASKED_LOGIT)
     best, index = score.topk(min(neighbors, shape_of(score)[-1]), dim=-1)
 
     def nearest() -> Tensor:
@@ -161,7 +161,7 @@ def _rebuild_from_window(
         return tiles.put(cells.unflatten(0, (batch, -1)))
 
     weights = torch.zeros_like(score).scatter_(-1, index, weigh(best, nearest))
-    out = meet(
+    out = multiply_tiles(
         weights.flatten(0, 1),
         values.flatten(0, 1),
         tiles.cells,

@@ -21,10 +21,10 @@ from torch import Tensor
 
 from ..tracing import cached, in_graph, shape_of
 
-__all__ = ["NEVER", "Tiles", "gather_up", "meet", "tile"]
+__all__ = ["MASKED_LOGIT", "Tiles", "sum_into_clusters", "multiply_tiles", "tile"]
 
 # Stands for "not allowed" in logits: finite, so that a row without any candidate stays finite too.
-NEVER = -3e38
+MASKED_LOGIT = -3e38
 # Cells along a side of a tile; larger tiles copy less of the rim, smaller ones multiply less.
 _TILE = 4
 # Tiles along an axis whose cells are not known when a graph is made: of 8 cells at 32.
@@ -42,7 +42,7 @@ class Tiles:
         real: (T, R, 1) fp32, 0 where a tile has fewer than R tokens, else 1.
         cells: (B * T, P) index into the clusters of all images.
         mask: (T, R, P) fp32, 0 where the cluster is within r of the token's home cell, else
-            `NEVER`: added to logits.
+            `MASKED_LOGIT`: added to logits.
         place: (N,) where each token sits in the flattened (T * R).
     """
 
@@ -125,7 +125,7 @@ def tile(
         tokens=cross(rows.tokens, cols.tokens, size[1]).flatten(),
         real=real.float()[..., None],
         cells=(first + cross(rows.cells, cols.cells, grid[1])).flatten(0, 1),
-        mask=torch.zeros(shape_of(allowed), device=device).masked_fill(~allowed, NEVER),
+        mask=torch.zeros(shape_of(allowed), device=device).masked_fill(~allowed, MASKED_LOGIT),
         place=place.flatten(),
     )
 
@@ -136,7 +136,7 @@ def _groups(tiles: int, each: int, like: Tensor) -> list[slice]:
     return [slice(start, start + step) for start in range(0, tiles, step)]
 
 
-def meet(
+def multiply_tiles(
     x: Tensor, items: Tensor, cells: Tensor, product: Callable[[Tensor, Tensor, slice], Tensor]
 ) -> Tensor:
     """Products of tiles with the clusters that they meet.
@@ -162,7 +162,7 @@ def meet(
     return out[0] if len(out) == 1 else torch.cat(out)
 
 
-def gather_up(shares: Tensor, x: Tensor, cells: Tensor, start: Tensor) -> Tensor:
+def sum_into_clusters(shares: Tensor, x: Tensor, cells: Tensor, start: Tensor) -> Tensor:
     """Sums of what tokens give to the clusters that they meet.
 
     Args:

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..adapters import find_host
+from ..adapters import find_transformer
 from ..hook import ExpeditedBlocks
 from ..settings import Settings
 
@@ -137,7 +137,7 @@ def _whole_attention(layer: nn.MultiheadAttention, tokens: Tensor, rule: Rule) -
 
 def _costs(model: nn.Module, rule: Rule) -> Iterator[tuple[nn.Module, Cost]]:
     """The modules that count, and what a call of each one costs."""
-    blocks = find_host(model).blocks
+    blocks = find_transformer(model).blocks
     encoder = {id(block.attn) for block in blocks.children() if hasattr(block, "attn")}
     for module in model.modules():
         if isinstance(module, (nn.Linear, nn.Conv2d)):

@@ -15,7 +15,7 @@ from PIL import Image
 
 from .. import __version__
 from ..comparison import Comparison
-from ..comparison.columns import HTML, columns_of, spell_settings
+from ..comparison.columns import HTML, columns_of, describe_settings
 from ..comparison.tables import remarks
 from .figures import draw_tradeoff
 from .pictures import Picture
@@ -87,7 +87,7 @@ def _section(comparison: Comparison, key: str) -> dict[str, Any]:
         "table": _table(comparison),
         "table_note": _table_note(comparison),
         "remarks": remarks(comparison),
-        "settings": [(row.name, spell_settings(row)) for row in comparison.rows if row.settings],
+        "settings": [(row.name, describe_settings(row)) for row in comparison.rows if row.settings],
         "conditions": _conditions(comparison),
     }
 

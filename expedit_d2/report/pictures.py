@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from detectron2.data import MetadataCatalog
 
-from ..comparison import Row, Subject
+from ..comparison import Row, Workload
 from ..data.images import find_images, load_image
 from ..engine.interrupt import check_interrupt
 from ..evaluation.agreement import image_key
@@ -32,11 +32,11 @@ class Picture:
     panels: Mapping[str, np.ndarray]
 
 
-def draw_pictures(subject: Subject, row: Row, count: int) -> list[Picture]:
+def draw_pictures(workload: Workload, row: Row, count: int) -> list[Picture]:
     """Images, clusters, predictions without and with token reduction, and where these differ.
 
     Args:
-        subject: whose plain model runs on its first images, and on the one that agrees least; it
+        workload: whose plain model runs on its first images, and on the one that agrees least; it
             is left as it was.
         row: its settings are drawn.
         count: of first images; 0: none, nor the worst.
@@ -52,26 +52,26 @@ def draw_pictures(subject: Subject, row: Row, count: int) -> list[Picture]:
         raise ValueError(f"the row {row.name!r} has no settings to draw")
     if count < 0:
         raise ValueError(f"the number of pictures must be 0 or more, got {count}")
-    metadata = MetadataCatalog.get(subject.dataset)
+    metadata = MetadataCatalog.get(workload.dataset)
     worst, least = row.worst or (None, None)
     pictures = []
-    for number, item in _first_and_worst(subject, count, worst):
+    for number, item in _first_and_worst(workload, count, worst):
         check_interrupt()
         title = f"Image {_name_of(item, number)}, setting {row.name}"
         if worst is not None and image_key(item) == worst:
             title += f": the lowest agreement of all, {least:.1f} %"
-        panels = side_by_side(subject.model, row.settings, item, metadata, subject.color)[-1]
+        panels = side_by_side(workload.model, row.settings, item, metadata, workload.color)[-1]
         pictures.append(Picture(title, panels))
     return pictures
 
 
 def _first_and_worst(
-    subject: Subject, count: int, worst: int | str | None
+    workload: Workload, count: int, worst: int | str | None
 ) -> Iterator[tuple[int, dict[str, Any]]]:
     """Number and item of the first images, and of another one, once each."""
     if count == 0:
         return
-    for number, (item,) in enumerate(subject.images(), start=1):
+    for number, (item,) in enumerate(workload.images(), start=1):
         is_worst = worst is not None and image_key(item) == worst
         if number <= count or is_worst:
             yield number, item

@@ -10,10 +10,10 @@ from ..analysis.timing import Ratio
 from ..comparison import Comparison, Row, pareto
 from .figures import Point
 
-__all__ = ["AGREEMENT", "KEPT", "Tradeoff", "best_row", "headline", "headline_row", "tradeoffs"]
+__all__ = ["AGREEMENT", "RETAINED", "Tradeoff", "best_row", "headline", "headline_row", "tradeoffs"]
 
 #: Percent of every metric that the headline's setting keeps, at least, where there are metrics.
-KEPT = 99.5
+RETAINED = 99.5
 #: Percent of agreement with the plain model that it has, at least.
 AGREEMENT = 98.0
 
@@ -26,8 +26,8 @@ def _quality(comparison: Comparison, row: Row) -> float | None:
         return None
     if not comparison.plain.metrics:
         return agreement / AGREEMENT
-    kept = comparison.lowest_kept(row)
-    return None if kept is None else min(kept / KEPT, agreement / AGREEMENT)
+    retained = comparison.lowest_retained(row)
+    return None if retained is None else min(retained / RETAINED, agreement / AGREEMENT)
 
 
 def _gain(comparison: Comparison, row: Row) -> float:
@@ -37,8 +37,8 @@ def _gain(comparison: Comparison, row: Row) -> float:
 
 
 def best_row(comparison: Comparison) -> Row | None:
-    """The fastest setting that has `AGREEMENT`, and `KEPT` of every metric if there are any; None
-    if there is none that is faster than the plain model."""
+    """The fastest setting that reaches `AGREEMENT`, and `RETAINED` for every metric if there are
+    any; None if no such setting is faster than the plain model."""
     eligible = [
         row
         for row in comparison.rows[1:]
@@ -68,7 +68,7 @@ def headline(comparison: Comparison) -> str:
         return sentence
     aim = f"agrees with the plain model in {AGREEMENT:g} %"
     if comparison.plain.metrics:
-        aim = f"keeps {KEPT:g} % of every metric and {aim}"
+        aim = f"keeps {RETAINED:g} % of every metric and {aim}"
     return f"No setting is faster and {aim}; nearest is {sentence}"
 
 
@@ -79,11 +79,11 @@ def _in_words(comparison: Comparison, row: Row) -> str:
     if ratio is not None:
         spread = f" (spread widely: {ratio.low:.2f} to {ratio.high:.2f})" if ratio.is_wide else ""
         words.append(f"{ratio.median:.2f} times as fast{spread}")
-    kept = comparison.lowest_kept(row)
-    if kept is not None:
+    retained = comparison.lowest_retained(row)
+    if retained is not None:
         metrics = list(comparison.plain.metrics)
         of = f"or more of every metric ({', '.join(metrics)})" if len(metrics) > 1 else metrics[0]
-        words.append(f"{kept:.1f} % {'of ' if len(metrics) == 1 else ''}{of} kept")
+        words.append(f"{retained:.1f} % {'of ' if len(metrics) == 1 else ''}{of} kept")
     least = " or more" if len(row.agreement) > 1 else ""
     words.append(f"{row.lowest_agreement:.1f} %{least} agreement with the plain model")
     return ", ".join(words)
@@ -99,12 +99,12 @@ class Tradeoff(NamedTuple):
 
 def tradeoffs(comparison: Comparison) -> list[Tradeoff]:
     """What is kept against what is gained, for every pair that two settings or more have."""
-    kept = "lowest metric kept, %"
+    label = "lowest metric kept, %"
     if len(comparison.plain.metrics) == 1:
-        kept = f"{next(iter(comparison.plain.metrics))} kept, %"
+        label = f"{next(iter(comparison.plain.metrics))} kept, %"
     qualities: list[tuple[Callable[[Row], float | None], str]] = []
     if comparison.plain.metrics:
-        qualities.append((comparison.lowest_kept, kept))
+        qualities.append((comparison.lowest_retained, label))
     if comparison.plain.agreement:
         lowest = "lowest agreement" if len(comparison.plain.agreement) > 1 else "agreement"
         qualities.append((lambda row: row.lowest_agreement, f"{lowest} with the plain model, %"))

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor, nn
 
-from ..adapters import find_host
+from ..adapters import find_transformer
 from ..api import apply
 from ..predictions import PREDICTIONS
 from ..predictions.drawing import draw_difference, enlarge
@@ -89,7 +89,7 @@ def _seen_pixels(model: nn.Module) -> Iterator[list[Tensor]]:
     def keep(_: nn.Module, args: tuple[Tensor, ...]) -> None:
         seen.append(args[0][0] * model.pixel_std + model.pixel_mean)
 
-    owner = find_host(model).whole
+    owner = find_transformer(model).whole
     first = next(module for module in owner.modules() if isinstance(module, nn.Conv2d))
     with first.register_forward_pre_hook(keep):
         yield seen

@@ -10,7 +10,7 @@ from detectron2.modeling import ViT
 from torch import Tensor
 
 from expedit_d2 import expedite
-from expedit_d2.adapters import find_host
+from expedit_d2.adapters import find_transformer
 from expedit_d2.operators import cluster_tokens, reconstruct_tokens
 from expedit_d2.tokens import Tokens
 from support import oracles
@@ -67,7 +67,7 @@ def test_positions_are_those_of_the_map(scope, grid, temperature):
 @pytest.mark.parametrize("size", [(20, 16), (5, 6), (8, 15)])
 @pytest.mark.parametrize("grid", [(4, 4), (3, 5), (7, 7), (1, 1)])
 def test_every_real_token_is_in_a_valid_cluster(size, grid):
-    """No token, and no vote of one, may end in a cluster that stands for padding."""
+    """No token, and no share of its size, may end in a cluster that stands for padding."""
     maps = torch.randn(2, *size, 32)
     tokens, _ = reduce(tiny_vit(), maps, grid=grid, scope="window")
     valid = tokens.valid if tokens.valid is not None else torch.ones_like(tokens.sizes).bool()
@@ -105,7 +105,7 @@ def run_block(layout, block, tokens: Tokens) -> Tensor:
 @pytest.mark.parametrize("index", [0, 1, 2])
 def test_padded_places_are_not_seen_by_real_ones(index, size_aware):
     vit = tiny_vit(window_size=4, residual_block_indexes=(1, 2))
-    layout = find_host(vit).layout(size_aware)
+    layout = find_transformer(vit).layout(size_aware)
     valid = torch.ones(2, 6, 6, dtype=torch.bool)
     valid[:, 5], valid[:, :, 4:] = False, False
     places = torch.randn(2, 6, 6, 32)
@@ -124,9 +124,9 @@ def test_padded_places_are_not_seen_by_real_ones(index, size_aware):
 @torch.no_grad()
 @pytest.mark.parametrize("index", [0, 1])
 def test_sizes_not_given_are_one_each(index):
-    """For methods that keep no count; the padding of windows keeps its votes all the same."""
+    """For methods that keep no count; the padding of windows is counted all the same."""
     vit = tiny_vit(window_size=4)
-    layout = find_host(vit).layout(True)
+    layout = find_transformer(vit).layout(True)
     outputs, x = [], torch.randn(2, 5, 5, 32)
     for sizes in (None, torch.ones(2, 5, 5)):
         tokens = Tokens(x, size=(10, 10), span=(10, 10), sizes=sizes)
@@ -147,7 +147,7 @@ def test_flat_images_stay_finite(x, scope, grid):
 
 
 def explicit_attention(attn, places, step, size, margin) -> dict[tuple[int, int], Tensor]:
-    """Attention among places {(row, col): (vector, votes, position)}, one pair at a time.
+    """Attention among places {(row, col): (vector, cluster size, position)}, one pair at a time.
 
     A position is in tokens; None is on the regular grid.
 
@@ -203,7 +203,7 @@ def explicit_block(block, x, sizes, valid, span, size, window, positions=None) -
     else:
         side = block.window_size
         step = (side / window[0], side / window[1])
-        nothing, votes = torch.zeros(channels), float(step[0] * step[1])
+        nothing, cluster_size = torch.zeros(channels), float(step[0] * step[1])
         for top in range(0, h, window[0]):
             for left in range(0, w, window[1]):
                 places = {}
@@ -221,7 +221,7 @@ def explicit_block(block, x, sizes, valid, span, size, window, positions=None) -
                         places[i, j] = (
                             (normed[row, col], sizes[row, col], where)
                             if inside
-                            else (nothing, votes, where)
+                            else (nothing, cluster_size, where)
                         )
                 # Clusters of the map may leave the window they belong to by three tokens.
                 out = explicit_attention(block.attn, places, step, (side, side), 3)
@@ -251,7 +251,7 @@ def test_explicit_forward_with_clusters_of_the_map(temperature, positions):
         actual = vit(x)["last_feat"]
     maps = after_first_block(vit, x)
     clusters, sizes, places = cluster_tokens(maps, (5, 4), 5, temperature, 5)
-    assert sizes.std() > 0.1  # the votes differ
+    assert sizes.std() > 0.1  # the sizes differ
     refined = []
     for cluster, size, place in zip(clusters, sizes, places, strict=True):
         for block in vit.blocks[1:]:
@@ -280,7 +280,7 @@ def test_explicit_block_with_clusters_anywhere(index, span):
     valid = torch.ones(2, 5, 3, dtype=torch.bool)
     valid[:, 4], valid[1, 1, 2] = False, False
     tokens = Tokens(x, size=(9, 7), span=span, sizes=sizes, positions=places, valid=valid)
-    layout = find_host(vit).layout(True)
+    layout = find_transformer(vit).layout(True)
     actual = run_block(layout, vit.blocks[index], tokens)
     for image in range(2):
         args = (x[image], sizes[image], valid[image], span, (9, 7), (2, 2), places[image])

@@ -9,9 +9,15 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from expedit_d2 import expedite
-from expedit_d2.adapters import ADAPTER_REGISTRY, FAMILIES, Host, find_host, timm_vit
-from expedit_d2.adapters.host import block_costs
+from expedit_d2 import adapters, expedite
+from expedit_d2.adapters import (
+    ADAPTER_REGISTRY,
+    FAMILIES,
+    TransformerSpec,
+    find_transformer,
+    timm_vit,
+)
+from expedit_d2.adapters.spec import block_costs
 from expedit_d2.tokens import Layout, Tokens
 
 
@@ -63,13 +69,13 @@ def test_a_registered_adapter_is_used():
             return isinstance(module, Encoder)
 
         @staticmethod
-        def adapt(module: nn.Module) -> Host:
-            return Host(
+        def adapt(module: nn.Module) -> TransformerSpec:
+            return TransformerSpec(
                 owner=module,
                 attribute="stages",
                 layout=EncoderLayout,
                 costs=lambda layer: block_costs(layer, layer, channels=8),
-                off_grid=True,
+                unstructured=True,
                 size=(6, 6),
             )
 
@@ -86,7 +92,7 @@ def test_a_registered_adapter_is_used():
     with pytest.raises(ValueError, match="METHOD tome works inside of the blocks"):
         expedite(model, 1, method="tome", keep=0.5)
     with pytest.raises(ValueError, match="supported: .*, somebody's encoder"):
-        find_host(nn.Linear(2, 2))
+        find_transformer(nn.Linear(2, 2))
 
 
 def test_the_families_of_this_package_are_registered():
@@ -108,12 +114,12 @@ def test_the_adapter_that_was_registered_last_is_taken():
             return isinstance(module, Mine)
 
         @staticmethod
-        def adapt(module: nn.Module) -> Host:
+        def adapt(module: nn.Module) -> TransformerSpec:
             seen.append(module)
             return timm_vit.adapt(module)
 
     vit = Mine(img_size=16, patch_size=4, embed_dim=16, depth=2, num_heads=2)
-    assert find_host(vit).owner is vit and seen == [vit]
+    assert find_transformer(vit).owner is vit and seen == [vit]
 
 
 def adapter(**parts) -> type:
@@ -140,3 +146,11 @@ def test_incomplete_adapters_are_refused_at_registration(parts, missing):
     with pytest.raises(TypeError, match=f"adapter Wrong needs {missing}"):
         ADAPTER_REGISTRY.register(adapter(**parts))
     assert list(ADAPTER_REGISTRY.values()) == list(FAMILIES)
+
+
+@pytest.mark.parametrize(
+    "old,new", [("Host", adapters.TransformerSpec), ("find_host", adapters.find_transformer)]
+)
+def test_old_names_work_with_a_warning(old, new):
+    with pytest.warns(DeprecationWarning, match="is now"):
+        assert getattr(adapters, old) is new

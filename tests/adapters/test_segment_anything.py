@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from expedit_d2 import expedite, fuse_attention
-from expedit_d2.adapters import find_host
+from expedit_d2.adapters import find_transformer
 from expedit_d2.analysis.flops import count_flops
 from support.tensors import IDENTITY, constant_cells, error, perturbed
 
@@ -221,7 +221,7 @@ def test_in_a_sam():
         for _ in range(2)
     ]
     plain = model(batch, multimask_output=True)
-    assert find_host(model).owner is model.image_encoder
+    assert find_transformer(model).owner is model.image_encoder
     with expedite(model, (0, 2), method="merge", keep=1.0):
         same = model(batch, multimask_output=True)
     with expedite(model, budget=0.5):

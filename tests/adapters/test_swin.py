@@ -11,7 +11,7 @@ from detectron2.modeling.backbone.swin import SwinTransformer
 from torch import Tensor, nn
 
 from expedit_d2 import expedite
-from expedit_d2.adapters import find_host
+from expedit_d2.adapters import find_transformer
 from expedit_d2.analysis.flops import count_flops
 from expedit_d2.backbones.swin import D2SwinTransformer
 from expedit_d2.operators import cluster_tokens, reconstruct_tokens
@@ -163,13 +163,15 @@ def test_explicit_forward(size, size_aware, positions):
             if positions == "clusters":
                 at[:, rows, cols] = found.positions + torch.tensor([6.0 * top, 6.0 * left])
             inputs[rows.start, cols.start] = (part, found.features, real, weights)
-    votes = torch.where(valid, sizes, 3.0) if size_aware else torch.ones_like(sizes)
+    cluster_sizes = torch.where(valid, sizes, 3.0) if size_aware else torch.ones_like(sizes)
     refined = []
     for image in range(2):
         cluster = clusters[image]
         for number, block in enumerate(blocks[1:], start=1):
             shift = (2, 2) if number % 2 else (0, 0)
-            cluster = explicit_block(block, cluster, (4, 3), shift, at[image], votes[image], ~valid)
+            cluster = explicit_block(
+                block, cluster, (4, 3), shift, at[image], cluster_sizes[image], ~valid
+            )
         refined.append(cluster)
     refined = torch.stack(refined)
     expected = torch.zeros(2, count[0] * 6, count[1] * 6, 16)
@@ -253,9 +255,9 @@ def test_official_classes_are_known_by_name():
     ):
         base = type("SwinTransformer", (SwinTransformer,), {"__module__": module})
         swin = type(name, (base,), {"__module__": module})(**TINY)
-        assert find_host(nn.ModuleDict({"backbone": swin})).owner is swin
+        assert find_transformer(nn.ModuleDict({"backbone": swin})).owner is swin
     with pytest.raises(ValueError, match="Swin"):
-        find_host(nn.Linear(1, 1))
+        find_transformer(nn.Linear(1, 1))
 
 
 @pytest.mark.parametrize("setting", [{}, {"positions": "grid", "size_aware": False}], ids=str)

@@ -140,7 +140,9 @@ def rotate(x: Tensor, turns: list[float], half: bool) -> Tensor:
     return out
 
 
-def explicit_block(eva, kind: str, layer: int, x: Tensor, votes: Tensor, places: Tensor) -> Tensor:
+def explicit_block(
+    eva, kind: str, layer: int, x: Tensor, cluster_sizes: Tensor, places: Tensor
+) -> Tensor:
     """A block on the tokens (N, C) of one image; places (N - prefix, 2)."""
     block, prefix = eva.blocks[layer], eva.num_prefix_tokens
     attn, normed = block.attn, block.norm1(x)
@@ -161,7 +163,7 @@ def explicit_block(eva, kind: str, layer: int, x: Tensor, votes: Tensor, places:
     rows = []
     for i in range(len(x)):
         logits = (q[i] * k).sum(-1) / 4  # (keys, heads)
-        weights = (logits - logits.max(0).values).exp() * votes[:, None]
+        weights = (logits - logits.max(0).values).exp() * cluster_sizes[:, None]
         rows.append(((weights / weights.sum(0))[..., None] * v).sum(0).flatten())
     change = attn.proj(attn.norm(torch.stack(rows)))
     x = x + (change if block.gamma_1 is None else block.gamma_1 * change)
@@ -188,10 +190,10 @@ def test_explicit_forward(kind, positions):
     expected = []
     for image in range(2):
         tokens = torch.cat([before[image, :prefix], clusters[image].flatten(0, 1)])
-        votes = torch.cat([torch.ones(prefix), sizes[image].flatten()])
+        cluster_sizes = torch.cat([torch.ones(prefix), sizes[image].flatten()])
         where = torch.tensor(centres) if positions == "grid" else places[image].flatten(0, 1)
         for layer in (1, 2):
-            tokens = explicit_block(eva, kind, layer, tokens, votes, where)
+            tokens = explicit_block(eva, kind, layer, tokens, cluster_sizes, where)
         change = tokens[None, prefix:].view(1, 3, 5, 32) - clusters[[image]]
         rebuilt = maps[[image]] + reconstruct_tokens(
             change, maps[[image]], clusters[[image]], 3, window=5

@@ -112,15 +112,15 @@ def test_equal_tokens_cluster_without_loss(vit, grid, fused):
 # --- an explicit forward pass to compare with ------------------------------------------------
 
 
-def explicit_block(block, x: Tensor, votes: Tensor) -> Tensor:
-    """A block on the tokens (N, C) of one image, each with its votes as a key."""
+def explicit_block(block, x: Tensor, cluster_sizes: Tensor) -> Tensor:
+    """A block on the tokens (N, C) of one image, each key with its cluster size."""
     attn, normed = block.attn, block.norm1(x)
     heads, width = attn.num_heads, attn.head_dim
     q, k, v = attn.qkv(normed).view(-1, 3, heads, width).unbind(1)
     rows = []
     for i in range(len(x)):
         logits = (attn.q_norm(q[i]) * attn.k_norm(k)).sum(-1) * width**-0.5  # (keys, heads)
-        weights = (logits - logits.max(0).values).exp() * votes[:, None]
+        weights = (logits - logits.max(0).values).exp() * cluster_sizes[:, None]
         rows.append(((weights / weights.sum(0))[..., None] * v).sum(0).flatten())
     x = x + block.ls1(attn.proj(torch.stack(rows)))
     return x + block.ls2(block.mlp(block.norm2(x)))
@@ -137,13 +137,15 @@ def test_explicit_forward(kind, size_aware):
     before = vit.blocks[0](vit.norm_pre(vit._pos_embed(vit.patch_embed(x))))
     maps = before[:, prefix:].reshape(2, *SIZE, 32)
     clusters, sizes, _ = cluster_tokens(maps, (3, 5))
-    assert sizes.std() > 0.1  # the votes differ
+    assert sizes.std() > 0.1  # the sizes differ
     expected = []
     for image in range(2):
         tokens = torch.cat([before[image, :prefix], clusters[image].flatten(0, 1)])
-        votes = torch.cat([torch.ones(prefix), sizes[image].flatten()])
+        cluster_sizes = torch.cat([torch.ones(prefix), sizes[image].flatten()])
         for block in vit.blocks[1:]:
-            tokens = explicit_block(block, tokens, votes if size_aware else torch.ones_like(votes))
+            tokens = explicit_block(
+                block, tokens, cluster_sizes if size_aware else torch.ones_like(cluster_sizes)
+            )
         change = tokens[None, prefix:].view(1, 3, 5, 32) - clusters[[image]]
         rebuilt = maps[[image]] + reconstruct_tokens(
             change, maps[[image]], clusters[[image]], 3, window=5

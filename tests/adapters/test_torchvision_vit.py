@@ -15,7 +15,7 @@ from torchvision.models.vision_transformer import (
 )
 
 from expedit_d2 import expedite, fuse_attention
-from expedit_d2.adapters import find_host
+from expedit_d2.adapters import find_transformer
 from expedit_d2.analysis.flops import count_flops
 from expedit_d2.operators import cluster_tokens, reconstruct_tokens
 from support.tensors import IDENTITY, constant_cells, error, perturbed
@@ -117,7 +117,7 @@ def test_positions_made_for_another_size():
     ids=str,
 )
 def test_equal_tokens_cluster_without_loss(settings):
-    """The class token sees as many votes as there were tokens; without them it does not."""
+    """The class token attends to as many tokens as there were before; without sizes it does not."""
     vit, x = tiny_vit(), constant_cells((SIDE, SIDE), settings.get("grid", (5, 5)))
     vit.encoder.pos_embedding.data.zero_()
     expected = tokens_of(vit, x)
@@ -130,8 +130,8 @@ def test_equal_tokens_cluster_without_loss(settings):
 # --- an explicit forward pass to compare with ------------------------------------------------
 
 
-def explicit_block(block: nn.Module, x: Tensor, votes: Tensor) -> Tensor:
-    """A block on the tokens (N, C) of one image: the key of n votes is there n times."""
+def explicit_block(block: nn.Module, x: Tensor, cluster_sizes: Tensor) -> Tensor:
+    """A block on the tokens (N, C) of one image: a key of size n is there n times."""
     normed = block.ln_1(x)
     layer = block.self_attention
     q, k, v = nn.functional.linear(normed, layer.in_proj_weight, layer.in_proj_bias).chunk(3, -1)
@@ -140,7 +140,7 @@ def explicit_block(block: nn.Module, x: Tensor, votes: Tensor) -> Tensor:
         heads = []
         for head in range(layer.num_heads):
             own = slice(head * layer.head_dim, (head + 1) * layer.head_dim)
-            weights = (k[:, own] @ q[i, own] * layer.head_dim**-0.5).exp() * votes
+            weights = (k[:, own] @ q[i, own] * layer.head_dim**-0.5).exp() * cluster_sizes
             heads.append(weights @ v[:, own] / weights.sum())
         rows.append(torch.cat(heads))
     x = x + layer.out_proj(torch.stack(rows))
@@ -158,13 +158,15 @@ def test_explicit_forward(size_aware):
         actual = tokens_of(vit, x)
     maps = seen[0][:, 1:].reshape(2, SIDE, SIDE, 32)
     clusters, sizes, _ = cluster_tokens(maps, (3, 5))
-    assert sizes.std() > 0.1  # the votes differ
+    assert sizes.std() > 0.1  # the sizes differ
     expected = []
     for image in range(2):
         tokens = torch.cat([seen[0][image, :1], clusters[image].flatten(0, 1)])
-        votes = torch.cat([torch.ones(1), sizes[image].flatten()])
+        cluster_sizes = torch.cat([torch.ones(1), sizes[image].flatten()])
         for block in layers[1:]:
-            tokens = explicit_block(block, tokens, votes if size_aware else torch.ones_like(votes))
+            tokens = explicit_block(
+                block, tokens, cluster_sizes if size_aware else torch.ones_like(cluster_sizes)
+            )
         change = tokens[None, 1:].view(1, 3, 5, 32) - clusters[[image]]
         rebuilt = maps[[image]] + reconstruct_tokens(
             change, maps[[image]], clusters[[image]], 3, window=5
@@ -211,7 +213,7 @@ def test_attention_is_fused_already():
     expected = vit(x)
     with fuse_attention(vit):
         assert torch.equal(vit(x), expected)
-    assert find_host(vit).whole is vit
+    assert find_transformer(vit).whole is vit
 
 
 # --- in use ----------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from expedit_d2 import expedite, fuse_attention
-from expedit_d2.adapters import find_host
+from expedit_d2.adapters import find_transformer
 from expedit_d2.analysis.flops import count_flops
 
 transformers = pytest.importorskip(
@@ -265,7 +265,7 @@ def test_in_the_whole_model(kind):
         "input_labels": torch.ones(2, 1, 1, dtype=torch.long),
     }
     plain = model(**inputs).pred_masks
-    assert find_host(model).owner is model.vision_encoder
+    assert find_transformer(model).owner is model.vision_encoder
     with expedite(model, (0, 2), method="merge", keep=1.0):
         assert error([model(**inputs).pred_masks], [plain]) < 1e-4
     with expedite(model, budget=0.5):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from expedit_d2 import expedite
-from expedit_d2.adapters import find_host
+from expedit_d2.adapters import find_transformer
 from expedit_d2.analysis.flops import count_flops
 
 transformers = pytest.importorskip(
@@ -258,7 +258,7 @@ def test_the_budget_is_met(kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_other_parts_are_refused_with_versions_that_fit(kind):
     model = build(kind)
-    del find_host(model).whole.encoder.layers[2].blocks[1].layernorm_after
+    del find_transformer(model).whole.encoder.layers[2].blocks[1].layernorm_after
     with pytest.raises(ValueError, match=r"SwinModel of transformers .*; transformers>=5"):
         expedite(model, 1, **MERGE)
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from expedit_d2 import expedite, fuse_attention
-from expedit_d2.adapters import find_host
+from expedit_d2.adapters import find_transformer
 from expedit_d2.analysis.flops import count_flops
 from support.tensors import IDENTITY, constant_cells, error, perturbed
 
@@ -124,7 +124,7 @@ def test_other_sizes_of_a_vit_with_its_positions_interpolated():
     ids=str,
 )
 def test_equal_tokens_cluster_without_loss(model, settings, implementation):
-    """Class and register tokens see as many votes as there were tokens."""
+    """Class and register tokens attend to as many tokens as there were before."""
     model.set_attn_implementation(implementation)
     x = constant_cells((SIDE, SIDE), settings.get("grid", (4, 4)))
     with torch.no_grad():  # tokens are equal only without positions
@@ -293,7 +293,7 @@ def test_attention_is_fused_already(model):
     expected = run(model, x)
     with fuse_attention(model):
         assert torch.equal(run(model, x), expected)
-    assert find_host(model).whole is model
+    assert find_transformer(model).whole is model
 
 
 # --- in use ----------------------------------------------------------------------------------

@@ -75,9 +75,9 @@ def test_compiled(tmp_path, monkeypatch):
         return model
 
     monkeypatch.setattr(torch, "compile", compile_)
-    subject = SMALL_MODELS["DINOv2, small"]
+    entry = SMALL_MODELS["DINOv2, small"]
     unit = benchmark.Unit("DINOv2, small", 1, "float32", True, ("merge 0.5",))
-    rows = [*benchmark.measure(subject, unit, torch.device("cpu"))]
+    rows = [*benchmark.measure(entry, unit, torch.device("cpu"))]
     assert len(compiled) == len(rows) == 2
     assert all(row["compiled"] and "launches" not in row for row in rows)
 
@@ -90,8 +90,8 @@ def test_what_fails_is_said_and_costs_nothing_else(monkeypatch):
 
     monkeypatch.setattr(benchmark, "_gflops", out_of_memory)
     unit = benchmark.Unit("DINOv2, small", 1, "float32", False, ("merge 0.5",))
-    subject = SMALL_MODELS["DINOv2, small"]
-    plain, merged = benchmark.measure(subject, unit, torch.device("cpu"))
+    entry = SMALL_MODELS["DINOv2, small"]
+    plain, merged = benchmark.measure(entry, unit, torch.device("cpu"))
     assert "error" not in plain and plain["speed_up"] == 1
     assert merged["error"] == "OutOfMemoryError: CUDA out of memory"
     assert "OutOfMemoryError: CUDA out of memory |" in benchmark.table([plain, merged])
@@ -108,10 +108,10 @@ def test_time_limit_names_what_is_left(tool, tmp_path, capsys):
 def test_an_interruption_keeps_what_is_there(tool, tmp_path, monkeypatch):
     measure = benchmark.measure
 
-    def interrupted(subject, unit, device):
+    def interrupted(entry, unit, device):
         if "ViTDet" in unit.model:
             raise KeyboardInterrupt
-        return measure(subject, unit, device)
+        return measure(entry, unit, device)
 
     monkeypatch.setattr(benchmark, "measure", interrupted)
     monkeypatch.setattr(benchmark, "check", lambda *_: [])

@@ -12,9 +12,9 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.utils.file_io import PathManager
 from PIL import Image
 
-from expedit_d2.cli.subjects import load_subject
+from expedit_d2.cli.workloads import load_workload
 from expedit_d2.comparison import Comparison
-from expedit_d2.comparison import subject as subject_module
+from expedit_d2.comparison import workload as workload_module
 from expedit_d2.comparison.origin import code_digest, data_digest
 from expedit_d2.data import register_by_path
 from expedit_d2.data.content import file_digest
@@ -48,17 +48,17 @@ def copied_code(tmp_path_factory):
 
 
 def patch_code(monkeypatch, copied_code):
-    monkeypatch.setattr(subject_module, "CODE", tuple(copied_code / path.name for path in CODE))
+    monkeypatch.setattr(workload_module, "CODE", tuple(copied_code / path.name for path in CODE))
 
 
 @pytest.mark.parametrize("place", PLACES)
 def test_changed_code_is_other_code(copied_code, tiny_opts, monkeypatch, place):
     patch_code(monkeypatch, copied_code)
-    before = load_subject(EMBEDDED, tiny_opts).fingerprint
-    assert load_subject(EMBEDDED, tiny_opts).fingerprint == before
+    before = load_workload(EMBEDDED, tiny_opts).fingerprint
+    assert load_workload(EMBEDDED, tiny_opts).fingerprint == before
     file = copied_code / place
     file.write_text(file.read_text() + "\n# changed\n")
-    assert load_subject(EMBEDDED, tiny_opts).fingerprint != before
+    assert load_workload(EMBEDDED, tiny_opts).fingerprint != before
 
 
 def test_every_python_file_counts(copied_code):
@@ -92,11 +92,11 @@ def test_a_model_of_ones_own_counts_and_so_does_a_lazy_config(tiny_data, tmp_pat
     model = instantiate(LazyConfig.load(str(config)).model)
     torch.save({"model": model.state_dict()}, weights)
     opts = [f"train.init_checkpoint={weights}", "train.device=cpu"]
-    found = [load_subject(config, opts).fingerprint, load_subject(config, opts).fingerprint]
+    found = [load_workload(config, opts).fingerprint, load_workload(config, opts).fingerprint]
     assert found[0] == found[1]
     for file in (package / "vit.py", package / "helper.py", config):
         file.write_text(file.read_text() + "\n# changed\n")
-        found.append(load_subject(config, opts).fingerprint)
+        found.append(load_workload(config, opts).fingerprint)
     assert len(set(found[1:])) == 4
 
 
@@ -183,14 +183,14 @@ def found_instances(opts, folder: Path) -> dict:
     """What the tiny detector itself finds, as COCO annotations, so that its AP is not 0."""
     content = {"images": [], "annotations": []}
     content["categories"] = [{"id": i, "name": str(i)} for i in range(6)]
-    subject = load_subject(EMBEDDED, opts)
+    workload = load_workload(EMBEDDED, opts)
     folder.mkdir()
-    for number, (item,) in enumerate(subject.images()):
+    for number, (item,) in enumerate(workload.images()):
         name = Path(item["file_name"]).name
         shutil.copy(item["file_name"], folder / name)
         content["images"].append({"id": number, "file_name": name, "height": 64, "width": 64})
         with torch.no_grad():
-            found = subject.model([item])[0]["instances"]
+            found = workload.model([item])[0]["instances"]
         for box, label in zip(found.pred_boxes.tensor.tolist(), found.pred_classes, strict=True):
             x, y, w, h = box[0], box[1], box[2] - box[0], box[3] - box[1]
             annotation = {"id": len(content["annotations"]) + 1, "image_id": number, "area": w * h}

@@ -1,4 +1,4 @@
-"""What is undefined, not finite, uncertain or failed is said, and never a headline or a winner."""
+"""What is undefined, not finite, uncertain or failed is reported, and never recommended."""
 
 import json
 from dataclasses import asdict, replace
@@ -10,7 +10,7 @@ from PIL import Image
 
 from expedit_d2.analysis.flops import Flops
 from expedit_d2.analysis.timing import Ratio, Timing
-from expedit_d2.cli.subjects import load_subject
+from expedit_d2.cli.workloads import load_workload
 from expedit_d2.comparison import (
     Comparison,
     Conditions,
@@ -60,7 +60,7 @@ def test_metrics_that_are_zero_make_no_headline():
         plain = row(metrics=plain_metrics)
         better = row("better", 2e9, metrics=mine, agreement={"panoptic": 99.9})
         found = comparison_of(plain, better)
-        assert found.lowest_kept(better) is None
+        assert found.lowest_retained(better) is None
         assert best_row(found) is headline_row(found) is None
         text = headline(found)
         assert (
@@ -68,15 +68,15 @@ def test_metrics_that_are_zero_make_no_headline():
         )
         assert "451" not in text and "The plain model's AP is" in to_terminal(found)
         with pytest.raises(ValueError, match="the plain model's AP is (0|nan), so no share of it"):
-            Target(kept=99).check(found)
-        Target(kept=99, metric="mIoU").check(found)
+            Target(retained=99).check(found)
+        Target(retained=99, metric="mIoU").check(found)
 
 
 def test_a_metric_that_a_row_lacks_is_not_kept():
     lacking = row("lacking", 2e9, metrics={"AP": 50.0})
     broken = row("broken", 2e9, metrics={"AP": 50.0, "PQ": float("nan")})
     found = comparison_of(row(), lacking, broken)
-    assert found.lowest_kept(lacking) is found.lowest_kept(broken) is None
+    assert found.lowest_retained(lacking) is found.lowest_retained(broken) is None
     assert best_row(found) is None
     assert "-" in to_terminal(found).splitlines()[3].split()
 
@@ -133,17 +133,17 @@ KINDS = {"vitdet": "instances", "segmenter": "semantic", "dpt": "depth", "mask2f
 def broken(request):
     """An embedded model whose heads are NaN, and its kind of output."""
     opts = ["MODEL.DEVICE", "cpu", "DATALOADER.NUM_WORKERS", "0"]
-    subject = load_subject(ROOT / "configs" / "embedded" / f"{request.param}.yaml", opts, limit=2)
+    workload = load_workload(ROOT / "configs" / "embedded" / f"{request.param}.yaml", opts, limit=2)
     with torch.no_grad():
-        for name, parameter in subject.model.named_parameters():
+        for name, parameter in workload.model.named_parameters():
             if not name.startswith(("backbone.", "encoder.")):
                 parameter.fill_(float("nan"))
-    return subject, KINDS[request.param]
+    return workload, KINDS[request.param]
 
 
 def test_outputs_of_nan_agree_with_nothing(broken):
-    subject, kind = broken
-    found = compare(subject, {"half": Settings(alpha=2, ratio=0.5)}, QUIET)
+    workload, kind = broken
+    found = compare(workload, {"half": Settings(alpha=2, ratio=0.5)}, QUIET)
     for one in found.rows:
         assert one.not_finite == 2
         assert one.agreement[kind] == 0.0
@@ -154,9 +154,9 @@ def test_outputs_of_nan_agree_with_nothing(broken):
 
 
 def test_nothing_is_tuned_for_nan(broken):
-    subject, _ = broken
+    workload, _ = broken
     with pytest.raises(ValueError, match="nothing to tune for: The output of plain is not finite"):
-        tune(subject, {"half": Settings(alpha=2, ratio=0.5)}, Target(agreement=1), options=QUIET)
+        tune(workload, {"half": Settings(alpha=2, ratio=0.5)}, Target(agreement=1), options=QUIET)
 
 
 @pytest.fixture
@@ -177,7 +177,7 @@ def broken_when_reduced(confident_opts, monkeypatch):
         return twin, resolved
 
     monkeypatch.setattr(session_module, "_expedited", expedited)
-    return load_subject(EMBEDDED, confident_opts)
+    return load_workload(EMBEDDED, confident_opts)
 
 
 def test_a_row_that_is_not_finite_is_never_best(broken_when_reduced):
@@ -201,7 +201,7 @@ def test_a_row_that_is_not_finite_is_never_best(broken_when_reduced):
         if p.name == "half"
     )
     tuning = tune(broken_when_reduced, others, Target(agreement=1e-6), 4, 2, QUIET)
-    assert tuning.winner is None or tuning.winner.name == "fine"
+    assert tuning.best is None or tuning.best.name == "fine"
     assert "half" not in [r.name for r in tuning.front]
 
 
@@ -244,11 +244,11 @@ def test_a_setting_that_fails_on_an_image_costs_the_others_nothing(
 
 
 def test_tuning_keeps_what_it_has_where_a_setting_fails_on_everything(confident_opts, photos):
-    subject = load_subject(EMBEDDED, [*confident_opts, *NARROW], images=str(photos))
+    workload = load_workload(EMBEDDED, [*confident_opts, *NARROW], images=str(photos))
     tried = {"wide": Settings(alpha=1, grid=(5, 5), method="pool")}
-    tuning = tune(subject, tried, Target(agreement=1e-6), 2, 2, QUIET)
+    tuning = tune(workload, tried, Target(agreement=1e-6), 2, 2, QUIET)
     assert [r.name for r in tuning.front] == ["wide"]  # the first two images are wide enough
-    assert tuning.winner is None and [r.name for r in tuning.confirmed.rows] == ["plain"]
+    assert tuning.best is None and [r.name for r in tuning.confirmed.rows] == ["plain"]
     assert "2.png: GRID must be at most" in tuning.skipped["wide"]
     assert tuning.confirmed.failed == tuning.skipped
 
@@ -278,14 +278,14 @@ def test_what_is_wrong_is_said_before_anything_runs(
 
 
 def test_every_setting_that_does_not_fit_is_named(confident_opts):
-    subject = load_subject(EMBEDDED, confident_opts)
+    workload = load_workload(EMBEDDED, confident_opts)
     settings = {
         "one": Settings(alpha=7, ratio=0.5),
         "two": Settings(alpha=8, ratio=0.5),
         "ok": HALF,
     }
     with pytest.raises(ValueError, match="setting 'one': ALPHA .* got 7; setting 'two': .* got 8"):
-        compare(subject, settings, QUIET)
+        compare(workload, settings, QUIET)
 
 
 @pytest.mark.parametrize(
@@ -306,7 +306,7 @@ def test_the_demo_checks_first(tmp_path, options, words):
 
 def test_one_paired_measurement_gives_speedup_and_fps(confident_opts):
     found = compare(
-        load_subject(EMBEDDED, confident_opts, limit=3),
+        load_workload(EMBEDDED, confident_opts, limit=3),
         {"half": HALF, "late": Settings(alpha=2, ratio=0.5)},
         Options(timed_images=3, batch=2, progress=False),
     )
@@ -376,7 +376,7 @@ def test_what_a_budget_chose_is_shown_everywhere(confident_opts, tmp_path, capsy
     assert ">by budget<" not in page
     # Tuning: printed, and in the file that it writes.
     tool = load_tool("tune")
-    monkeypatch.setattr(tool, "candidates", lambda host: {"mine": Settings(budget=0.9)})
+    monkeypatch.setattr(tool, "candidates", lambda spec: {"mine": Settings(budget=0.9)})
     options = ["--config-file", EMBEDDED, "--timed", "0", "--sweep", "2"]
     tool.run([*options, "--output", str(output), "--agreement", "1e-6", *opts])
     assert f"budget=0.9 -> {chosen}" in capsys.readouterr().out

@@ -73,7 +73,7 @@ def test_no_file_of_results_can_run_code(run, output, tmp_path):
         b"\x93NUMPY cut off",
         "folder",
         {"a": np.arange(3)},
-        {"index": np.frombuffer(b'{"kept": [["instances", 7]], "not_finite": []}', np.uint8)},
+        {"index": np.frombuffer(b'{"records": [["instances", 7]], "not_finite": []}', np.uint8)},
     ],
 )
 def test_outputs_that_cannot_be_read_are_computed_again(run, output, content):

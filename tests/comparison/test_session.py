@@ -10,7 +10,7 @@ import torch
 from detectron2.data import DatasetCatalog
 from torch import nn
 
-from expedit_d2.cli.subjects import load_subject
+from expedit_d2.cli.workloads import load_workload
 from expedit_d2.comparison import (
     Comparison,
     Options,
@@ -37,8 +37,8 @@ SETTINGS = {
 
 
 @pytest.fixture
-def subject(confident_opts):
-    return load_subject(EMBEDDED, confident_opts)
+def workload(confident_opts):
+    return load_workload(EMBEDDED, confident_opts)
 
 
 @pytest.fixture
@@ -65,10 +65,10 @@ def test_shared_copy_has_the_same_tensors_and_its_own_modules():
         assert mine.data_ptr() == theirs.data_ptr()
 
 
-def test_comparison_of_a_real_detector(subject):
-    before = copy.deepcopy(subject.model.state_dict())
+def test_comparison_of_a_real_detector(workload):
+    before = copy.deepcopy(workload.model.state_dict())
     options = Options(timed_images=2, batch=3, progress=False)
-    comparison = compare(subject, SETTINGS, options)
+    comparison = compare(workload, SETTINGS, options)
     plain, same, half = comparison.rows
     assert [r.name for r in comparison.rows] == ["plain", "same", "half"]
     assert [r.settings for r in comparison.rows] == [None, *SETTINGS.values()]
@@ -77,7 +77,7 @@ def test_comparison_of_a_real_detector(subject):
     assert plain.agreement == same.agreement == {"instances": 100.0}
     assert same.metrics == pytest.approx(plain.metrics)
     assert half.flops.total < plain.flops.total and half.flops.clustering > 0
-    assert plain.parameters == sum(p.numel() for p in subject.model.parameters())
+    assert plain.parameters == sum(p.numel() for p in workload.model.parameters())
     for row in comparison.rows:
         assert row.latency.median > 0 and row.baseline.median > 0 and row.throughput > 0
         assert row.peak_memory > 64 * 64 * 4
@@ -86,25 +86,25 @@ def test_comparison_of_a_real_detector(subject):
     now = comparison.conditions
     assert (now.timed_images, now.batch, now.threads) == (2, 3, torch.get_num_threads())
     assert Comparison.from_json(comparison.to_json()) == comparison
-    after = subject.model.state_dict()
+    after = workload.model.state_dict()
     assert list(after) == list(before)
     assert all(torch.equal(after[key], before[key]) for key in before)
 
 
-def test_half_precision_runs_by_autocast(subject):
-    plain = compare(subject, {}, QUIET).plain
+def test_half_precision_runs_by_autocast(workload):
+    plain = compare(workload, {}, QUIET).plain
     options = replace(QUIET, dtype="bfloat16")
     store = Store(None)
-    compare(subject, {}, QUIET, store)
-    mixed = compare(subject, {}, options, store)
+    compare(workload, {}, QUIET, store)
+    mixed = compare(workload, {}, options, store)
     assert len(store.results) == 2  # none taken for the other
     assert mixed.conditions.dtype == "bfloat16"
     assert mixed.plain.flops == plain.flops
 
 
-def test_nothing_finished_is_run_again(subject, tiny_opts, tmp_path, forwards):
+def test_nothing_finished_is_run_again(workload, tiny_opts, tmp_path, forwards):
     options = Options(timed_images=2, batch=2, progress=False)
-    first = compare(subject, SETTINGS, options, Store(tmp_path / "store"))
+    first = compare(workload, SETTINGS, options, Store(tmp_path / "store"))
     assert len(forwards) > 4 * 3
     lines = (tmp_path / "store" / "results.jsonl").read_text().splitlines()
     assert [json.loads(line)["label"] for line in lines] == [
@@ -114,7 +114,7 @@ def test_nothing_finished_is_run_again(subject, tiny_opts, tmp_path, forwards):
     ]
     # As a new process would: everything from the files.
     forwards.clear()
-    again = load_subject(EMBEDDED, [*tiny_opts, "OUTPUT_DIR", str(tmp_path / "elsewhere")])
+    again = load_workload(EMBEDDED, [*tiny_opts, "OUTPUT_DIR", str(tmp_path / "elsewhere")])
     second = compare(again, SETTINGS, options, Store(tmp_path / "store"))
     assert forwards == []
     assert second.rows == first.rows
@@ -128,19 +128,19 @@ def test_nothing_finished_is_run_again(subject, tiny_opts, tmp_path, forwards):
     assert forwards == []
 
 
-def test_what_results_depend_on_is_in_their_key(subject, tiny_opts):
-    same = load_subject(EMBEDDED, [*tiny_opts, "MODEL.EXPEDIT.ALPHA", "1"])
-    assert same.fingerprint == subject.fingerprint
+def test_what_results_depend_on_is_in_their_key(workload, tiny_opts):
+    same = load_workload(EMBEDDED, [*tiny_opts, "MODEL.EXPEDIT.ALPHA", "1"])
+    assert same.fingerprint == workload.fingerprint
     others = [
-        load_subject(EMBEDDED, [*tiny_opts, "INPUT.MIN_SIZE_TEST", "56"]),
-        load_subject(EMBEDDED, tiny_opts, limit=3),
-        replace(subject, dataset="another"),
-        replace(subject, make_evaluator=None),
+        load_workload(EMBEDDED, [*tiny_opts, "INPUT.MIN_SIZE_TEST", "56"]),
+        load_workload(EMBEDDED, tiny_opts, limit=3),
+        replace(workload, dataset="another"),
+        replace(workload, make_evaluator=None),
     ]
-    other_weights = replace(subject, model=copy.deepcopy(subject.model))
+    other_weights = replace(workload, model=copy.deepcopy(workload.model))
     with torch.no_grad():
         next(other_weights.model.parameters()).add_(1e-6)
-    found = [s.fingerprint for s in (subject, *others, other_weights)]
+    found = [s.fingerprint for s in (workload, *others, other_weights)]
     assert len(set(found)) == len(found)
 
 
@@ -165,29 +165,29 @@ class Interrupting:
 
 
 def test_interruption_leaves_a_table_and_the_next_run_goes_on(
-    subject, tmp_path, forwards, monkeypatch
+    workload, tmp_path, forwards, monkeypatch
 ):
-    whole = compare(subject, SETTINGS, QUIET)
+    whole = compare(workload, SETTINGS, QUIET)
     saved = []
     with monkeypatch.context() as patch:
         Interrupting(patch, run=3, image=2)
         store = Store(tmp_path)
-        partial = compare(subject, SETTINGS, QUIET, store, save=saved.append)
+        partial = compare(workload, SETTINGS, QUIET, store, save=saved.append)
     assert partial.unfinished == ["half"]
     assert partial.rows == whole.rows[:2]
     assert Comparison.from_json(partial.to_json()) == partial
     assert "Not finished: half" in to_markdown(partial) and "same" in to_csv(partial)
     assert [c.unfinished for c in saved] == [["same", "half"], ["half"]]
     forwards.clear()
-    resumed = compare(subject, SETTINGS, QUIET, Store(tmp_path))
+    resumed = compare(workload, SETTINGS, QUIET, Store(tmp_path))
     assert resumed.rows == whole.rows and not resumed.unfinished
     assert forwards == ["ExpeditedBlocks"] * 7  # four images, and three to count FLOPs and launches
 
 
-def test_interrupted_before_anything_is_finished(subject, monkeypatch):
+def test_interrupted_before_anything_is_finished(workload, monkeypatch):
     Interrupting(monkeypatch, run=1, image=1)
     with pytest.raises(KeyboardInterrupt):
-        compare(subject, SETTINGS, QUIET)
+        compare(workload, SETTINGS, QUIET)
 
 
 def test_results_that_were_cut_off_are_computed_again(tmp_path):
@@ -209,15 +209,15 @@ def test_results_that_were_cut_off_are_computed_again(tmp_path):
 def test_images_without_labels(tiny_opts, tiny_data, tmp_path):
     files = [record["file_name"] for record in DatasetCatalog.get(tiny_data[1])]
     folder = files[0].rsplit("/", 1)[0]
-    subject = load_subject(EMBEDDED, tiny_opts, images=folder)
+    workload = load_workload(EMBEDDED, tiny_opts, images=folder)
     half = {"half": SETTINGS["half"]}
-    bare = compare(subject, half, QUIET)
-    labelled = compare(load_subject(EMBEDDED, tiny_opts), half, QUIET)
+    bare = compare(workload, half, QUIET)
+    labelled = compare(load_workload(EMBEDDED, tiny_opts), half, QUIET)
     assert (bare.images, bare.plain.metrics) == (4, {})
     assert [r.agreement for r in bare.rows] == [r.agreement for r in labelled.rows]
     assert [r.flops for r in bare.rows] == [r.flops for r in labelled.rows]
-    assert len(load_subject(EMBEDDED, tiny_opts, images=f"{folder}/*.png", limit=3)) == 3
-    assert len(load_subject(EMBEDDED, tiny_opts, images=files[0])) == 1
+    assert len(load_workload(EMBEDDED, tiny_opts, images=f"{folder}/*.png", limit=3)) == 3
+    assert len(load_workload(EMBEDDED, tiny_opts, images=files[0])) == 1
     with pytest.raises(FileNotFoundError, match="no images at .*none"):
         register_images(str(tmp_path / "none"))
     with pytest.raises(FileNotFoundError, match="no images at"):
@@ -225,18 +225,18 @@ def test_images_without_labels(tiny_opts, tiny_data, tmp_path):
 
 
 def test_first_images_have_agreement_alone(tiny_opts):
-    first = compare(load_subject(EMBEDDED, tiny_opts, limit=2), {}, QUIET)
+    first = compare(load_workload(EMBEDDED, tiny_opts, limit=2), {}, QUIET)
     assert (first.images, first.plain.metrics) == (2, {})
-    assert compare(load_subject(EMBEDDED, tiny_opts, limit=4), {}, QUIET).plain.metrics
+    assert compare(load_workload(EMBEDDED, tiny_opts, limit=4), {}, QUIET).plain.metrics
     with pytest.raises(ValueError, match="at least one image .* got 0"):
-        load_subject(EMBEDDED, tiny_opts, limit=0)
+        load_workload(EMBEDDED, tiny_opts, limit=0)
 
 
-def test_what_cannot_be_compared_fails_at_once(subject, forwards):
+def test_what_cannot_be_compared_fails_at_once(workload, forwards):
     with pytest.raises(ValueError, match="ALPHA must be in 0 to 2.* got 7"):
-        compare(subject, {"a": SETTINGS["half"], "b": Settings(alpha=7, ratio=0.5)}, QUIET)
+        compare(workload, {"a": SETTINGS["half"], "b": Settings(alpha=7, ratio=0.5)}, QUIET)
     with pytest.raises(ValueError, match="must not be named 'plain'"):
-        compare(subject, {"plain": SETTINGS["half"]}, QUIET)
+        compare(workload, {"plain": SETTINGS["half"]}, QUIET)
     assert forwards == []
     with pytest.raises(ValueError, match="dtype must be one of .* got 'int8'"):
         Options(dtype="int8")
@@ -251,4 +251,4 @@ def test_settings_of_the_config_do_not_reach_the_plain_model(tiny_opts):
     opts = ["MODEL.EXPEDIT.ENABLED", "True", "MODEL.EXPEDIT.ALPHA", "1"]
     opts = [*tiny_opts, *opts, "MODEL.EXPEDIT.RATIO", "0.5"]
     assert load_cfg(EMBEDDED, opts).MODEL.EXPEDIT.ENABLED
-    assert not is_expedited(load_subject(EMBEDDED, opts).model)
+    assert not is_expedited(load_workload(EMBEDDED, opts).model)

@@ -21,6 +21,8 @@ from expedit_d2.comparison import (
     to_markdown,
     to_terminal,
 )
+from expedit_d2.predictions import Metric
+from expedit_d2.predictions.depth import DepthPrediction
 from expedit_d2.settings import Settings
 
 CONDITIONS = Conditions("a CPU", 1, "float32", "2.1", "2024-01-01", 5, 4, "python compare.py")
@@ -53,7 +55,7 @@ def comparison():
 
 def test_ratios_to_the_plain_model(comparison):
     plain, ours = comparison.rows
-    assert comparison.kept(ours, "box AP") == pytest.approx(98.0)
+    assert comparison.retained(ours, "box AP") == pytest.approx(98.0)
     assert comparison.saved(ours) == pytest.approx(15.0)  # 8.5 of 10
     assert comparison.saved(ours, "transformer") == pytest.approx(25.0)  # 4.5 of 6
     assert comparison.saved(ours, "clustering") == 0.0  # the plain model has none
@@ -65,17 +67,19 @@ def test_ratios_to_the_plain_model(comparison):
     assert comparison.speedup(untimed) is comparison.batched_speedup(untimed) is None
 
 
-def test_kept_of_errors_is_turned_around(comparison):
+def test_of_errors_the_inverse_is_retained(comparison, monkeypatch):
+    error = Metric("depth", "RMSE", "RMSE", lower_is_better=True)
+    monkeypatch.setattr(DepthPrediction, "metrics", (error,))
     plain = replace(comparison.plain, metrics={"RMSE": 2.0})
     worse = replace(comparison.plain, metrics={"RMSE": 2.5})
     both = replace(comparison, rows=[plain, worse])
-    assert both.kept(worse, "RMSE") == pytest.approx(80.0)
+    assert both.retained(worse, "RMSE") == pytest.approx(80.0)
 
 
-def test_kept_of_nothing_is_unknown(comparison):
+def test_retained_of_nothing_is_unknown(comparison):
     plain, ours = (replace(r, metrics={"PQ": 0.0}) for r in comparison.rows)
     nothing = replace(comparison, rows=[plain, ours])
-    assert nothing.kept(ours, "PQ") is nothing.lowest_kept(ours) is None
+    assert nothing.retained(ours, "PQ") is nothing.lowest_retained(ours) is None
     assert "-" in to_terminal(nothing).splitlines()[3].split()
 
 

@@ -1,4 +1,4 @@
-"""Tuning: candidates, the search against trying everything, the winner's config, the tool."""
+"""Tuning: candidates, the search against trying everything, the tuned config, the tool."""
 
 import itertools
 from dataclasses import replace
@@ -8,9 +8,9 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
-from expedit_d2.adapters import find_host
+from expedit_d2.adapters import find_transformer
 from expedit_d2.analysis.timing import Timing
-from expedit_d2.cli.subjects import load_subject, setting_of, write_winner
+from expedit_d2.cli.workloads import load_workload, setting_of, write_tuned_config
 from expedit_d2.comparison import (
     Comparison,
     Options,
@@ -73,8 +73,8 @@ def segmenter_opts(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def subject(segmenter_opts):
-    return load_subject(SEGMENTER, segmenter_opts)
+def workload(segmenter_opts):
+    return load_workload(SEGMENTER, segmenter_opts)
 
 
 @pytest.fixture(scope="module")
@@ -84,42 +84,42 @@ def store():
 
 
 @pytest.fixture(scope="module")
-def everything(subject, store):
-    return compare(subject, FEW, QUIET, store)
+def everything(workload, store):
+    return compare(workload, FEW, QUIET, store)
 
 
-def search(subject, target, **options):
+def search(workload, target, **options):
     values = {"sweep_images": 4, "confirm": 1, "options": QUIET, **options}
-    return tune(subject, FEW, target, **values)
+    return tune(workload, FEW, target, **values)
 
 
 def levels(comparison):
-    """Targets between any two of the agreements that there are, so that each has its own winner."""
+    """Targets between neighbouring agreements, so that each has its own best setting."""
     found = sorted({row.lowest_agreement for row in comparison.rows[1:]})
     return [(a + b) / 2 for a, b in itertools.pairwise(found) if b - a > 1e-9]
 
 
-def test_the_winner_is_that_of_trying_everything(subject, everything, store):
+def test_the_best_setting_is_that_of_trying_everything(workload, everything, store):
     assert len(levels(everything)) >= 6
     for level in levels(everything):
         good = [row for row in everything.rows[1:] if row.lowest_agreement >= level]
         best = min(good, key=lambda row: row.flops.total)
-        tuning = search(subject, Target(agreement=level), store=store)
-        assert tuning.winner == best
+        tuning = search(workload, Target(agreement=level), store=store)
+        assert tuning.best == best
         # Found without running everything on everything.
         assert len(tuning.confirmed.rows) - 1 < len(FEW) / 2
         assert not tuning.interrupted and not tuning.skipped
 
 
-def test_no_winner_where_there_is_none(subject, everything, store):
+def test_no_best_setting_where_there_is_none(workload, everything, store):
     best = max(row.lowest_agreement for row in everything.rows[1:])
-    tuning = search(subject, Target(agreement=min(100.0, best + 1e-3)), store=store)
-    assert best < 100 and tuning.winner is None
+    tuning = search(workload, Target(agreement=min(100.0, best + 1e-3)), store=store)
+    assert best < 100 and tuning.best is None
     assert tuning.confirmed.rows[1].lowest_agreement == best  # the one that comes closest
 
 
-def test_front_is_of_what_saves(subject, everything, store):
-    front = search(subject, Target(agreement=50), store=store).front
+def test_front_is_of_what_saves(workload, everything, store):
+    front = search(workload, Target(agreement=50), store=store).front
     rows = everything.rows[1:]
     for row in rows:
         better = [
@@ -133,12 +133,12 @@ def test_front_is_of_what_saves(subject, everything, store):
         assert (row.name in {r.name for r in front}) == (saves and not better)
 
 
-def test_what_to_keep_of_a_metric(subject, everything, store):
+def test_what_to_keep_of_a_metric(workload, everything, store):
     rows = everything.rows[1:]
-    assert {everything.lowest_kept(row) for row in rows} != {None}
-    tuning = search(subject, Target(kept=1e-6, metric="mIoU"), confirm=3, store=store)
-    assert tuning.winner == min(rows, key=lambda row: row.flops.total)
-    assert everything.kept(tuning.winner, "mIoU") >= 1e-6
+    assert {everything.lowest_retained(row) for row in rows} != {None}
+    tuning = search(workload, Target(retained=1e-6, metric="mIoU"), confirm=3, store=store)
+    assert tuning.best == min(rows, key=lambda row: row.flops.total)
+    assert everything.retained(tuning.best, "mIoU") >= 1e-6
     assert len(tuning.confirmed.rows) - 1 >= 3
 
 
@@ -152,21 +152,21 @@ class Speeds(session_module.Session):
         return replace(row, latency=mine, baseline=baseline)
 
 
-def test_speed_target_takes_the_best_output_that_is_fast_enough(subject, store, monkeypatch):
+def test_speed_target_takes_the_best_output_that_is_fast_enough(workload, store, monkeypatch):
     monkeypatch.setattr(tuning_module, "Session", Speeds)
     monkeypatch.setattr(run, "Session", Speeds)
     options = replace(QUIET, timed_images=1)
-    everything = compare(subject, FEW, options, store)
+    everything = compare(workload, FEW, options, store)
     ratios = sorted(everything.speedup(row) for row in everything.rows[1:])
     for speedup in (ratios[2] + 1e-6, ratios[len(ratios) // 2], ratios[-1]):
         fast = [row for row in everything.rows[1:] if everything.speedup(row) >= speedup]
-        tuning = search(subject, Target(speedup=speedup), options=options, store=store)
-        assert tuning.winner.lowest_agreement == max(row.lowest_agreement for row in fast)
-        assert everything.speedup(tuning.winner) >= speedup
+        tuning = search(workload, Target(speedup=speedup), options=options, store=store)
+        assert tuning.best.lowest_agreement == max(row.lowest_agreement for row in fast)
+        assert everything.speedup(tuning.best) >= speedup
     # Both: only what is fast and good.
     best = max(row.lowest_agreement for row in everything.rows[1:])
     both = Target(agreement=best, speedup=ratios[-1])
-    assert search(subject, both, options=options, store=store).winner is None
+    assert search(workload, both, options=options, store=store).best is None
 
 
 @pytest.mark.parametrize("count", [0, 1, 2, 7, 16])
@@ -182,9 +182,9 @@ def test_bisection(count):
         assert len(asked) <= count.bit_length()
 
 
-def test_interrupted_sweep_goes_on_where_it_stopped(subject, store, tmp_path, monkeypatch):
+def test_interrupted_sweep_goes_on_where_it_stopped(workload, store, tmp_path, monkeypatch):
     target = Target(agreement=60)
-    whole = search(subject, target, store=store)
+    whole = search(workload, target, store=store)
     original = session_module.Session._evaluate
     names = []
 
@@ -195,8 +195,8 @@ def test_interrupted_sweep_goes_on_where_it_stopped(subject, store, tmp_path, mo
         return original(self, name, model)
 
     monkeypatch.setattr(session_module.Session, "_evaluate", evaluate)
-    partial = search(subject, target, store=Store(tmp_path))
-    assert partial.interrupted and partial.winner is None and partial.confirmed is None
+    partial = search(workload, target, store=Store(tmp_path))
+    assert partial.interrupted and partial.best is None and partial.confirmed is None
     assert len(partial.sweep.rows) == 3  # the plain model, on all images as well, and two more
     assert Comparison.from_json(partial.sweep.to_json()) == partial.sweep
     first, names[:] = names[:4], []
@@ -205,19 +205,21 @@ def test_interrupted_sweep_goes_on_where_it_stopped(subject, store, tmp_path, mo
         "_evaluate",
         lambda self, name, model: names.append(name) or original(self, name, model),
     )
-    resumed = search(subject, target, store=Store(tmp_path))
-    assert resumed.winner == whole.winner and resumed.sweep.rows == whole.sweep.rows
+    resumed = search(workload, target, store=Store(tmp_path))
+    assert resumed.best == whole.best and resumed.sweep.rows == whole.sweep.rows
     assert len(first) + len(names) == 2 + len(FEW) + len(resumed.confirmed.rows) - 1
 
 
-def test_candidates_of_each_family(subject, tiny_opts):
-    plain = find_host(subject.model)
+def test_candidates_of_each_family(workload, tiny_opts):
+    plain = find_transformer(workload.model)
     found = candidates(plain)
     assert {s.method for s in found.values()} >= {"expedit", "merge"}
     assert all(0 <= alpha < 4 for s in found.values() for alpha in s.alphas)
     assert {s.scope for s in found.values()} == {"map"}  # there are no windows
     assert all(parse_setting(name) == (name, settings) for name, settings in found.items())
-    windowed = find_host(load_subject(str(ROOT / "configs/embedded/vitdet.yaml"), tiny_opts).model)
+    windowed = find_transformer(
+        load_workload(str(ROOT / "configs/embedded/vitdet.yaml"), tiny_opts).model
+    )
     found = candidates(windowed).values()
     assert {s.scope for s in found if s.alphas} == {"map", "window"}
     assert [s for s in found if s.method == "merge"]
@@ -233,25 +235,25 @@ def test_candidates_of_stages_lie_in_the_longest():
     cfg.MODEL.SWIN.EMBED_DIM, cfg.MODEL.SWIN.DEPTHS = 24, [2, 2, 6, 2]
     cfg.MODEL.SWIN.NUM_HEADS = [2, 2, 2, 2]
     swin = D2SwinTransformer(cfg, ShapeSpec(channels=3))
-    found = candidates(find_host(swin)).values()
+    found = candidates(find_transformer(swin)).values()
     clustering = [s for s in found if s.alphas]
     assert {s.scope for s in clustering if s.method != "merge"} == {"window"}
     assert {alpha for s in clustering for alpha in s.alphas} <= set(range(4, 10))
     assert len({s.alpha for s in clustering}) >= 4
 
 
-def test_settings_that_do_not_run_are_left_out(subject):
+def test_settings_that_do_not_run_are_left_out(workload):
     tried = {"fits": Settings(alpha=1, ratio=0.5), "does not": Settings(alpha=1, grid=(9, 9))}
-    tuning = tune(subject, tried, Target(agreement=1), 1, 1, QUIET)
+    tuning = tune(workload, tried, Target(agreement=1), 1, 1, QUIET)
     assert "9" in tuning.skipped["does not"] and list(tuning.skipped) == ["does not"]
-    assert tuning.winner.name == "fits"
+    assert tuning.best.name == "fits"
 
 
 @pytest.mark.parametrize(
     ("target", "words"),
     [
         ({}, "there is no target"),
-        ({"kept": 101}, r"kept must be .* \(0, 100\], got 101"),
+        ({"retained": 101}, r"retained must be .* \(0, 100\], got 101"),
         ({"agreement": 0}, "agreement must be"),
         ({"speedup": -1}, "speedup must be positive, got -1"),
         ({"metric": "PQ"}, "'PQ' needs the percentage"),
@@ -262,21 +264,22 @@ def test_targets_that_make_no_sense(target, words):
         Target(**target)
 
 
-def test_targets_that_the_data_cannot_give(subject):
+def test_targets_that_the_data_cannot_give(workload):
     with pytest.raises(ValueError, match=r"one of \['mIoU'\], got 'PQ'"):
-        search(subject, Target(kept=99, metric="PQ"))
+        search(workload, Target(retained=99, metric="PQ"))
     with pytest.raises(ValueError, match="without labels"):
-        search(replace(subject, make_evaluator=None), Target(kept=99))
+        search(replace(workload, make_evaluator=None), Target(retained=99))
     with pytest.raises(ValueError, match="needs images to time"):
-        search(subject, Target(speedup=2))
+        search(workload, Target(speedup=2))
 
 
 def test_target_in_words():
-    assert str(Target(kept=99.5, metric="PQ", speedup=1.4)) == (
+    assert str(Target(retained=99.5, metric="PQ", speedup=1.4)) == (
         "keep 99.5 % of PQ, at least 1.4x faster"
     )
     assert (
-        str(Target(kept=99, agreement=98)) == "keep 99 % of every metric, agreement at least 98 %"
+        str(Target(retained=99, agreement=98))
+        == "keep 99 % of every metric, agreement at least 98 %"
     )
 
 
@@ -294,7 +297,7 @@ def test_the_written_config_has_the_settings_and_the_overrides(text, base, tmp_p
     _, settings = parse_setting(text)
     opts = ["INPUT.MIN_SIZE_TEST", "64", "DATASETS.TEST", "('a', 'b')", "MODEL.EXPEDIT.ALPHA", "3"]
     config = ROOT / "configs" / "embedded" / base
-    file, command = write_winner(settings, config, opts, tmp_path / "mine")
+    file, command = write_tuned_config(settings, config, opts, tmp_path / "mine")
     assert file == tmp_path / "mine_tuned.yaml" and str(file) in command
     assert setting_of(file) == settings
     cfg: CfgNode = load_cfg(file)
@@ -306,7 +309,7 @@ def test_the_written_config_has_the_settings_and_the_overrides(text, base, tmp_p
 def test_tool_finds_a_setting_that_train_net_runs(segmenter_opts, tmp_path, capsys, monkeypatch):
     tool, train_net = load_tool("tune"), load_tool("train_net")
     output = tmp_path / "tuned"
-    monkeypatch.setattr(tool, "candidates", lambda host: FEW)
+    monkeypatch.setattr(tool, "candidates", lambda spec: FEW)
     options = ["--config-file", SEGMENTER, "--sweep", "2", "--confirm", "1", "--timed", "0"]
     options += ["--output", str(output)]
     tool.run([*options, "--agreement", "70", "--", *segmenter_opts])
@@ -316,14 +319,14 @@ def test_tool_finds_a_setting_that_train_net_runs(segmenter_opts, tmp_path, caps
     sweep = Comparison.from_json((output / "segmenter_sweep.json").read_text())
     assert len(sweep.rows) == 1 + len(FEW) and sweep.images == 2 and confirmed.images == 4
     config = output / "segmenter_tuned.yaml"
-    winner = next(row for row in confirmed.rows if row.settings == setting_of(config))
-    assert winner.lowest_agreement >= 70
+    best = next(row for row in confirmed.rows if row.settings == setting_of(config))
+    assert best.lowest_agreement >= 70
     results = {}
     monkeypatch.setattr(
         train_net, "launch", lambda main, *_, args, **__: results.update(main(*args))
     )
     train_net.run(["--eval-only", "--config-file", str(config)])
-    assert results["sem_seg"]["mIoU"] == pytest.approx(winner.metrics["mIoU"])
+    assert results["sem_seg"]["mIoU"] == pytest.approx(best.metrics["mIoU"])
     with pytest.raises(SystemExit) as stopped:
         tool.run([*options, "--agreement", "100", "--", *segmenter_opts])
     assert stopped.value.code == 1
@@ -346,7 +349,7 @@ def test_tool_on_a_lazy_config_prints_overrides(tiny_data, tmp_path, capsys, mon
     torch.save({"model": model.state_dict()}, weights)
     make_confident(weights)
     some = dict(parse_setting(text) for text in ("alpha=1 ratio=0.5", "alpha=1 grid=4x4"))
-    monkeypatch.setattr(tool, "candidates", lambda host: some)
+    monkeypatch.setattr(tool, "candidates", lambda spec: some)
     folder = DatasetCatalog.get(tiny_data[1])[0]["file_name"].rsplit("/", 1)[0]
     opts = [f"train.init_checkpoint={weights}", "train.device=cpu"]
     options = ["--config-file", str(config), "--images", folder, "--output", str(output)]

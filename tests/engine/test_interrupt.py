@@ -7,7 +7,7 @@ import threading
 
 import pytest
 
-from expedit_d2.cli.subjects import load_subject
+from expedit_d2.cli.workloads import load_workload
 from expedit_d2.comparison import Comparison, Options, Store, compare, tune
 from expedit_d2.comparison import session as session_module
 from expedit_d2.comparison.tuning import Target
@@ -116,21 +116,21 @@ def press_at(monkeypatch, run: int, image: int) -> None:
 
 
 def test_comparing_ends_with_what_is_finished(confident_opts, monkeypatch):
-    subject = load_subject(EMBEDDED, confident_opts)
+    workload = load_workload(EMBEDDED, confident_opts)
     press_at(monkeypatch, run=2, image=1)
-    partial = compare(subject, SETTINGS, QUIET)
+    partial = compare(workload, SETTINGS, QUIET)
     assert [row.name for row in partial.rows] == ["plain"]
     assert partial.unfinished == ["half", "late"]
 
 
 def test_tuning_ends_with_what_is_finished(confident_opts, monkeypatch, tmp_path):
-    subject = load_subject(EMBEDDED, confident_opts)
+    workload = load_workload(EMBEDDED, confident_opts)
     with monkeypatch.context() as patch:
         press_at(patch, run=4, image=2)  # plain, plain and half in the sweep, late
-        tuning = tune(subject, SETTINGS, Target(agreement=1), 3, 1, QUIET, Store(tmp_path))
-    assert tuning.interrupted and tuning.winner is None
+        tuning = tune(workload, SETTINGS, Target(agreement=1), 3, 1, QUIET, Store(tmp_path))
+    assert tuning.interrupted and tuning.best is None
     assert [row.name for row in tuning.sweep.rows] == ["plain", "half"]
-    again = tune(subject, SETTINGS, Target(agreement=1), 3, 1, QUIET, Store(tmp_path))
+    again = tune(workload, SETTINGS, Target(agreement=1), 3, 1, QUIET, Store(tmp_path))
     assert not again.interrupted and len(again.sweep.rows) == 3
 
 

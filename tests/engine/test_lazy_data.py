@@ -9,7 +9,7 @@ import torch
 from detectron2.config import LazyConfig, instantiate
 from PIL import Image
 
-from expedit_d2.cli.subjects import load_subject
+from expedit_d2.cli.workloads import load_workload
 from expedit_d2.comparison import Options, compare
 from expedit_d2.data import collage
 from expedit_d2.settings import Settings
@@ -77,7 +77,7 @@ optimizer.params.overrides = {"pos_embed": {"weight_decay": 0.0}}
 
 @pytest.fixture(scope="module")
 def scenes(tmp_path_factory):
-    """A rendered data set: its folder, and the path of a COCO file in the package's spelling."""
+    """A rendered data set: its folder, and the path of a COCO file in the package's form."""
     root = tmp_path_factory.mktemp("scenes")
     folder = collage.write_collage(root, {"train": 2, "val": 3}, (64, 64))
     return f"{folder}/annotations/instances_val.json@{folder}/val"
@@ -140,9 +140,9 @@ def test_paths_are_evaluated_as_by_name(config, scenes, catalogs, tmp_path):
 @pytest.mark.slow
 def test_comparison_and_training_by_path(config, scenes, catalogs, tmp_path):
     names = [f"dataloader.{split}.dataset.names={scenes}" for split in ("train", "test")]
-    subject = load_subject(config[0], [*config[1], *names])
+    workload = load_workload(config[0], [*config[1], *names])
     settings = {"half": Settings(alpha=1, ratio=0.5)}
-    comparison = compare(subject, settings, Options(timed_images=0, progress=False))
+    comparison = compare(workload, settings, Options(timed_images=0, progress=False))
     assert [set(row.metrics) for row in comparison.rows] == [{"box AP", "mask AP"}] * 2
     run(config, *names, f"train.output_dir={tmp_path}", flags=())
     assert "bbox/AP" in (tmp_path / "metrics.json").read_text()

@@ -294,11 +294,11 @@ def test_a_reference_survives_a_file(tmp_path):
     np.savez(tmp_path / "r.npz", **reference.to_arrays())
     with np.load(tmp_path / "r.npz", allow_pickle=False) as file:
         again = Agreement.from_arrays(dict(file))
-    assert list(again.kept) == list(reference.kept)
+    assert list(again.records) == list(reference.records)
     assert again.not_finite == {"a/b.jpg"}
-    for key, record in reference.kept.items():
+    for key, record in reference.records.items():
         for name, array in record.items():
-            np.testing.assert_array_equal(again.kept[key][name], array)
+            np.testing.assert_array_equal(again.records[key][name], array)
     results = []
     for one in (reference, again):
         evaluator = Agreement(one)

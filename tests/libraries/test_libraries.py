@@ -230,7 +230,7 @@ def test_compare_and_tune(hf_folder, tmp_path, capsys, monkeypatch):
     assert blocks[1] < 0.6 * blocks[0]
     assert "is at their own place" in (capsys.readouterr().out)
     assert {path.suffix for path in output.glob("hf*")} == {".json", ".md", ".csv", ".html"}
-    monkeypatch.setattr(tune, "candidates", lambda host: {"half": Settings(budget=0.5)})
+    monkeypatch.setattr(tune, "candidates", lambda spec: {"half": Settings(budget=0.5)})
     main(["tune", *model[:2], "--output", str(tmp_path / "t"), *quick, "--agreement", "1"])
     assert "To be given to `expedite`" in capsys.readouterr().out
 

@@ -90,7 +90,7 @@ def test_a_count_of_all_merges_nothing():
 
 
 def test_equal_tokens_merge_without_loss():
-    """Half of the tokens are copies of the others: votes make merging exact."""
+    """Half of the tokens are copies of the others: cluster sizes make merging exact."""
     vit = timm_vit(pos_embed="none", reg_tokens=2)
     x = equal_in_pairs()
     plain = run(vit, x)
@@ -117,10 +117,10 @@ def test_one_merge_of_a_vit():
         found = plain_matching(heads.mean(1)[order], torch.ones(TOKENS), 40, 2, ward=0.25)
         groups = [{int(order[i]) for i in group} for group in found]
         clusters = torch.stack([tokens[sorted(group)].mean(0) for group in groups])
-        votes = torch.tensor([1.0, 1.0] + [len(group) for group in groups]).log()
+        log_sizes = torch.tensor([1.0, 1.0] + [len(group) for group in groups]).log()
         y = torch.cat([prefix, clusters[None]], dim=1)
         for block in vit.blocks[2:]:
-            y = block(y, attn_mask=votes[None, None, None])
+            y = block(y, attn_mask=log_sizes[None, None, None])
         expected = torch.empty_like(tokens)
         for number, group in enumerate(groups):
             for token in group:

@@ -29,7 +29,7 @@ def tokens_of(features: Tensor, **more) -> Tokens:
 
 
 def counts(name: str) -> dict:
-    return {"keep": 0.5} if METHODS[name].off_grid else {"ratio": 0.75}
+    return {"keep": 0.5} if METHODS[name].unstructured else {"ratio": 0.75}
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -43,7 +43,7 @@ def test_every_method_runs_and_can_be_removed(name):
     assert torch.equal(run(vit, x), plain)
 
 
-@pytest.mark.parametrize("name", sorted(name for name in METHODS if not METHODS[name].off_grid))
+@pytest.mark.parametrize("name", sorted(name for name in METHODS if not METHODS[name].unstructured))
 @pytest.mark.parametrize("scope", ["map", "window"])
 def test_methods_with_a_grid_run_with_windows(name, scope):
     vit = detectron2_vit()
@@ -119,7 +119,7 @@ def test_hard_is_lloyds_algorithm_near_each_token():
 
 
 def test_tome_is_merging_inside_of_every_block():
-    """Beside blocks taken apart by hand, on clusters of a plain loop; votes counted in tokens."""
+    """Against blocks taken apart by hand, with clusters from a plain loop; sizes count tokens."""
     vit, x = timm_vit(init_values=0.5), images(batch=1)
     with expedite(vit, (0, 1, 2, 3), method="tome", keep=0.5):
         ours = run(vit, x)
@@ -129,20 +129,22 @@ def test_tome_is_merging_inside_of_every_block():
     with torch.no_grad():
         groups, y = [{i} for i in range(H * W)], entering[0]
         for number, block in enumerate(vit.blocks):
-            votes = torch.tensor([1.0, *(len(group) for group in groups)])
+            cluster_sizes = torch.tensor([1.0, *(len(group) for group in groups)])
             keys = block.attn.qkv(block.norm1(y))[0, 1:].unflatten(1, (3, 4, 8))[:, 1].mean(1)
             keys = F.normalize(keys, dim=-1)
-            y = y + block.ls1(block.attn(block.norm1(y), attn_mask=votes.log()[None, None, None]))
+            y = y + block.ls1(
+                block.attn(block.norm1(y), attn_mask=cluster_sizes.log()[None, None, None])
+            )
             count = round(H * W * (1 - 0.5 * (number + 1) / 4))
             if number == 0:  # in the order of the method: to and fro
                 order, _ = snake_order(SIZE, (14, 14), keys.device)
                 keys, y = keys[order], torch.cat([y[:, :1], y[:, 1:][:, order]], dim=1)
                 groups = [groups[i] for i in order.tolist()]
-            merged = plain_matching(keys, votes[1:], count, 1)
+            merged = plain_matching(keys, cluster_sizes[1:], count, 1)
             rows = []
             for group in merged:
                 members = sorted(group)
-                share = votes[1:][members] / votes[1:][members].sum()
+                share = cluster_sizes[1:][members] / cluster_sizes[1:][members].sum()
                 rows.append((y[0, 1:][members] * share[:, None]).sum(0))
             groups = [set().union(*(groups[m] for m in group)) for group in merged]
             y = torch.cat([y[:, :1], torch.stack(rows)[None]], dim=1)
@@ -205,10 +207,10 @@ def test_density_runs_blocks_on_the_means_of_its_clusters():
         keys = block.attn.qkv(block.norm1(tokens)).unflatten(1, (3, 4, 8))[:, 1].mean(1)
         index = density_peaks(keys[None], 30)[0]
         clusters = torch.stack([tokens[index == c].mean(0) for c in range(30)])
-        votes = torch.cat([torch.ones(1), index.bincount(minlength=30).float()]).log()
+        log_sizes = torch.cat([torch.ones(1), index.bincount(minlength=30).float()]).log()
         y = torch.cat([before[0][:, :1], clusters[None]], dim=1)
         for block in vit.blocks[2:]:
-            y = block(y, attn_mask=votes[None, None, None])
+            y = block(y, attn_mask=log_sizes[None, None, None])
         expected = vit.norm(torch.cat([y[:, :1], y[:, 1:][:, index]], dim=1))
     assert error(ours, expected) < 1e-5
 
@@ -272,7 +274,7 @@ PAIRS = [
     (kind, scope, method)
     for kind, scope in [("timm", "map"), ("detectron2", "map"), ("detectron2", "window")]
     for method in METHODS
-    if kind == "timm" or not METHODS[method].off_grid
+    if kind == "timm" or not METHODS[method].unstructured
 ]
 
 

@@ -15,7 +15,7 @@ import torch
 from detectron2.data.catalog import Metadata
 from torch import nn
 
-from expedit_d2.comparison import Comparison, Options, Subject, compare, to_csv, to_markdown
+from expedit_d2.comparison import Comparison, Options, Workload, compare, to_csv, to_markdown
 from expedit_d2.comparison.session import expedited_copy
 from expedit_d2.comparison.tables import to_terminal
 from expedit_d2.engine import import_modules
@@ -103,7 +103,7 @@ def signs(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def subject(signs):
+def workload(signs):
     torch.manual_seed(0)
     items = [
         {
@@ -115,7 +115,7 @@ def subject(signs):
         }
         for index in range(3)
     ]
-    return Subject(
+    return Workload(
         name="signs",
         model=_SignModel().eval(),
         dataset="random",
@@ -124,16 +124,16 @@ def subject(signs):
     )
 
 
-def test_tables_and_report_have_a_new_kind(subject, tmp_path):
-    comparison = compare(subject, {"few": SETTINGS}, Options(timed_images=0, progress=False))
+def test_tables_and_report_have_a_new_kind(workload, tmp_path):
+    comparison = compare(workload, {"few": SETTINGS}, Options(timed_images=0, progress=False))
     plain, few = comparison.rows
     with torch.no_grad():
-        models = (subject.model, expedited_copy(subject.model, SETTINGS))
+        models = (workload.model, expedited_copy(workload.model, SETTINGS))
         maps = [
-            torch.stack([m(batch)[0]["signs_of_pixels"] > 0 for batch in subject.loader])
+            torch.stack([m(batch)[0]["signs_of_pixels"] > 0 for batch in workload.loader])
             for m in models
         ]
-    labels = torch.stack([item["label"] for (item,) in subject.loader])
+    labels = torch.stack([item["label"] for (item,) in workload.loader])
     agreement = 100 * (maps[0] == maps[1]).double().mean().item()
     assert 50 < agreement < 100
     assert few.agreement == {"signs": pytest.approx(agreement)}
@@ -141,7 +141,7 @@ def test_tables_and_report_have_a_new_kind(subject, tmp_path):
     assert plain.metrics == {"wrong signs": pytest.approx(wrong[0])}
     # Less is better.
     kept = 100 * wrong[0] / wrong[1]
-    assert comparison.kept(few, "wrong signs") == pytest.approx(kept)
+    assert comparison.retained(few, "wrong signs") == pytest.approx(kept)
 
     for text in (to_terminal(comparison), to_markdown(comparison)):
         assert "wrong signs" in text and f"{wrong[1]:.2f}" in text and f"{kept:.1f} %" in text
@@ -158,20 +158,20 @@ def test_tables_and_report_have_a_new_kind(subject, tmp_path):
     assert "wrong signs" in page and "agree, signs" in page
 
 
-def test_pictures_have_a_new_kind(subject):
-    (item,) = subject.loader[0]
-    (row,) = side_by_side(subject.model, SETTINGS, item, Metadata(), "RGB")
+def test_pictures_have_a_new_kind(workload):
+    (item,) = workload.loader[0]
+    (row,) = side_by_side(workload.model, SETTINGS, item, Metadata(), "RGB")
     assert list(row)[2:4] == ["signs, plain", "signs, expedit"]
     with torch.no_grad():
-        positive = (subject.model([item])[0]["signs_of_pixels"] > 0).numpy()
+        positive = (workload.model([item])[0]["signs_of_pixels"] > 0).numpy()
     assert np.array_equal(row["signs, plain"].any(-1), positive & row["image"].any(-1))
 
 
-def test_results_depend_on_the_file_of_a_kind(subject, signs):
-    before = subject.fingerprint
+def test_results_depend_on_the_file_of_a_kind(workload, signs):
+    before = workload.fingerprint
     file = Path(signs.__file__)
     file.write_text(file.read_text() + "\nCHANGED = True\n")
-    assert replace(subject).fingerprint != before
+    assert replace(workload).fingerprint != before
 
 
 def test_a_kind_shares_nothing_with_others(signs):

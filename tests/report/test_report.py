@@ -18,7 +18,7 @@ from PIL import Image
 
 from expedit_d2.analysis.flops import Flops
 from expedit_d2.analysis.timing import Timing
-from expedit_d2.comparison import PLAIN, Comparison, Conditions, Row, Subject, describe
+from expedit_d2.comparison import PLAIN, Comparison, Conditions, Row, Workload, describe
 from expedit_d2.projects import load_cfg, load_model
 from expedit_d2.report import (
     Picture,
@@ -366,15 +366,15 @@ def test_pictures_are_drawn_from_a_model():
     torch.manual_seed(0)
     pixels = torch.randint(0, 256, (3, 3, 256, 256), dtype=torch.uint8)
     items = [{"image": pixels[0], "file_name": "some/photo.jpg"}, *({"image": p} for p in pixels)]
-    subject = Subject("s", load_model(cfg), "no data set", [[item] for item in items], None)
-    drawn = draw_pictures(subject, ROWS[2], 2)
+    workload = Workload("s", load_model(cfg), "no data set", [[item] for item in items], None)
+    drawn = draw_pictures(workload, ROWS[2], 2)
     assert [p.title for p in drawn] == ["Image photo, setting quick", "Image 2, setting quick"]
     for one in drawn:
         titles = list(one.panels)
         assert titles[:4] == ["image", "clusters", "semantic, plain", "semantic, merge"]
         assert len(titles) == 5
     with pytest.raises(ValueError, match="the row 'plain' has no settings"):
-        draw_pictures(subject, ROWS[0], 2)
+        draw_pictures(workload, ROWS[0], 2)
 
 
 def test_the_image_that_agrees_least_is_drawn_beside_the_first_ones():
@@ -382,16 +382,16 @@ def test_the_image_that_agrees_least_is_drawn_beside_the_first_ones():
     torch.manual_seed(0)
     pixels = torch.randint(0, 256, (3, 3, 256, 256), dtype=torch.uint8)
     items = [[{"image": p, "file_name": f"some/{n}.jpg"}] for n, p in enumerate(pixels)]
-    subject = Subject("s", load_model(cfg), "no data set", items, None)
+    workload = Workload("s", load_model(cfg), "no data set", items, None)
     worst = replace(ROWS[2], worst=("some/2.jpg", 12.34))
     title = "Image 2, setting quick: the lowest agreement of all, 12.3 %"
-    drawn = draw_pictures(subject, worst, 1)
+    drawn = draw_pictures(workload, worst, 1)
     assert [p.title for p in drawn] == ["Image 0, setting quick", title]
-    among = draw_pictures(subject, replace(worst, worst=("some/0.jpg", 12.34)), 1)
+    among = draw_pictures(workload, replace(worst, worst=("some/0.jpg", 12.34)), 1)
     assert len(among) == 1 and "lowest agreement" in among[0].title
-    assert draw_pictures(subject, worst, 0) == []
+    assert draw_pictures(workload, worst, 0) == []
     with pytest.raises(ValueError, match="must be 0 or more, got -1"):
-        draw_pictures(subject, worst, -1)
+        draw_pictures(workload, worst, -1)
 
 
 def test_panels_can_be_enlarged(tmp_path):

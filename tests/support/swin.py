@@ -60,14 +60,14 @@ def error(actual: list[Tensor], expected: list[Tensor]) -> float:
 # --- the plain model -------------------------------------------------------------------------
 
 
-def explicit_attention(attn, places, at, groups, votes) -> Tensor:
+def explicit_attention(attn, places, at, groups, cluster_sizes) -> Tensor:
     """Attention among tokens, a query at a time.
 
     Args:
         places: (N, C) tokens behind the norm.
         at: N positions (row, column), in tokens.
         groups: N labels; only tokens of one label meet.
-        votes: N numbers of tokens that each key stands for.
+        cluster_sizes: N numbers of tokens that each key stands for.
     """
     heads, side = attn.num_heads, attn.window_size[0]
     table = attn.relative_position_bias_table.view(2 * side - 1, 2 * side - 1, heads)
@@ -84,13 +84,13 @@ def explicit_attention(attn, places, at, groups, votes) -> Tensor:
                 for b in (0, 1):
                     share = (1 - abs(rel[0] - low[0] - a)) * (1 - abs(rel[1] - low[1] - b))
                     logits[n] += share * table[low[0] + a, low[1] + b] if share > 0 else 0
-            logits[n] += math.log(votes[j])
+            logits[n] += math.log(cluster_sizes[j])
         weights = logits.softmax(0)
         out.append(torch.einsum("kh,khd->hd", weights, qkv[keys, 2]).flatten())
     return attn.proj(torch.stack(out))
 
 
-def explicit_block(block, x, window, shift, at=None, votes=None, padding=None) -> Tensor:
+def explicit_block(block, x, window, shift, at=None, cluster_sizes=None, padding=None) -> Tensor:
     """One block on a map (H, W, C) of one image.
 
     Shifted windows begin at -shift: no rolling, no mask, and what the roll brings together with
@@ -104,8 +104,10 @@ def explicit_block(block, x, window, shift, at=None, votes=None, padding=None) -
     cells = [(i, j) for i in range(rows) for j in range(cols)]
     groups = [((i - shift[0]) // window[0], (j - shift[1]) // window[1]) for i, j in cells]
     at = cells if at is None else at.view(-1, 2).tolist()
-    votes = [1.0] * len(cells) if votes is None else votes.flatten().tolist()
-    out = explicit_attention(block.attn, places.reshape(-1, channels), at, groups, votes)
+    cluster_sizes = (
+        [1.0] * len(cells) if cluster_sizes is None else cluster_sizes.flatten().tolist()
+    )
+    out = explicit_attention(block.attn, places.reshape(-1, channels), at, groups, cluster_sizes)
     x = x + out.view(rows, cols, channels)[:height, :width]
     return x + block.mlp(block.norm2(x))
 

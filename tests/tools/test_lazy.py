@@ -8,7 +8,7 @@ from detectron2.config import LazyConfig, instantiate
 from detectron2.data import DatasetCatalog
 from PIL import Image
 
-from expedit_d2.cli.subjects import load_any_model
+from expedit_d2.cli.workloads import load_any_model
 from expedit_d2.comparison import Comparison
 from expedit_d2.engine import load_lazy_config
 from support.detector import LAZY

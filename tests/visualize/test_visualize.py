@@ -125,7 +125,7 @@ def test_every_method_is_drawn(segmenter, method):
     model, color_format = segmenter
     torch.manual_seed(0)
     item = {"image": torch.randint(0, 256, (3, 256, 300), dtype=torch.uint8)}
-    tokens = {"keep": 0.4} if METHODS[method].off_grid else {"ratio": 0.6}
+    tokens = {"keep": 0.4} if METHODS[method].unstructured else {"ratio": 0.6}
     settings = Settings(alpha=(2, 5), method=method, **tokens)
     (row,) = side_by_side(model, settings, item, METADATA, color_format)
     assert [title.split(":")[0] for title in row] == [

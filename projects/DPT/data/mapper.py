@@ -18,7 +18,7 @@ from .datasets import depth_scale_of, read_depth
 __all__ = ["DepthMapper", "bottom_crop"]
 
 # Of a record; other annotations would be costly to send between processes.
-_KEPT = ("file_name", "depth_file_name", "image_id")
+_COPIED_KEYS = ("file_name", "depth_file_name", "image_id")
 
 
 def bottom_crop(size: tuple[int, int], crop: Sequence[int]) -> tuple[int, int]:
@@ -118,7 +118,7 @@ class DepthMapper:
         augmented = T.AugInput(image, sem_seg=depth)
         self.augmentations(augmented)
         image, depth = augmented.image, augmented.sem_seg
-        sample = {key: record[key] for key in _KEPT if key in record}
+        sample = {key: record[key] for key in _COPIED_KEYS if key in record}
         sample["image"] = torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))
         sample["height"], sample["width"] = image.shape[:2]
         sample["crop"] = (top, left)

@@ -1,4 +1,4 @@
-"""COCO panoptic files by path: the truth gets full marks, from any spelling."""
+"""COCO panoptic files by path: the truth gets full marks, from a path in any form."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_panoptic_by_path_in_the_layout_of_coco(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "spelling,images,pngs",
+    "form,images,pngs",
     [
         ("{root}/p.json", "", "p"),
         ("{root}/p.json", "images", ""),
@@ -56,9 +56,9 @@ def test_panoptic_by_path_in_the_layout_of_coco(tmp_path):
         ("{root}/p.json@@{root}/maps", "images", "maps"),
     ],
 )
-def test_spellings_of_panoptic_files(tmp_path, spelling, images, pngs):
+def test_forms_of_panoptic_paths(tmp_path, form, images, pngs):
     write_panoptic(tmp_path / "p.json", tmp_path / images, tmp_path / pngs)
-    name = spelling.format(root=tmp_path)
+    name = form.format(root=tmp_path)
     register_by_path([name])
     meta = MetadataCatalog.get(name)
     assert meta.thing_classes == ["cat", "dog"]

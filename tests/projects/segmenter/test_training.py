@@ -12,7 +12,7 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from PIL import Image
 
-from expedit_d2.comparison import Options, Subject, compare
+from expedit_d2.comparison import Options, Workload, compare
 from expedit_d2.engine.solver import build_lr_scheduler
 from expedit_d2.projects import load_cfg, load_model
 from expedit_d2.projects.Segmenter import SegmenterTrainer, register_semantic_datasets
@@ -241,14 +241,14 @@ def test_comparison_has_miou_and_agreement(collage_cfg):
         "exact": Settings(2, grid=(8, 8), temperature=1e6, neighbors=1, reconstruct_at="head"),
         "head": Settings(2, grid=(4, 4), reconstruct_at="head"),
     }
-    subject = Subject(
+    workload = Workload(
         "tiny",
         model,
         name,
         SegmenterTrainer.build_test_loader(collage_cfg, name),
         lambda: SegmenterTrainer.build_evaluator(collage_cfg, name),
     )
-    plain, exact, reduced = compare(subject, settings, Options(timed_images=0)).rows
+    plain, exact, reduced = compare(workload, settings, Options(timed_images=0)).rows
     assert set(plain.metrics) == {"mIoU"}
     assert set(exact.agreement.values()) == {100.0}
     assert reduced.flops.total < plain.flops.total

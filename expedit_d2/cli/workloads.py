@@ -22,11 +22,10 @@ from detectron2.utils.registry import locate
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from ..adapters import find_host
-from ..comparison import Subject, describe, register_images
+from ..adapters import find_transformer
+from ..comparison import Workload, describe, register_images
 from ..comparison.origin import sources
-from ..comparison.spelling import changes_tokens
-from ..comparison.winner import to_overrides, to_yaml
+from ..comparison.tuned_config import to_overrides, to_yaml
 from ..data import register_by_path
 from ..engine import check_data_sets, load_lazy_config, load_lazy_model, merge_file
 from ..engine.lazy_data import build_lazy_evaluator, build_lazy_loader
@@ -38,13 +37,13 @@ from ..settings import Settings
 __all__ = [
     "is_lazy",
     "load_any_model",
-    "load_subject",
-    "model_subject",
+    "load_workload",
+    "model_workload",
     "needed_setting",
     "setting_of",
     "settings_beside",
-    "subject_of",
-    "write_winner",
+    "workload_of",
+    "write_tuned_config",
 ]
 
 
@@ -53,12 +52,12 @@ def is_lazy(config_file: str | Path) -> bool:
     return Path(config_file).suffix == ".py"
 
 
-def load_subject(
+def load_workload(
     config_file: str | Path,
     opts: Sequence[str] = (),
     images: str | Sequence[str] | None = None,
     limit: int | None = None,
-) -> Subject:
+) -> Workload:
     """The plain model of a config, whatever its ``MODEL.EXPEDIT`` says, and its data.
 
     Args:
@@ -78,18 +77,18 @@ def load_subject(
     name = config_file.stem
     if not is_lazy(config_file):
         cfg = load_cfg(config_file, opts)
-        return subject_of(cfg, name, images=images, limit=limit, config_file=str(config_file))
+        return workload_of(cfg, name, images=images, limit=limit, config_file=str(config_file))
     cfg = load_lazy_config(str(config_file), list(opts))
-    return _lazy_subject(cfg, config_file, images, limit)
+    return _lazy_workload(cfg, config_file, images, limit)
 
 
-def model_subject(
+def model_workload(
     source: str,
     images: str | Sequence[str] | None = None,
     limit: int | None = None,
     size: tuple[int, int] | None = None,
     random_weights: bool = False,
-) -> Subject:
+) -> Workload:
     """A ViT of another library and images without labels.
 
     Args:
@@ -103,12 +102,12 @@ def model_subject(
         ValueError, OSError, ImportError: as `load_feature_model`, or for the images.
     """
     model = load_feature_model(source, size, random_weights)
-    find_host(model)  # a model that is not supported should fail now
+    find_transformer(model)  # a model that is not supported should fail now
     dataset = register_images(images, limit) if images is not None else "collage_val"
     records = DatasetCatalog.get(dataset)
     weights = "random weights" if random_weights else "trained weights"
     height, width = model.size
-    return Subject(
+    return Workload(
         name=f"{re.sub(r'[^A-Za-z0-9_.-]+', '-', source).strip('-')}_{height}x{width}",
         model=model.to("cuda" if torch.cuda.is_available() else "cpu"),
         dataset=dataset,
@@ -121,14 +120,14 @@ def model_subject(
     )
 
 
-def subject_of(
+def workload_of(
     cfg: CfgNode,
     name: str,
     dataset: str | None = None,
     images: str | Sequence[str] | None = None,
     limit: int | None = None,
     config_file: str = "",
-) -> Subject:
+) -> Workload:
     """The same for a YAML config that is loaded; ``dataset`` is the first one for None."""
     cfg = cfg.clone()
     cfg.defrost()
@@ -146,7 +145,7 @@ def subject_of(
     trainer = trainer_of(cfg)
     told = cfg.clone()
     told.OUTPUT_DIR = told.MODEL.WEIGHTS = ""  # of the weights, it is the content that counts
-    return Subject(
+    return Workload(
         name=name,
         model=load_model(cfg),
         dataset=dataset,
@@ -175,9 +174,9 @@ def _register_images(
     return name
 
 
-def _lazy_subject(
+def _lazy_workload(
     cfg: DictConfig, config_file: Path, images: str | Sequence[str] | None, limit: int | None
-) -> Subject:
+) -> Workload:
     cfg.expedit.enabled = False
     if OmegaConf.select(cfg, "dataloader.test.dataset") is None:
         raise ValueError(
@@ -197,7 +196,7 @@ def _lazy_subject(
         raise ValueError("dataloader.evaluator is missing in the config; give images instead")
     told = OmegaConf.to_container(cfg)
     told["train"] = told["expedit"] = None
-    return Subject(
+    return Workload(
         name=config_file.stem,
         model=load_lazy_model(cfg),
         dataset=dataset,
@@ -268,7 +267,7 @@ def setting_of(config_file: str | Path, opts: Sequence[str] = ()) -> Settings | 
         # No model is built here, so no device is looked for.
         node = load_cfg(config_file, ["MODEL.DEVICE", "cpu", *opts]).MODEL.EXPEDIT
     settings = Settings.from_node({**{k.lower(): v for k, v in node.items()}, "enabled": True})
-    return settings if changes_tokens(settings) else None
+    return settings if settings.reduces else None
 
 
 def needed_setting(config_file: str | Path, opts: Sequence[str] = ()) -> Settings:
@@ -301,7 +300,7 @@ def settings_beside(config_file: str | Path) -> dict[str, Settings]:
     return {name: settings for name, settings in found.items() if settings is not None}
 
 
-def write_winner(
+def write_tuned_config(
     settings: Settings,
     config_file: str | Path,
     opts: Sequence[str],

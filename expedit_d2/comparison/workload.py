@@ -23,13 +23,13 @@ from ..predictions import PREDICTIONS
 from .origin import code_digest, data_digest, sources, versions
 from .store import fingerprint
 
-__all__ = ["Subject", "image_name", "register_images"]
+__all__ = ["Workload", "image_name", "register_images"]
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Subject:
+class Workload:
     """A plain model and its data.
 
     Attributes:
@@ -64,7 +64,7 @@ class Subject:
         return next(self.model.parameters()).device
 
     def images(self, count: int | None = None) -> Iterable[list[dict[str, Any]]]:
-        """The first images, each in a batch of its own; all of the subject's for None."""
+        """The first images, each in a batch of its own; all of the workload's for None."""
         return islice(self.loader, len(self) if count is None else min(count, len(self)))
 
     @property
@@ -140,8 +140,8 @@ def register_images(where: str | Sequence[str], limit: int | None = None) -> str
             if comm.is_main_process():
                 logger.warning("left out: %s", error)
     if not files:
-        spelled = ", ".join(map(repr, places))
-        raise ValueError(f"no image at {spelled} can be read: {unreadable[0]}")
+        listed = ", ".join(map(repr, places))
+        raise ValueError(f"no image at {listed} can be read: {unreadable[0]}")
     records = [{"file_name": path, "image_id": path} for path in files]
     stamps = [(path, Path(path).stat().st_size) for path in files]
     more = f" and {len(places) - 1} more" if len(places) > 1 else ""

@@ -15,7 +15,7 @@ from ..tokens import Layout
 __all__ = [
     "BlockCosts",
     "GridRule",
-    "Host",
+    "TransformerSpec",
     "MergeRule",
     "block_costs",
     "is_class",
@@ -98,7 +98,7 @@ def block_costs(
 
 
 @dataclass(frozen=True)
-class Host:
+class TransformerSpec:
     """A transformer with a container of blocks that can be replaced.
 
     Attributes:
@@ -113,14 +113,14 @@ class Host:
         attach: registers what the layout needs, if anything, on the whole model that it is given,
             which contains ``owner``; returns the undo.
         scopes: what ``SCOPE`` may be.
-        off_grid: whether the blocks run on tokens that lie on no grid.
+        unstructured: whether the blocks run on tokens that lie on no grid.
         inside: whether they can be taken apart, for methods that reduce inside of a block.
         size: (H, W) tokens of the map that the model was made for, where costs are reckoned.
         grid_rule: for BUDGET, where methods that leave a grid reduce.
         merge_rule: for BUDGET, where METHOD merge does.
         fused: an attention layer, ``block.attn``, and its arguments to its output, by scaled
             dot-product attention; None where the family's own layers do so.
-        stages: where the blocks lie in several containers, one host for each, in order; tokens
+        stages: where the blocks lie in several containers, one spec each, in order; tokens
             are then reduced in one of them. ``attribute`` names what holds these stages.
         transformer: all of it, where ``owner`` is a part; see ``whole``.
     """
@@ -134,13 +134,13 @@ class Host:
     end: int | None = None
     attach: Callable[[nn.Module], Callable[[], None]] = field(default=lambda model: lambda: None)
     scopes: tuple[str, ...] = SCOPES
-    off_grid: bool = False
+    unstructured: bool = False
     inside: bool = False
     size: tuple[int, int] = (64, 64)
     grid_rule: GridRule = GridRule()
     merge_rule: MergeRule = MergeRule()
     fused: Callable[..., Tensor] | None = None
-    stages: tuple[Host, ...] = ()
+    stages: tuple[TransformerSpec, ...] = ()
     transformer: nn.Module | None = None
 
     @property
@@ -153,14 +153,14 @@ class Host:
         return getattr(self.owner, self.attribute)
 
     @property
-    def longest_stage(self) -> tuple[Host, int]:
+    def longest_stage(self) -> tuple[TransformerSpec, int]:
         """The stage with the most blocks, and the number of blocks before its first."""
         stages = self.stages or (self,)
         index = max(range(len(stages)), key=lambda i: len(stages[i].blocks))
         return stages[index], sum(len(stage.blocks) for stage in stages[:index])
 
-    def stage_of(self, alphas: Collection[int]) -> tuple[Host, int]:
-        """The host whose blocks the alphas count, and the number of blocks before its first.
+    def stage_of(self, alphas: Collection[int]) -> tuple[TransformerSpec, int]:
+        """The stage that the alphas lie in, and the number of blocks before its first.
 
         Raises:
             ValueError: if the alphas do not lie in one of the stages.

@@ -25,7 +25,7 @@ from .spread import Spread
 if TYPE_CHECKING:
     from ..settings import Settings
 
-__all__ = ["Choose", "OffGridMethod", "Record", "Windows"]
+__all__ = ["Choose", "UnstructuredMethod", "Record", "Windows"]
 
 #: Windows of tokens that are matched with each other where attention has none.
 _WINDOW = 14
@@ -148,11 +148,11 @@ class _Rebuilding(nn.Module):
         return out.unflatten(1, record.shape)
 
 
-class OffGridMethod(Method):
+class UnstructuredMethod(Method):
     """Both directions, by the function ``choose`` of a subclass."""
 
     counts = ("keep",)
-    off_grid = True
+    unstructured = True
 
     def __init__(self, settings: Settings, attention_window: int | None, index: int = 0) -> None:
         super().__init__(settings, attention_window, index)

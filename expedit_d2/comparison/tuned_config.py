@@ -1,4 +1,4 @@
-"""Settings that were found, in the form that `train_net.py` takes."""
+"""The tuned settings, in the form that `train_net.py` takes."""
 
 from __future__ import annotations
 
@@ -60,5 +60,5 @@ def to_yaml(
 def to_overrides(settings: Settings, node: Mapping[str, Any]) -> list[str]:
     """The same for a LazyConfig: overrides for its command line."""
     values = {"enabled": True, **_changed(settings, node)}
-    spelled = {name: str(value).replace(" ", "") for name, value in values.items()}
-    return [f"expedit.{name}={'null' if v == 'None' else v}" for name, v in spelled.items()]
+    text = {name: str(value).replace(" ", "") for name, value in values.items()}
+    return [f"expedit.{name}={'null' if v == 'None' else v}" for name, v in text.items()]

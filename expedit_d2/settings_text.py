@@ -73,7 +73,7 @@ def parse_setting(text: str) -> tuple[str, Settings]:
     return name or describe(settings), settings
 
 
-def _spell(name: str, value: Any) -> str:
+def _to_text(name: str, value: Any) -> str:
     if name == "grid":
         return f"{value[0]}x{value[1]}"
     if not isinstance(value, tuple):
@@ -92,14 +92,14 @@ def describe(settings: Settings, method: bool = False) -> str:
         settings: any.
         method: name the method also where it follows from the other fields.
     """
-    implied = default_method(off_grid=settings.keep is not None)
+    implied = default_method(unstructured=settings.keep is not None)
     if settings.method == implied and not method and settings.budget is None:
         shown = [field for field in fields(settings) if field.name != "method"]
     else:
         shown = sorted(fields(settings), key=lambda field: field.name != "method")
     values = {field.name: getattr(settings, field.name) for field in shown}
     return " ".join(
-        f"{field.name}={_spell(field.name, values[field.name])}"
+        f"{field.name}={_to_text(field.name, values[field.name])}"
         for field in shown
         if values[field.name] != field.default
     )
