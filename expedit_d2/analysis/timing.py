@@ -137,7 +137,9 @@ def rounds(
     seconds: dict[str, list[float]] = {name: [] for name in fns}
     names = list(fns)
     turns = range(-warmup, repeats)
-    for turn in tqdm(turns, desc=label, unit="round", leave=False, disable=not progress):
+    # None: no bar where the output is a file.
+    hidden = None if progress else True
+    for turn in tqdm(turns, desc=label, unit="round", leave=False, disable=hidden):
         for name in names if turn % 2 == 0 else reversed(names):
             elapsed = _elapsed(fns[name], clock)
             if turn >= 0:

@@ -194,7 +194,7 @@ class Session:
             desc=name,
             unit="image",
             leave=False,
-            disable=not self.options.progress,
+            disable=None if self.options.progress else True,  # None: not in files
         )
         # pycocotools prints its own tables.
         quiet = contextlib.redirect_stdout(io.StringIO())

@@ -49,7 +49,7 @@ def _write_split(folder: Path, split: str, count: int, size: tuple[int, int]) ->
     for kind in ("", "panoptic_", "semantic_", "depth_"):
         (folder / f"{kind}{split}").mkdir()
     images, instances, panoptics = [], [], []
-    for index in tqdm(range(count), desc=f"collage: writing {split}", unit="scene"):
+    for index in tqdm(range(count), desc=f"collage: writing {split}", unit="scene", disable=None):
         scene = make_scene(split, index, size)
         name = f"{index:06d}.png"
         _write_png(folder / split / name, scene.image)
