@@ -47,7 +47,7 @@ MODELS = {
 }
 #: Trained from scratch at 256 x 256 pixels; needs no download.
 SMALL = "vitdet"
-IMAGES, ALL_IMAGES = 16, 200
+IMAGES, ALL_IMAGES = 12, 200
 
 LEGEND = """\
 budget:    this package's choice, merging similar tokens, for that share of the blocks' GFLOPs
@@ -126,7 +126,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         help=f"evaluate them on all {ALL_IMAGES}",
     )
     option("--pictures", type=at_least(0), default=3, help="images to draw (%(default)s)")
-    option("--timed", type=at_least(0), default=5, help="images to time (%(default)s)")
+    option("--timed", type=at_least(0), default=3, help="images to time (%(default)s)")
     option("--output", default="output/demo", help="folder of the results (%(default)s)")
     add_config_options(parser, "a plain model of your own instead, YAML or LazyConfig", "")
     args = parser.parse_args(arguments)
