@@ -184,8 +184,8 @@ def choose(args: argparse.Namespace) -> list[Case]:
         fetch(BACKBONE, "MODEL.TIMM.CHECKPOINT")
     except OSError as error:
         print(
-            f"demo.py: {error}; so this shows a small detector that was trained from scratch, whose "
-            "features leave less to save",
+            f"demo.py: {error}; so this shows a small detector that was trained from scratch, "
+            "whose features leave less to save",
             file=sys.stderr,
         )
         return [small_case()]
