@@ -14,10 +14,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from detectron2.data import MetadataCatalog
 from detectron2.utils.logger import setup_logger
 
 from expedit_d2.cli.options import ToolParser, add_config_options, at_least
-from expedit_d2.cli.subjects import load_subject, needed_setting
+from expedit_d2.cli.subjects import load_subject, model_subject, needed_setting
 from expedit_d2.comparison import (
     Comparison,
     Options,
@@ -33,9 +34,10 @@ from expedit_d2.files import code_in_files, fetch
 from expedit_d2.files.shipped import SHIPPED
 from expedit_d2.report import Picture, draw_pictures, write_report
 from expedit_d2.settings import Settings
-from expedit_d2.visualize import save_panels
+from expedit_d2.visualize import save_panels, side_by_side
 
 CONFIGS = SHIPPED / "configs" / "embedded"
+PHOTOS = Path(__file__).resolve().parent.parent / "docs" / "photos"
 BACKBONE = "pypi://vit_small_patch14_dinov2"
 PREFIX = "dinov2_"
 #: The tasks that a model is shown on, and in which order: the quickest first.
@@ -170,6 +172,19 @@ def run_case(case: Case, args: argparse.Namespace) -> tuple[Comparison, list[Pic
     return comparison, pictures
 
 
+def draw_photos(output: Path) -> list[Picture]:
+    """The backbone's features of photographs, plain and at half of the GFLOPs of its blocks."""
+    subject = model_subject(
+        f"timm:vit_small_patch14_dinov2@{BACKBONE}", str(PHOTOS), size=(392, 532)
+    )
+    metadata, pictures = MetadataCatalog.get(subject.dataset), []
+    for (item,) in subject.images():
+        panels = side_by_side(subject.model, Settings(budget=0.5), item, metadata, subject.color)[0]
+        pictures.append(Picture(f"Features of {Path(item['file_name']).name}, budget 50", panels))
+    save_panels([picture.panels for picture in pictures], output / "photos.png")
+    return pictures
+
+
 def choose(args: argparse.Namespace) -> list[Case]:
     """What is shown: a model of one's own, those embedded, or the small one.
 
@@ -214,6 +229,9 @@ def main(args: argparse.Namespace) -> None:
         tables = [f"{done.model}\n\n{to_markdown(done)}" for done in comparisons]
         # After each of them, so that an interruption leaves what is done.
         (output / "tables.md").write_text("\n".join(tables), encoding="utf-8")
+        write_report(comparisons, pictures, output / "report.html")
+    if cases[0].plain.stem.startswith(PREFIX) and args.pictures:
+        pictures += draw_photos(output)
         write_report(comparisons, pictures, output / "report.html")
     if not args.config_file:
         print(f"{LEGEND}\n")

@@ -77,7 +77,7 @@ def main(args: argparse.Namespace) -> Comparison:
         print(f"{store.reused} results were measured before; remove {output} to measure them again")
     # Pictures tell something also where no setting can be recommended.
     drawn = [row for row in (headline_row(comparison), *comparison.rows[1:]) if row is not None]
-    if drawn and args.pictures and args.model is None and not comparison.unfinished:
+    if drawn and args.pictures and not comparison.unfinished:
         with interruptible():
             pictures = draw_pictures(workload, drawn[0], args.pictures)
         write_report([comparison], pictures, f"{stem}.html")

@@ -114,7 +114,7 @@ def model_workload(
         loader=build_detection_test_loader(dataset=records, mapper=model.prepare),
         make_evaluator=None,
         config=f"{source}, {weights}, {model.size}, {model.resampling.name}, "
-        f"{model.mean.flatten().tolist()}, {model.std.flatten().tolist()}",
+        f"{model.pixel_mean.flatten().tolist()}, {model.pixel_std.flatten().tolist()}",
         color="RGB",
         limit=limit,
     )

@@ -54,8 +54,10 @@ class FeatureModel(nn.Module):
         self.model = source.model
         self.features = source.features
         self.size, self.resampling = size, source.resampling
-        for name, values in (("mean", source.mean), ("std", source.std)):
-            self.register_buffer(name, torch.tensor(values).view(3, 1, 1), persistent=False)
+        # As Detectron2's models have them, of pixels from 0 to 255.
+        for name, values in (("pixel_mean", source.mean), ("pixel_std", source.std)):
+            pixels = 255 * torch.tensor(values).view(3, 1, 1)
+            self.register_buffer(name, pixels, persistent=False)
 
     def prepare(self, record: dict[str, Any]) -> dict[str, Any]:
         """An input from a record with ``file_name``: all of the image, resized to `size`."""
@@ -70,8 +72,8 @@ class FeatureModel(nn.Module):
         Args:
             inputs: each with an ``image`` (3, H, W), RGB, 0 to 255; all of one size.
         """
-        images = torch.stack([item["image"] for item in inputs]).to(self.mean.device)
-        maps = self.features(self.model, (images / 255 - self.mean) / self.std)
+        images = torch.stack([item["image"] for item in inputs]).to(self.pixel_mean.device)
+        maps = self.features(self.model, (images - self.pixel_mean) / self.pixel_std)
         return [{"features": features, "feature_directions": features} for features in maps]
 
 

@@ -1,4 +1,7 @@
-"""``timm:NAME``: any model of timm that is a supported ViT, prepared as its data config says."""
+"""``timm:NAME``: any model of timm that is a supported ViT, prepared as its data config says.
+
+``timm:NAME@FILE`` takes the weights of a file, or of anything iopath opens, instead of the hub's.
+"""
 
 from __future__ import annotations
 
@@ -9,25 +12,33 @@ from PIL import Image
 from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 
+from ..backbones.timm_vit import create_timm_vit
 from ..engine.errors import close_to
 from .features import Source, drop_prefix
 
 
 def load(name: str, size: tuple[int, int] | None, random_weights: bool) -> Source:
+    name, _, file = name.partition("@")
     if not timm.is_model(name.partition(".")[0]):
         raise ValueError(f"timm has no model {name!r}{close_to(name, timm.list_models())}")
     options = {} if size is None else {"img_size": size}
     try:
+        if file:
+            return _source(create_timm_vit(name, checkpoint=file), name)
         model = timm.create_model(name, pretrained=not random_weights, num_classes=0, **options)
     except TypeError:
         raise ValueError(f"timm:{name} is no supported ViT: it takes no size of images") from None
-    except Exception as error:  # of the hub, the network, the file
-        if random_weights:
+    except Exception as error:  # of the hub, the network
+        if random_weights or file:
             raise
         why = str(error).strip().partition("\n")[0]
         raise OSError(
             f"timm:{name}: its weights cannot be loaded ({why}); --random-weights goes without"
         ) from None
+    return _source(model, name)
+
+
+def _source(model: nn.Module, name: str) -> Source:
     config = resolve_model_data_config(model)
     patch = getattr(getattr(model, "patch_embed", None), "patch_size", None)
     if patch is None or not hasattr(model, "forward_features"):

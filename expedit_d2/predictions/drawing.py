@@ -146,8 +146,12 @@ def draw_difference(image: np.ndarray, different: np.ndarray) -> np.ndarray:
 
     Args:
         image: (height, width, 3) uint8 RGB.
-        different: (height, width) bool.
+        different: (height, width) bool, or coarser.
     """
+    height, width = image.shape[:2]
+    rows = np.arange(height) * different.shape[0] // height
+    columns = np.arange(width) * different.shape[1] // width
+    different = different[rows[:, None], columns]
     grey = np.repeat(image.mean(-1, keepdims=True) * 0.5 + 64, 3, axis=-1)
     grey[different] = (230, 30, 60)
     return to_image(canvas_of(grey.astype(np.uint8)))

@@ -21,16 +21,22 @@ _SLACK = 1e-6  # of rounding, so that equal tokens are equally near
 
 
 def draw_features(image: np.ndarray, features: Tensor, metadata: Metadata) -> np.ndarray:
-    """Three fixed random projections as red, green and blue: alike features have like colours.
+    """The three principal components as red, green and blue: similar features, similar colours.
 
     Args:
         image, metadata: nothing of them is needed.
         features: (C, h, w).
     """
     tokens = _directions(features)
-    axes = torch.randn(tokens.shape[1], 3, generator=torch.Generator().manual_seed(0))
-    colors = 128 + 100 * (tokens @ axes).clamp(-1.27, 1.27)
-    return to_image(canvas_of(colors.reshape(*features.shape[1:], 3).byte().numpy()))
+    tokens = tokens - tokens.mean(0)
+    axes = torch.linalg.eigh(tokens.T @ tokens).eigenvectors[:, -3:].flip(1)
+    # The sign of a component is arbitrary; two maps that are alike should get the same.
+    axes = axes * axes.sum(0).sign()
+    parts = tokens @ axes
+    low, high = torch.quantile(parts, torch.tensor([0.02, 0.98]), dim=0)
+    shares = ((parts - low) / (high - low).clamp(min=1e-12)).clamp(0, 1)
+    colors = (255 * shares).round().byte()
+    return to_image(canvas_of(colors.reshape(*features.shape[1:], 3).numpy()))
 
 
 def _directions(features: Tensor) -> Tensor:
