@@ -49,6 +49,7 @@ MODELS = {
 }
 #: Trained from scratch at 256 x 256 pixels; needs no download.
 SMALL = "vitdet"
+SHOWN = Settings(budget=0.5)
 IMAGES, ALL_IMAGES = 12, 200
 
 LEGEND = """\
@@ -179,7 +180,8 @@ def draw_photos(output: Path) -> list[Picture]:
     )
     metadata, pictures = MetadataCatalog.get(subject.dataset), []
     for (item,) in subject.images():
-        panels = side_by_side(subject.model, Settings(budget=0.5), item, metadata, subject.color)[0]
+        *_, panels = side_by_side(subject.model, SHOWN, item, metadata, subject.color)
+        panels = {title.replace("cosine", "features"): panel for title, panel in panels.items()}
         pictures.append(Picture(f"Features of {Path(item['file_name']).name}, budget 50", panels))
     save_panels([picture.panels for picture in pictures], output / "photos.png")
     return pictures

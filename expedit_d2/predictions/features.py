@@ -31,7 +31,8 @@ def draw_features(image: np.ndarray, features: Tensor, metadata: Metadata) -> np
     tokens = tokens - tokens.mean(0)
     axes = torch.linalg.eigh(tokens.T @ tokens).eigenvectors[:, -3:].flip(1)
     # The sign of a component is arbitrary; two maps that are alike should get the same.
-    axes = axes * axes.sum(0).sign()
+    largest = axes.gather(0, axes.abs().argmax(0, keepdim=True))
+    axes = axes * largest.sign()
     parts = tokens @ axes
     low, high = torch.quantile(parts, torch.tensor([0.02, 0.98]), dim=0)
     shares = ((parts - low) / (high - low).clamp(min=1e-12)).clamp(0, 1)
