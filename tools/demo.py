@@ -18,7 +18,7 @@ from detectron2.data import MetadataCatalog
 from detectron2.utils.logger import setup_logger
 
 from expedit_d2.cli.options import ToolParser, add_config_options, at_least
-from expedit_d2.cli.subjects import load_subject, model_subject, needed_setting
+from expedit_d2.cli.workloads import load_workload, model_workload, needed_setting
 from expedit_d2.comparison import (
     Comparison,
     Options,
@@ -155,19 +155,19 @@ def run_case(case: Case, args: argparse.Namespace) -> tuple[Comparison, list[Pic
     """Evaluate and draw one model."""
     name = case.plain.stem.removeprefix(PREFIX)
     settings = settings_of(case, args.opts)
-    subject = load_subject(case.plain, args.opts)
+    workload = load_workload(case.plain, args.opts)
     what = f", {MODELS[name]}" if name in MODELS and not args.config_file else ""
     print(
-        f"\n{name}{what}: plain and {len(settings)} settings on {len(subject)} images", flush=True
+        f"\n{name}{what}: plain and {len(settings)} settings on {len(workload)} images", flush=True
     )
-    comparison = compare(subject, settings, Options(timed_images=args.timed, batch=1))
+    comparison = compare(workload, settings, Options(timed_images=args.timed, batch=1))
     print(f"\n{to_terminal(comparison)}\n", flush=True)
     if comparison.unfinished:
         raise KeyboardInterrupt
     reduced = comparison.rows[1:]
     if not reduced or not args.pictures:
         return comparison, []
-    pictures = draw_pictures(subject, reduced[0], args.pictures)
+    pictures = draw_pictures(workload, reduced[0], args.pictures)
     panels = [picture.panels for picture in pictures]
     save_panels(panels, Path(args.output) / f"{name}.png")
     return comparison, pictures
@@ -175,12 +175,12 @@ def run_case(case: Case, args: argparse.Namespace) -> tuple[Comparison, list[Pic
 
 def draw_photos(output: Path) -> list[Picture]:
     """The backbone's features of photographs, plain and at half of the GFLOPs of its blocks."""
-    subject = model_subject(
+    workload = model_workload(
         f"timm:vit_small_patch14_dinov2@{BACKBONE}", str(PHOTOS), size=(392, 532)
     )
-    metadata, pictures = MetadataCatalog.get(subject.dataset), []
-    for (item,) in subject.images():
-        *_, panels = side_by_side(subject.model, SHOWN, item, metadata, subject.color)
+    metadata, pictures = MetadataCatalog.get(workload.dataset), []
+    for (item,) in workload.images():
+        *_, panels = side_by_side(workload.model, SHOWN, item, metadata, workload.color)
         panels = {title.replace("cosine", "features"): panel for title, panel in panels.items()}
         pictures.append(Picture(f"Features of {Path(item['file_name']).name}, budget 50", panels))
     save_panels([picture.panels for picture in pictures], output / "photos.png")
