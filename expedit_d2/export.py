@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from .adapters import detectron2_vit
 from .api import is_expedited
 from .compat import tree_flatten
-from .methods import Method
+from .methods import METHODS
 from .tracing import shape_of
 
 __all__ = ["ImageModel", "check_onnx", "export_onnx", "export_program", "onnx_session"]
@@ -92,11 +92,12 @@ def _check_free_size(model: nn.Module, onnx: bool) -> None:
     """
     remedy = "export one file for each size: --fixed, or dynamic=False in Python"
     reduced = is_expedited(model)
-    if any(isinstance(module, Method) and module.unstructured for module in model.modules()):
-        raise ValueError(
-            "METHODs that leave no grid cannot be exported for images of any size, as the "
-            f"number of tokens left in each block follows from it; {remedy}"
-        )
+    for name, method in METHODS.items():
+        if method.unstructured and any(type(module) is method for module in model.modules()):
+            raise ValueError(
+                f"METHOD {name} leaves no grid, so the number of tokens in each block follows from "
+                f"the size of the image, and it cannot be exported for any size; {remedy}"
+            )
     for vit in filter(detectron2_vit.matches, model.modules()):
         if (onnx or reduced) and any(getattr(m, "use_rel_pos", False) for m in vit.modules()):
             raise ValueError(

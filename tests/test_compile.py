@@ -88,6 +88,7 @@ SIZES = [
 
 
 @pytest.mark.parametrize("kind,settings", SIZES, ids=str)
+@pytest.mark.slow
 def test_a_size_is_compiled_once(kind, settings):
     """No break in a graph, and no shape or guard in it that depends on what is in an image."""
     model = MODELS[kind](depth=4)

@@ -13,9 +13,12 @@ from expedit_d2.export import ImageModel, export_onnx, export_program, onnx_sess
 from expedit_d2.operators import adaptive_pool
 from support.repository import ROOT, load_tool
 
-pytestmark = pytest.mark.skipif(
-    not hasattr(torch.compiler, "is_exporting"), reason="export needs torch >= 2.7"
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        not hasattr(torch.compiler, "is_exporting"), reason="export needs torch >= 2.7"
+    ),
+]
 
 SETTINGS = {
     "plain": None,

@@ -139,16 +139,16 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def settings_of(case: Case, opts: Sequence[str]) -> dict[str, Settings]:
-    """By what their file names add to the plain model's: ``budget_50.yaml`` is "budget 50".
+    """By what their file names add to the plain model's; of those embedded, "budget 50".
 
     Raises:
         ValueError, FileNotFoundError: for a config that is none, or has no setting.
     """
-    stem = f"{case.plain.stem}_"
-    names = [path.stem.removeprefix(stem).replace("_", " ") for path in case.expedit]
-    return {
-        name: needed_setting(path, opts) for name, path in zip(names, case.expedit, strict=True)
-    }
+    stem, embedded = case.plain.stem, case.plain.stem.startswith(PREFIX)
+    names = [path.stem.removeprefix(f"{stem}_") for path in case.expedit]
+    names = [name.replace("_", " ") for name in names] if embedded else names
+    found = (needed_setting(path, opts) for path in case.expedit)
+    return dict(zip(names, found, strict=True))
 
 
 def run_case(case: Case, args: argparse.Namespace) -> tuple[Comparison, list[Picture]]:

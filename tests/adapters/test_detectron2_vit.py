@@ -246,6 +246,7 @@ def test_stochastic_depth_still_drops():
 
 
 @pytest.mark.parametrize("scope,grid", CASES)
+@pytest.mark.slow
 def test_compiles_without_a_break(scope, grid):
     torch._dynamo.reset()
     vit, x = tiny_vit(depth=3), images((20, 16), batch=1)

@@ -321,6 +321,7 @@ def test_copies_and_pickles():
     assert torch.equal(run(pickled, x), expected)
 
 
+@pytest.mark.slow
 def test_compiles_without_a_break():
     torch._dynamo.reset()
     model, x = encoder(depth=3), images()

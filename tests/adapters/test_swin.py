@@ -337,6 +337,7 @@ def _only_output(kind: type) -> dict:
     return {"out_features": ("res2",)} if kind is D2SwinTransformer else {"out_indices": (0,)}
 
 
+@pytest.mark.slow
 def test_compiles_without_a_break():
     torch._dynamo.reset()
     swin, x = one_stage(), images((24, 40), batch=1)

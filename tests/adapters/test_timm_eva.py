@@ -326,6 +326,7 @@ def test_gradients_are_those_of_the_plain_model_and_of_checkpointing(kind):
 
 
 @pytest.mark.parametrize("kind", ["dinov3", "mixed"])
+@pytest.mark.slow
 def test_compiles_without_a_break(kind):
     torch._dynamo.reset()
     eva, x = tiny_eva(kind, dynamic_img_size=True), images()

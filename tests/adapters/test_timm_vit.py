@@ -326,6 +326,7 @@ def test_gradient_checkpointing_changes_nothing():
         assert error(actual[name], grad) < 1e-4, name
 
 
+@pytest.mark.slow
 def test_compiles_without_a_break():
     torch._dynamo.reset()
     vit, x = timm_vit(depth=3, reg_tokens=2), images()

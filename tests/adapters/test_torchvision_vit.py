@@ -282,6 +282,7 @@ def test_copies_and_pickles():
     assert torch.equal(pickled(x), expected)
 
 
+@pytest.mark.slow
 def test_compiles_without_a_break():
     torch._dynamo.reset()
     vit, x = tiny_vit(num_layers=3), images()

@@ -351,6 +351,7 @@ def test_copies_and_pickles(model):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.slow
 def test_compiles_without_a_break(kind):
     model, x = build(kind, num_hidden_layers=3), images()
     for settings in ({"grid": (4, 4)}, {"method": "merge", "keep": 0.5}):

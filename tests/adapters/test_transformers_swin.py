@@ -235,6 +235,7 @@ def test_copies(model):
     assert all(map(torch.equal, run(copied, x), expected))
 
 
+@pytest.mark.slow
 def test_compiles_without_a_break():
     model, x = build("SwinBackbone"), images()
     for settings in ({**IDENTITY, "grid": (3, 3)}, MERGE):

@@ -398,6 +398,7 @@ def test_copies_and_pickles(model):
     assert torch.equal(run(pickled, x), expected)
 
 
+@pytest.mark.slow
 def test_compiles_without_a_break():
     for kind in ("Dinov2", "DINOv3ViT"):
         for settings in ({"grid": (4, 4)}, {"method": "merge", "keep": 0.5}):

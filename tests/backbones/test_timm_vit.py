@@ -230,6 +230,7 @@ def test_bf16_stays_near(name):
 
 
 @pytest.mark.parametrize("name", ["vit_small_patch14_reg4_dinov2", "vit_small_patch16_dinov3"])
+@pytest.mark.slow
 def test_compiles_without_a_break(name):
     torch._dynamo.reset()
     net, x = build(name, EXPEDIT).net, images(90, 122)

@@ -31,6 +31,8 @@ from expedit_d2.report.summary import tradeoffs
 from expedit_d2.settings import Settings
 from support.repository import EMBEDDED, ROOT, load_tool
 
+pytestmark = pytest.mark.slow
+
 QUIET = Options(timed_images=0, progress=False)
 HALF = Settings(alpha=1, ratio=0.5)
 CONDITIONS = Conditions("a CPU", 1, "float32", "2", "2026-01-01", 5, 4, "python compare.py")

@@ -16,6 +16,8 @@ from expedit_d2.evaluation import Agreement
 from expedit_d2.settings import Settings
 from support.repository import EMBEDDED, load_tool
 
+pytestmark = pytest.mark.slow
+
 QUIET = Options(timed_images=0, progress=False)
 SETTINGS = {"half": Settings(alpha=1, ratio=0.5), "late": Settings(alpha=2, ratio=0.5)}
 

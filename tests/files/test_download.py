@@ -156,6 +156,7 @@ def test_downloads_that_fail_are_one_sentence(tiny_opts, tmp_path, server):
 
 
 @pytest.mark.parametrize("way", ["torn", "chunked"])
+@pytest.mark.slow
 def test_torn_downloads_do_not_stay(way, tiny_opts, server):
     url = f"{server.url}/{way}/weights.pth"
     message = fails([*tiny_opts, "MODEL.WEIGHTS", url])

@@ -162,9 +162,25 @@ def test_demo_writes_its_table_and_picture(tiny_opts, tmp_path, capsys):
 
 def test_embedded_cases_are_the_plain_configs_with_their_settings():
     demo = load_tool("demo")
-    cases = {case.plain.stem: case.expedit for case in demo.embedded_cases(None)}
-    assert "vitdet_a6_3x3" in {path.stem for path in cases["vitdet"]}
-    assert all(path.stem.startswith(f"{name}_") for name in cases for path in cases[name])
+    for case in [*demo.embedded_cases(["segmenter", "vitdet"]), demo.small_case()]:
+        assert case.plain.is_file() and len(case.expedit) >= 4
+        settings = demo.settings_of(case, [])
+        assert all(setting.reduces for setting in settings.values())
+    named = demo.settings_of(demo.embedded_cases(["segmenter"])[0], [])
+    assert named["budget 50"].budget == 0.5 and named["tome 50"].method == "tome"
+
+
+def test_demo_without_the_backbone_shows_the_small_model(tmp_path, capsys, monkeypatch):
+    demo = load_tool("demo")
+
+    def offline(path, key):
+        raise OSError(f"{key} {path!r} cannot be downloaded: no route to host")
+
+    monkeypatch.setattr(demo, "fetch", offline)
+    args = demo.parse_arguments(["--output", str(tmp_path)])
+    assert demo.choose(args) == [demo.small_case()]
+    (said,) = capsys.readouterr().err.splitlines()
+    assert "no route to host" in said and "trained from scratch" in said
 
 
 def test_slim_checkpoint_keeps_the_weights_and_overwrites_nothing(tmp_path):
