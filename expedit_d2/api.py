@@ -1,4 +1,4 @@
-"""`expedite`: the one way in, from Python and from ``MODEL.EXPEDIT``."""
+"""`expedite`: the single entry point, from Python and from ``MODEL.EXPEDIT``."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class Expedited(Handle):
         self._removed = True
 
     def __repr__(self) -> str:
-        """The transformer, its settings as `tools/compare.py` takes them, and whether it is on."""
+        """The transformer, its settings in the form of `tools/compare.py`, and whether it is on."""
         text = describe(self.settings, method=self.blocks is not None)
         if self.blocks is not None:
             text += f", {len(self.blocks)} blocks"
@@ -77,17 +77,17 @@ def expedite(
         alpha: number of blocks run before clustering, 0 to depth - 1, counted over all stages of
             the model; several cluster again and again.
         outputs: indices of the blocks whose output is read, each rebuilt to the full map, counted
-            in their stage; None: what is known of the model's family, else all.
-        **settings: budget, or instead of it alpha and grid, ratio or keep; temperature, …: see
+            in their stage; None: those that the model's family reads, else all.
+        **settings: budget, or alpha with grid, ratio or keep; temperature, …: see
             `expedit_d2.settings.Settings`.
 
     Returns:
         A handle; ``handle.remove()`` undoes it, as does leaving its ``with`` block.
 
     Raises:
-        ValueError: for settings out of range or that reduce nothing, or a model that is not
+        ValueError: for settings that are out of range or reduce nothing, or a model that is not
             supported or already expedited.
-        TypeError: for a keyword that is no setting.
+        TypeError: for a keyword that is not a setting.
     """
     unknown = Settings.unknown(settings)
     if unknown:
@@ -98,7 +98,7 @@ def expedite(
 def apply(
     model: nn.Module, settings: Settings, outputs: Collection[int] | None = None
 ) -> Expedited:
-    """`expedite` with settings that are made already; ``model`` and ``outputs`` are as there.
+    """`expedite`, given a `Settings` object; ``model`` and ``outputs`` are as there.
 
     Raises:
         ValueError: as `expedite`.

@@ -1,8 +1,8 @@
-"""Fused attention for tokens that stand for several, or sit on a smaller grid.
+"""Fused attention for tokens that stand for several tokens, or lie on a smaller grid.
 
 Shorthand: B images or windows, N queries, M keys (N of them, or h x w on a grid), D channels of a
-head. Everything that is added to the logits is a *term*, kept as small as it is and added up for a
-part of the queries at a time, so that no mask of all pairs is ever held.
+head. Everything that is added to the logits is a *term*. Terms are not broadcast in advance but
+added up for a part of the queries at a time, so that a mask of all pairs is never in memory.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ __all__ = [
     "relative_positions",
 ]
 
-#: Added to the logits: a tensor that broadcasts to (B, heads, N, M) or (B, heads, N, h, w), or two,
-#: (B, heads, N, K) and (B, heads, K, M), whose product is.
+#: Added to the logits: a tensor that broadcasts to (B, heads, N, M) or (B, heads, N, h, w), or two
+#: tensors, (B, heads, N, K) and (B, heads, K, M), whose product is added.
 Term = Tensor | tuple[Tensor, Tensor]
 
-# Entries of the mask that are held at once. On the CPU 16 MiB: larger blocks are fresh pages of the
-# operating system each time, and leave the cache before they are read. On a GPU a part must be
+# Entries of the mask that are in memory at once. 16 MiB on the CPU: larger blocks are new pages of
+# the operating system each time, and leave the cache before they are read. On a GPU a part must be
 # large enough to occupy it.
 _PART_CPU, _PART_GPU = 2**22, 2**27
 
@@ -52,7 +52,7 @@ def attend(
 
     Args:
         q, k, v: (B, heads, N or M, D).
-        scale: of the products.
+        scale: factor of the products.
         terms: added to the logits; all of them have keys M, or all h x w.
         bias: (B, M) or (B, h, w), added to the logits of each key; see `key_bias`.
         dropout: share of the weights that are dropped.
@@ -99,7 +99,7 @@ def _shape(term: Term) -> tuple[int, ...]:
 
 
 def _part(term: Term, axis: int, start: int, length: int) -> Term:
-    """A part of the batch, the heads or the queries; what is broadcast stays."""
+    """A part of the batch, the heads or the queries; broadcast dimensions stay."""
     if not isinstance(term, Tensor):
         query, key = term
         query = _part(query, axis, start, length)
@@ -114,13 +114,13 @@ def attend_without_mask(
 ) -> Tensor:
     """Attention with a key bias, for kernels that take no mask, such as flash attention.
 
-    The bias is one more channel of the heads: the query has 1 / scale there, the key its bias and
-    the value nothing. More zeros keep the number of channels a multiple of 8.
+    The bias becomes one more channel of the heads: the query has 1 / scale there, the key its bias
+    and the value 0. Further zeros keep the number of channels a multiple of 8.
 
     Args:
         q, k, v: (B, heads, N or M, D).
         bias: (B or 1, M), added to the logits of each key.
-        scale: of the products; None: D^-1/2.
+        scale: factor of the products; None: D^-1/2.
         dropout: share of the weights that are dropped.
 
     Returns:
@@ -131,7 +131,7 @@ def attend_without_mask(
     more = -(-(channels + 1) // 8) * 8 - channels
     zeros = v.new_zeros(1, 1, 1, more)
     keys = shape_of(k)[2]
-    # One small tensor for all heads; what is added to the values is nothing anyway.
+    # One small tensor for all heads; the zeros added to the values change nothing.
     tail = F.pad(bias[:, None, :, None].to(k.dtype), (0, more - 1))
     first = F.pad(q.new_full((1, 1, 1, 1), 1 / scale), (0, more - 1))
     q = torch.cat([q, first.expand(batch, heads, queries, -1)], dim=-1)
@@ -142,7 +142,7 @@ def attend_without_mask(
 
 
 class MasksAsChannels(TorchFunctionMode):
-    """Attention that is called inside with a mask of keys alone runs on kernels without a mask.
+    """Inside, attention with a mask of keys alone runs on kernels without a mask.
 
     For blocks that take an additive mask and hand it to `scaled_dot_product_attention`: a mask
     (B or 1, 1, 1, M) becomes one more channel of the heads; see `attend_without_mask`.
@@ -186,9 +186,9 @@ def relative_positions(table: Tensor, cells: int, span: float, size: int) -> Ten
     Args:
         table: (2 S - 1, D), row S - 1 + t for an offset of t tokens at the size S it was made for.
         cells: clusters along the axis.
-        span: tokens that these clusters spread over.
+        span: extent of these clusters in tokens.
         size: tokens along the axis of the attention that uses the table. Where it is not S, the
-            offsets are stretched as Detectron2 resamples the table.
+            offsets are stretched in the way that Detectron2 resamples the table.
 
     Returns:
         (cells, cells, D): the position term of query row i for key row j. With
@@ -207,7 +207,7 @@ def relative_positions(table: Tensor, cells: int, span: float, size: int) -> Ten
 
 
 def grid_terms(q: Tensor, row: Tensor, col: Tensor) -> tuple[Tensor, Tensor]:
-    """Decomposed relative-position logits on a grid, its rows and its columns for themselves.
+    """Decomposed relative-position logits on a grid, rows and columns separately.
 
     Args:
         q: (B, heads, h * w, D) queries, not scaled.
@@ -240,7 +240,7 @@ def position_term(
         tables: relative-position tables of rows and of columns, (2 S - 1, D) each.
         positions: (B, N, 2) row and column of each token, from 0.
         size: rows and columns of the original attention; see `relative_positions`.
-        margin: positions may lie this far outside of it.
+        margin: how far positions may lie outside of it.
 
     Returns:
         A term: (B, heads, N, rows + columns) and (B, 1, rows + columns, N).
@@ -255,7 +255,7 @@ def position_term(
         row = ((rows - 1) / 2 + offset * (rows / (2 * size[axis] - 1))).clamp(0, rows - 1)
         low = row.floor()
         share = (row - low).to(q.dtype)[:, None]
-        # NaN is any integer, so clamp it: the share keeps the logits NaN.
+        # NaN becomes an arbitrary integer, so clamp it; the share keeps the logits NaN.
         low = low.long().clamp(0, rows - 1)[:, None].expand(-1, q.shape[1], -1, -1)
         high = (low + 1).clamp(max=rows - 1)
         terms = q @ table.to(q.dtype).transpose(0, 1)  # (B, heads, N, 2 S - 1)

@@ -1,15 +1,16 @@
 """``BUDGET``: from a share of the blocks' GFLOPs to alpha and counts, by rules that were measured.
 
-- Methods that reduce "early", METHOD merge: a few merges in the first blocks (`MergeRule`), for the
-  share of tokens that meets the budget. Four with two rounds of matching keep as much as one before
-  each of the first three quarters of the blocks, with far fewer kernels.
-- Methods that reduce "late", such as those that leave a grid: few clusters late keep more than many
-  clusters early, until they become too few. So alpha is the latest one at which the budget is met
-  with clusters not fewer than a share of the tokens that the family bears (`GridRule`).
+- Methods that reduce "early", such as METHOD merge: a few merges in the first blocks (`MergeRule`),
+  down to the share of tokens that meets the budget. Four merges with two rounds of matching are as
+  accurate as one before each of the first three quarters of the blocks, with far fewer kernels.
+- Methods that reduce "late", such as those that leave a grid: few clusters late are more accurate
+  than many clusters early, until they become too few. So alpha is the latest one at which the
+  budget is met with at least the share of clusters that the family tolerates (`GridRule`).
 - Methods that reduce in "every" block.
 
-Costs are those of products, by shapes alone and the operators' about, at the size that the
-transformer was made for. On larger images attention has a larger part, and somewhat more is saved.
+Costs are multiply-adds, computed from shapes alone (approximately for the operators), at the size
+that the transformer was made for. On larger images attention is a larger part of the cost, and
+somewhat more is saved.
 """
 
 from __future__ import annotations
@@ -65,7 +66,7 @@ class Costs:
         return sum(self._on_grid(block, 1, 1) for block in self.blocks)
 
     def _on_grid(self, block: BlockCosts, entering: float, share: float) -> float:
-        """A block whose attention runs on a share of the tokens, and its MLP on another."""
+        """A block whose attention runs on one share of the tokens, and its MLP on another."""
         tokens = (self.padded if block.window else self.tokens) * entering
         keys = entering * (block.window**2 or self.tokens)
         attention = tokens * (block.attention + 2 * keys * block.channels)
@@ -74,7 +75,7 @@ class Costs:
         return attention + self.tokens * share * (block.linear - block.attention)
 
     def _unstructured(self, block: BlockCosts, entering: float, share: float) -> float:
-        """The same off the grid, where windows keep a place for every token."""
+        """The same for unstructured tokens, where windows keep a place for every token."""
         linear = entering * block.attention + share * (block.linear - block.attention)
         tokens, keys = self.padded, block.window**2
         if not block.window:
@@ -85,7 +86,7 @@ class Costs:
         return self.tokens * linear + tokens * attention
 
     def _sides(self, block: BlockCosts) -> int:
-        """Rows and columns of an attention, added up."""
+        """Sum of the rows and columns of an attention."""
         return 2 * block.window or sum(self.size)
 
     def clustered(self, alpha: int, share: float, operators: float) -> float:
@@ -101,12 +102,12 @@ class Costs:
     def merged(
         self, method: type[Method], settings: Settings, keep: float, alphas: Sequence[int]
     ) -> float:
-        """A merge before each of some blocks, or inside of it; matching included.
+        """A merge before, or inside, each of the given blocks; including the matching.
 
         Args:
-            method: merges.
-            settings: of it, but for alpha and keep.
-            keep: share of the tokens that is left in the end.
+            method: the method that merges.
+            settings: its settings, except alpha and keep.
+            keep: share of the tokens that is left at the end.
             alphas: the blocks that merge.
         """
         spread = method.spread(settings)
@@ -126,7 +127,7 @@ class Costs:
 
 
 def _least(meets: Callable[[float], bool]) -> float:
-    """The boundary in (0, 1) of what is true below it."""
+    """The largest value in (0, 1) for which ``meets`` is true, by bisection."""
     low, high = 0.0, 1.0
     for _ in range(40):
         middle = (low + high) / 2
@@ -135,14 +136,14 @@ def _least(meets: Callable[[float], bool]) -> float:
 
 
 def within_budget(settings: Settings, spec: TransformerSpec) -> Settings:
-    """Settings with alpha and counts in the place of their budget.
+    """Settings with alpha and counts in place of their budget.
 
     Args:
-        settings: with ``budget``; their method, if given, is kept, and so is all else.
-        spec: the transformer, as `find_transformer` gives it.
+        settings: with ``budget``; all other settings, also a given method, stay.
+        spec: the transformer, see `find_transformer`.
 
     Raises:
-        ValueError: if no setting meets the budget; names the least one that can be met.
+        ValueError: if no setting meets the budget; names the smallest budget that can be met.
     """
     name = settings.method or default_method(spec.unstructured)
     rule = _reducing_late if METHODS[name].budget_rule == "late" else _merging

@@ -41,9 +41,9 @@ class Handle:
 def fuse_attention(model: nn.Module) -> Handle:
     """Run every attention layer of a vision transformer by scaled dot-product attention.
 
-    Outputs are those of the model's own layers but for rounding; parameters, modules and state-dict
-    keys stay. Layers that are fused already, such as all of timm's, are left as they are. Works
-    on plain models and on expedited ones, whose blocks on reduced tokens are fused anyway.
+    Outputs equal those of the model's own layers up to rounding; parameters, modules and state-dict
+    keys stay the same. Layers that are fused already, such as all of timm's, are left as they are.
+    Works on plain models and on expedited ones, whose blocks on reduced tokens are fused anyway.
 
     Example:
 
@@ -66,7 +66,7 @@ def fuse_attention(model: nn.Module) -> Handle:
             layers += [stage.blocks[index].attn for index in range(len(stage.blocks))]
     layers = [layer for layer in layers if "forward" not in vars(layer)]
     for layer in layers:
-        # Found before the class's own; can be copied and pickled with the layer.
+        # Takes precedence over the class's own; is copied and pickled with the layer.
         layer.forward = partial(spec.fused, layer)
 
     def undo() -> None:

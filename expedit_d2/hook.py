@@ -1,13 +1,13 @@
-"""Runs a model's blocks: reduces the tokens after alpha of them, rebuilds the map at the end.
+"""Runs a model's blocks: reduces the tokens after alpha blocks and rebuilds the map at the end.
 
-`ExpeditedBlocks` takes the place of a model's block container. The model loops over it as before;
-each loop gets callables of its own that share that loop's state, so calls may overlap and nothing
-is kept between them. The model, its blocks and its state-dict keys are untouched.
+`ExpeditedBlocks` replaces a model's block container. The model loops over it as before. Each loop
+gets its own callables, which share the state of that loop, so calls may overlap and nothing is
+stored between them. The model, its blocks and its state-dict keys are untouched.
 
-Once tokens are reduced, the hook goes on with its own and not with what the model passes on. So
-each block must be given exactly what the block before it has returned, and anything else is
-refused. In-place changes are seen too, but in compiled graphs and in `torch.inference_mode`, where
-they are not counted.
+Once tokens are reduced, the hook continues with its own tensors and not with what the model passes
+on. So each block must be given exactly what the previous block returned; anything else is refused.
+In-place changes are detected too, except in compiled graphs and in `torch.inference_mode`, where
+PyTorch does not count them.
 """
 
 from __future__ import annotations
@@ -31,19 +31,19 @@ __all__ = ["ExpeditedBlocks", "Rebuild", "run_reduced", "sized_blocks"]
 
 #: Features of the reduced tokens (B, M, D), in the order of the tokens, to a map (B, H, W, D).
 Rebuild = Callable[[Tensor], Tensor]
-#: For each reduction what rebuilds the map, and its record.
+#: For each reduction, the module that rebuilds the map and its record.
 _Records = tuple[tuple[nn.Module, Any], ...]
 
 
 @dataclass(frozen=True)
 class _State:
-    """What one block leaves to the next.
+    """What one block passes to the next.
 
     Attributes:
-        layout: of this pass.
-        tokens: of the reduced ones all but their features; None before the first reduction.
-        x: the reduced tokens in the model's form; None where the block returned just these.
-        records: of the reductions so far.
+        layout: the layout of this pass.
+        tokens: the reduced tokens without their features; None before the first reduction.
+        x: the reduced tokens in the model's form; None where the block returned exactly these.
+        records: the records of the reductions so far.
     """
 
     layout: Layout
@@ -53,7 +53,7 @@ class _State:
 
 
 class _Mark:
-    """Recognises a tensor later on, if nothing has changed it; does not keep it alive."""
+    """Recognises a tensor later if nothing has changed it; does not keep it alive."""
 
     def __init__(self, x: Tensor) -> None:
         self._tensor = weakref.ref(x)
@@ -76,7 +76,7 @@ def _version(x: Tensor) -> int:
 
 
 def _appended(records: _Records, method: Method, record: Any) -> _Records:
-    """The records with one more; two that can be taken as one are."""
+    """The records with one more; joined with the last one where the method can do so."""
     joined = method.joined(records[-1][1], record) if records else None
     if joined is not None:
         return (*records[:-1], (method.rebuild, joined))
@@ -86,8 +86,8 @@ def _appended(records: _Records, method: Method, record: Any) -> _Records:
 class _Pass:
     """One run through the blocks.
 
-    A state belongs to the tensor that a block has returned, and lives as long as that does. So a
-    block may run again, as gradient checkpointing makes it.
+    A state belongs to the tensor that a block returned, and lives as long as that tensor. So a
+    block may run again, as it does with gradient checkpointing.
     """
 
     def __init__(
@@ -120,15 +120,15 @@ class _Pass:
         return out
 
     def _forget(self, index: int) -> None:
-        """Drop states of tensors that are gone: nobody can go on from them."""
+        """Drop states whose tensors are gone: nothing can continue from them."""
         if index in self.states:
             self.states[index] = [entry for entry in self.states[index] if entry[0].alive]
 
     def _before(self, step: _Step, x: Tensor, *args: Any, **kwargs: Any) -> _State:
-        """The state that a block goes on from.
+        """The state that a block continues from.
 
         Raises:
-            ValueError: if tokens are reduced already, and ``x`` is not what the block before has
+            ValueError: if tokens are reduced already, and ``x`` is not what the previous block
                 returned.
         """
         index = step._index
@@ -152,7 +152,7 @@ class _Pass:
                     )
                 return state
         if self.first < index and not any(self.first <= a < index for a in self.alphas):
-            # All tokens are still there, and what the model does to them is its own business.
+            # All tokens are still there, and the model may do what it likes with them.
             layouts = [state.layout for _, state in self.begun]
             same = all(layout == layouts[0] for layout in layouts)
             begun = layouts[0] if same else None
@@ -216,30 +216,30 @@ class _Pass:
         return layout.returned(layout.join(x, features)), _State(layout, tokens, x, records)
 
     def _is_read(self, index: int, kwargs: Mapping[str, Any]) -> bool:
-        """Whether the model reads the output of a block that it has called so."""
+        """Whether the model reads the output of a block, given the arguments of its call."""
         named = self.outputs is None or index in self.outputs
         return named or self.layout.reads_outputs(kwargs)
 
 
-#: ``block``: the block that a pass runs in this thread now; ``step``: that which called it, where
-#: the block's own hooks run around it.
+#: ``block``: the block that a pass is running in this thread; ``step``: the step that called it,
+#: where the block's own hooks run around it.
 _running = threading.local()
 
 
 def _swap_running(
     block: nn.Module | None, step: _Step | None
 ) -> tuple[nn.Module | None, _Step | None]:
-    """Set what runs in this thread now; returns what did."""
+    """Set what is running in this thread; returns what was running before."""
     outer = getattr(_running, "block", None), getattr(_running, "step", None)
     _running.block, _running.step = block, step
     return outer
 
 
 def _forward_watched(block: nn.Module, own: Callable | None, *args: Any, **kwargs: Any) -> Any:
-    """``forward`` of a block whose hooks see whole maps: a step of the pass that has called it.
+    """``forward`` of a block whose hooks see whole maps: a step of the pass that called it.
 
     Args:
-        own: what was the block's own ``forward`` if it is not its class's.
+        own: the block's own ``forward``, if it had one that was not its class's.
     """
     step = getattr(_running, "step", None)
     if step is None or step._block is not block:
@@ -249,7 +249,7 @@ def _forward_watched(block: nn.Module, own: Callable | None, *args: Any, **kwarg
 
 
 def _first_layer(block: nn.Module) -> nn.Module:
-    """What runs first where a block is taken apart. A layer without weights may be shared."""
+    """What runs first when a block is taken apart. A layer without weights may be shared."""
     return next((m for m in block.children() if any(True for _ in m.parameters())), block)
 
 
@@ -266,8 +266,8 @@ def _refuse_alone(index: int, first: int, module: nn.Module, args: tuple[Any, ..
 class _Step:
     """Block ``index`` in one pass; attributes are those of the block itself.
 
-    What the model sets on its block in this loop is set on the block whenever it runs, as another
-    loop may set it otherwise in between.
+    Attributes that the model sets on its block in this loop are set on the block again whenever it
+    runs, because another loop may have changed them in between.
     """
 
     def __init__(self, run: _Pass, index: int, block: nn.Module, method: Method | None) -> None:
@@ -280,14 +280,14 @@ class _Step:
         if run.layout.watched and self._index >= run.alphas[0]:
             outer = _swap_running(self._block, self)
             try:
-                # A class with a call of its own may checkpoint it, and would lose this pass there.
+                # A class with its own ``__call__`` may checkpoint it, and would lose this pass.
                 return nn.Module.__call__(self._block, x, *args, **kwargs)
             finally:
                 _swap_running(*outer)
         return run.run(self, x, *args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
-        if name in ("_block", "_given"):  # not there yet, while being copied
+        if name in ("_block", "_given"):  # not there yet while being copied
             raise AttributeError(name)
         return self._given[name] if name in self._given else getattr(self._block, name)
 
@@ -315,12 +315,12 @@ class ExpeditedBlocks(nn.Module):
         Args:
             blocks: the model's container (``ModuleList`` or ``Sequential``).
             layout: the adapter of the model's family.
-            methods: for each alpha (number of blocks run before) the method that reduces there.
+            methods: the method that reduces at each alpha (number of blocks run before).
             outputs: indices of the blocks whose output the model reads, each rebuilt to the full
                 map. None: all of them, for models that may read any.
-            rebuilds: False leaves rebuilding to whoever calls `run_reduced`; the blocks cannot be
-                looped over then.
-            end: blocks from there on run as they are, on the whole map; None: none does.
+            rebuilds: False leaves rebuilding to the caller of `run_reduced`; the blocks then cannot
+                be looped over.
+            end: blocks from this index on run as they are, on the whole map; None: no such blocks.
 
         Raises:
             ValueError: if an alpha is outside 0 to end - 1.
@@ -366,12 +366,12 @@ class ExpeditedBlocks(nn.Module):
         size: tuple[int, int] | None = None,
         part: slice = slice(None),
     ) -> list[Callable[..., Any]]:
-        """The blocks of one pass, or a part of them, at whose end the map is rebuilt.
+        """The blocks of one pass, or a part of them; the map is rebuilt after the last one.
 
         Args:
             outputs: indices of the blocks whose output is read; None: all.
             size: (H, W) of the map, if it is known.
-            part: which of the blocks.
+            part: which blocks to return.
         """
         if not self.rebuilds:
             raise ValueError(
@@ -386,20 +386,20 @@ class ExpeditedBlocks(nn.Module):
     def guard(self) -> Callable[[], None]:
         """Refuse calls of the reduced blocks, and of their parts, outside of a pass.
 
-        A model that takes its blocks by index, or apart, would run them on all tokens. Where blocks
-        are watched (see `Layout`), their calls are led to the pass that makes them.
+        A model that takes its blocks by index, or takes them apart, would run them on all tokens.
+        Where blocks are watched (see `Layout`), their calls are routed to the pass that makes them.
 
         Returns:
-            The undo.
+            The function that undoes it.
         """
-        hooks, led = [], []
+        hooks, routed = [], []
         watched = self.layout.watched
         for index in range(self.first_alpha, self.end):
             block = self[index]
             if watched:
-                led.append((block, vars(block).get("forward")))
-                block.forward = partial(_forward_watched, *led[-1])
-                # Its parts may run again by themselves, in gradient checkpointing of its own.
+                routed.append((block, vars(block).get("forward")))
+                block.forward = partial(_forward_watched, *routed[-1])
+                # Its parts may run again on their own, when the block uses gradient checkpointing.
                 guarded = [block]
             else:
                 guarded = dict.fromkeys((block, _first_layer(block)))
@@ -410,7 +410,7 @@ class ExpeditedBlocks(nn.Module):
         def undo() -> None:
             for hook in hooks:
                 hook.remove()
-            for block, own in led:
+            for block, own in routed:
                 del block.forward
                 if own is not None:
                     block.forward = own
@@ -428,7 +428,7 @@ class ExpeditedBlocks(nn.Module):
         def rebuild(features: Tensor) -> Tensor:
             features = features.unflatten(1, shape)
             for method, record in reversed(state.records):
-                # These are no tokens to which a change could be added.
+                # These are not tokens to which a change could be added.
                 features = method(features, record, residual=False)
             return features
 
@@ -453,7 +453,7 @@ class ExpeditedBlocks(nn.Module):
 
 
 def sized_blocks(blocks: nn.Module, size: tuple[int, int]) -> Iterable[Callable[..., Tensor]]:
-    """The blocks to loop over, for code that runs them by itself and knows the size of the map.
+    """The blocks to loop over, for code that runs them itself and knows the size of the map.
 
     Example:
 
@@ -477,12 +477,12 @@ def run_reduced(
     Args:
         blocks: the block container, expedited or plain.
         x: what the first block takes.
-        size: (H, W) of the map in tokens; None: as the embedding has it.
+        size: (H, W) of the map in tokens; None: the size that the embedding has seen.
 
     Returns:
-        What the last block leaves, class tokens included, and the function that rebuilds a map from
-        features of its spatial tokens (as they are; RESIDUAL is for tokens only). None instead of
-        it if nothing was reduced.
+        The output of the last block, class tokens included, and the function that rebuilds a map
+        from features of its spatial tokens (without RESIDUAL, which is for tokens only), or None if
+        nothing was reduced.
     """
     if isinstance(blocks, ExpeditedBlocks):
         return blocks.run_reduced(x, size)

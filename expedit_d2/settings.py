@@ -35,18 +35,18 @@ class Settings:
         alpha: number of blocks run before clustering, or several of them; None: off.
         grid: clusters (h, w), of the map or, with scope "window", of each attention window.
         ratio: instead of grid, clusters along each side as a share of the tokens, in (0, 1].
-        keep: for methods off the grid: tokens that remain after the last alpha, as a share of all
-            in (0, 1] or a number; or one such value for each alpha, in the order of alpha.
+        keep: for methods that leave no grid: tokens that remain after the last alpha, as a share of
+            all in (0, 1] or a number; or one such value for each alpha, in the order of alpha.
         budget: instead of all of these: share of the GFLOPs of the transformer's blocks to spend,
             in (0, 1); alpha and the counts follow from a rule, see `expedit_d2.budget`.
-        scope: "map": cluster the whole map; "window": each attention window for itself.
+        scope: "map": cluster the whole map; "window": each attention window separately.
         method: how tokens are reduced: "expedit", "merge", "tome", "density", "pool", "hard" (one
             file each in `expedit_d2.methods`), or one that another package registers. None:
-            "merge" with keep, "expedit" with grid or ratio, and with budget what is best for the
+            "merge" with keep, "expedit" with grid or ratio, and with budget the best one for the
             transformer.
         schedule: how method "merge" spreads one ``keep`` over several alphas: the share that it
             merges is "falling" linearly from the first to the last, or "equal". None: "falling",
-            and with budget what is best for the transformer.
+            and with budget the best one for the transformer.
         rounds: rounds of bipartite matching in each merge.
         iterations: soft k-means steps, the paper's kappa.
         temperature: multiplies squared distances, the paper's tau; None (or "auto") follows the
@@ -161,7 +161,7 @@ class Settings:
             raise ValueError(f"ALPHA must not name a block twice, got {self.alpha!r}")
 
     def _check_budget(self) -> None:
-        """A budget stands for the settings that it is turned into."""
+        """A budget replaces the settings that it chooses."""
         if not _is_number(self.budget) or not 0 < self.budget < 1:
             raise ValueError(
                 f"BUDGET must be a share of the blocks' GFLOPs in (0, 1), got {self.budget!r}"
@@ -191,7 +191,7 @@ class Settings:
             )
 
     def _check_counts(self, method: type[Method]) -> None:
-        """How many tokens are left must be said, in the way that the method has it."""
+        """The number of tokens that are left must be given, in a key that the method reads."""
         given = [name for name in method.counts if getattr(self, name) is not None]
         if self.alpha is not None and len(given) != 1:
             keys = " and ".join(name.upper() for name in method.counts)
@@ -295,7 +295,7 @@ class Settings:
 
     @classmethod
     def unknown(cls, names: Iterable[str]) -> str | None:
-        """The first name that is no setting, and what it could have been; None if all are."""
+        """The first name that is not a setting, with a suggestion; None if all are settings."""
         known = [field.name for field in fields(cls)]
         for name in names:
             if name not in known:

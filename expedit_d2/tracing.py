@@ -19,19 +19,19 @@ _CACHE_SIZE = 64
 
 
 def shape_of(x: Tensor) -> tuple[int, ...]:
-    """The shape in numbers, also while torch.jit traces, where sizes are tensors."""
+    """The shape as numbers, even while torch.jit traces, where sizes are tensors."""
     return tuple(int(n) if isinstance(n, Tensor) else n for n in x.shape)
 
 
 def in_graph() -> bool:
-    """Whether a graph is recorded, in which every turn of a loop would be a copy of its body."""
-    # torch before 2.3 does not say whether it compiles.
+    """Whether a graph is being recorded, which unrolls every loop."""
+    # torch before 2.3 cannot tell whether it is compiling.
     compiling = getattr(torch.compiler, "is_compiling", lambda: False)()
     return compiling or torch.jit.is_tracing()
 
 
 def is_exporting() -> bool:
-    """Whether torch.export traces, which torch before 2.7 does not say."""
+    """Whether torch.export is tracing; torch before 2.7 cannot tell."""
     return getattr(torch.compiler, "is_exporting", lambda: False)()
 
 
@@ -40,10 +40,10 @@ def cached(function: Callable[..., _R]) -> Callable[..., _R]:
 
     For index tensors and masks that depend on nothing else, so that a forward pass does not make
     them again. While a graph is recorded, or where tensors are not real ones (FakeTensorMode, meta
-    devices), nothing is taken from the cache and nothing is put there.
+    devices), the cache is neither read nor written.
 
     Args:
-        function: its positional arguments are hashable and say everything.
+        function: its positional arguments are hashable and determine the result.
     """
     results: OrderedDict[tuple, _R] = OrderedDict()
 

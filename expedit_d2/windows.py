@@ -9,7 +9,7 @@ from torch import Tensor
 from .attention import key_bias
 from .tracing import cached, shape_of
 
-#: Added to the logits of slots that hold no token; finite, so that rows without any stay finite.
+#: Added to the logits of slots without a token; finite, so that rows without any token stay finite.
 _EMPTY = -1e4
 
 __all__ = ["from_slots", "partition", "shifted_mask", "slot_rows", "to_slots", "unpartition"]
@@ -38,9 +38,10 @@ def shifted_mask(
     shift: tuple[int, int],
     device: torch.device | None = None,
 ) -> Tensor:
-    """Attention mask for windows of a map rolled by ``-shift``, as Swin has it.
+    """Attention mask for windows of a map rolled by ``-shift``, as in Swin.
 
-    The last windows hold what was rolled around: tokens of both sides of that seam do not meet.
+    The last windows hold tokens that were rolled around: those on both sides of the seam do not
+    attend to each other.
 
     Args:
         size: of the map, a multiple of ``window``.
@@ -61,12 +62,12 @@ def _slots(
     shift: tuple[int, int],
     device: torch.device,
 ) -> tuple[Tensor, Tensor]:
-    """Where the places of a map stand in its windows, which are padded and cut as `partition` does.
+    """Where the places of a map are in its windows, which are padded and cut as by `partition`.
 
     Args:
         size: (H, W) of the map.
         window: its height and width.
-        shift: the map is rolled by ``-shift`` before it is cut, as Swin has it.
+        shift: the map is rolled by ``-shift`` before it is cut, as in Swin.
 
     Returns:
         For each place of the map, row by row, its row (H * W,) in the windows laid flat,
@@ -118,7 +119,7 @@ def slot_rows(
 def to_slots(x: Tensor, blank: Tensor | None, rows: Tensor, shape: tuple[int, int]) -> Tensor:
     """Tokens (B, M, D) at their rows in windows (windows, cells, D); elsewhere is ``blank`` (D,).
 
-    The model's padding is zero before a linear layer, so after it the layer's bias.
+    The model's padding is zero before a linear layer, so it equals the layer's bias after it.
     """
     blank = x.new_zeros(()) if blank is None else blank.to(x.dtype)
     whole = blank.expand(shape[0] * shape[1], shape_of(x)[-1]).clone()

@@ -16,7 +16,7 @@ __all__ = ["ADAPTER_REGISTRY", "Adapter"]
 class Adapter(Protocol):
     """One family of transformers: a module, or a class with static methods."""
 
-    #: What messages call it.
+    #: Its name in messages.
     FAMILY: str
 
     @staticmethod
@@ -25,7 +25,7 @@ class Adapter(Protocol):
 
     @staticmethod
     def adapt(module: nn.Module) -> TransformerSpec:
-        """What the hook needs to know of it.
+        """What the hook has to know about it.
 
         Raises:
             ValueError: if it is one that this adapter does not support.

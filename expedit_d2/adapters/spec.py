@@ -1,4 +1,4 @@
-"""What an adapter tells the hook about a model."""
+"""`TransformerSpec`: what the hook has to know about a transformer."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ __all__ = [
 
 @dataclass(frozen=True)
 class GridRule:
-    """For BUDGET, where a family's tokens become a grid: late, while clusters stay many. Measured.
+    """Where BUDGET clusters a family's tokens: late, as long as many clusters remain. Measured.
 
     Attributes:
-        latest: the latest alpha worth taking, as a share of the blocks.
-        least_latest: clusters along a side at that alpha, as a share of the tokens, below which an
-            earlier alpha is better.
-        least_earlier: the same at every earlier alpha.
+        latest: the latest alpha worth using, as a share of the blocks.
+        least_latest: the share of the tokens along a side that must remain at that alpha; with
+            fewer, an earlier alpha is better.
+        least_earlier: the same for every earlier alpha.
     """
 
     latest: float = 0.5
@@ -43,10 +43,10 @@ class GridRule:
 
 @dataclass(frozen=True)
 class MergeRule:
-    """For BUDGET, where METHOD merge merges a family's tokens. Measured.
+    """Where METHOD merge merges a family's tokens with BUDGET. Measured.
 
     Attributes:
-        alphas: as shares of the depth.
+        alphas: the blocks that merge, as shares of the depth.
         schedule: see `Settings.schedule`.
     """
 
@@ -55,8 +55,8 @@ class MergeRule:
 
     @classmethod
     def windowed(cls) -> MergeRule:
-        """Where attention has windows: on DINOv2-S with windows of 12 at half of the GFLOPs 0.6 %
-        more of the pixels agree than by the rule for global attention."""
+        """The rule for windowed attention: on DINOv2-S with windows of 12, at half of the GFLOPs,
+        0.6 % more of the pixels agree than with the rule for global attention."""
         return cls((0, 1 / 6, 5 / 12, 2 / 3), "equal")
 
 
@@ -64,12 +64,12 @@ class BlockCosts(NamedTuple):
     """What a block costs, in multiply-adds.
 
     Attributes:
-        linear: of all its products with weights, for each token.
-        attention: of those before and after the attention's own products, for each token.
+        linear: all its products with weights, per token.
+        attention: the linear layers of the attention alone, per token.
         channels: width of the attention.
         window: side of its attention windows in tokens; 0 if it is global.
-        position_heads: heads that add decomposed relative positions to their logits; 0: none do,
-            or by a table of all pairs, which costs no product.
+        position_heads: heads that add decomposed relative positions to their logits; 0: none, or a
+            table of all pairs, which costs no product.
     """
 
     linear: int
@@ -87,10 +87,10 @@ def linear_weights(module: nn.Module) -> int:
 def block_costs(
     block: nn.Module, attention: nn.Module, channels: int, window: int = 0, position_heads: int = 0
 ) -> BlockCosts:
-    """Costs of a block all of whose products with weights are linear layers.
+    """Costs of a block whose only weights in products are those of linear layers.
 
     Args:
-        attention: the part of the block that holds those of its attention.
+        attention: the part of the block that holds the linear layers of its attention.
         channels, window, position_heads: see `BlockCosts`.
     """
     linear = linear_weights(block)
@@ -104,25 +104,25 @@ class TransformerSpec:
     Attributes:
         owner: the module that loops over its blocks.
         attribute: name of the container in it.
-        layout: builds the family's layout; its argument is ``size_aware``.
-        costs: what a block costs, for BUDGET; see `block_costs`.
+        layout: builds the family's layout, given ``size_aware``.
+        costs: the costs of a block, for BUDGET; see `block_costs`.
         window: side of the attention windows in tokens; None if attention is global everywhere.
         outputs: indices of the blocks whose outputs the model reads; None if it may read any.
-        end: blocks from this one on are not for the map's tokens alone and run on all of them; None
-            if there are none such.
-        attach: registers what the layout needs, if anything, on the whole model that it is given,
-            which contains ``owner``; returns the undo.
-        scopes: what ``SCOPE`` may be.
-        unstructured: whether the blocks run on tokens that lie on no grid.
-        inside: whether they can be taken apart, for methods that reduce inside of a block.
-        size: (H, W) tokens of the map that the model was made for, where costs are reckoned.
+        end: blocks from this index on also run on tokens that are not part of the map, and are left
+            as they are; None if there are no such blocks.
+        attach: registers what the layout needs on the whole model, which contains ``owner``;
+            returns the function that undoes it.
+        scopes: valid values of ``SCOPE``.
+        unstructured: whether the blocks can run on tokens that do not lie on a grid.
+        inside: whether the blocks can be taken apart, for methods that reduce inside a block.
+        size: (H, W) in tokens of the map that the model was made for; costs are computed there.
         grid_rule: for BUDGET, where methods that leave a grid reduce.
-        merge_rule: for BUDGET, where METHOD merge does.
-        fused: an attention layer, ``block.attn``, and its arguments to its output, by scaled
-            dot-product attention; None where the family's own layers do so.
+        merge_rule: for BUDGET, where METHOD merge reduces.
+        fused: computes the output of an attention layer (``block.attn``) from the layer and its
+            arguments, by scaled dot-product attention; None where the layers do so themselves.
         stages: where the blocks lie in several containers, one spec each, in order; tokens
-            are then reduced in one of them. ``attribute`` names what holds these stages.
-        transformer: all of it, where ``owner`` is a part; see ``whole``.
+            are then reduced in one of them. ``attribute`` names the container of these stages.
+        transformer: the whole transformer, where ``owner`` is a part of it; see ``whole``.
     """
 
     owner: nn.Module
@@ -145,7 +145,7 @@ class TransformerSpec:
 
     @property
     def whole(self) -> nn.Module:
-        """All of the transformer."""
+        """The whole transformer."""
         return self.owner if self.transformer is None else self.transformer
 
     @property
@@ -201,9 +201,9 @@ def mean_of_heads(weight: Tensor, bias: Tensor | None, heads: int, x: Tensor) ->
     """A linear layer's outputs, averaged over its heads: linear in x, so one small product.
 
     Args:
-        weight, bias: of the layer, head by head.
+        weight, bias: parameters of the layer, head by head.
         heads: number of heads.
-        x: (..., C) what the layer is given.
+        x: (..., C) the input of the layer.
 
     Returns:
         (..., D).

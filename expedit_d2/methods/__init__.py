@@ -29,7 +29,7 @@ METHODS = METHOD_REGISTRY
 
 
 def default_method(unstructured: bool) -> str:
-    """What METHOD None stands for: off the grid, or on it."""
+    """The method for METHOD None, unstructured or on a grid."""
     return "merge" if unstructured else "expedit"
 
 

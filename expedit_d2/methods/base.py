@@ -1,6 +1,7 @@
-"""What a method is, and where methods are registered, those of other packages too.
+"""The interface of a method, and the registry of methods, which other packages can add to.
 
-The traits of a method lie on its class: `expedit_d2.settings` and `expedit_d2.budget` ask it.
+The traits of a method are on its class, where `expedit_d2.settings` and `expedit_d2.budget` read
+them.
 """
 
 from __future__ import annotations
@@ -32,18 +33,19 @@ class Method(nn.Module, ABC):
     #: (Tokens, Keys) -> (fewer Tokens, record).
     reduce: nn.Module
     #: (features (B, *shape, D) of the reduced tokens, record, residual) -> features (B, H, W, D);
-    #: residual: None as the settings say, False for what is no token, such as class logits.
+    #: residual: None to follow the settings, False for features that are not tokens, such as class
+    #: logits.
     rebuild: nn.Module
 
-    #: Settings that say how many tokens are left, of which one is given.
+    #: Settings that say how many tokens are left; exactly one of them is given.
     counts: tuple[str, ...] = ()
-    #: The other settings that matter to it; all others must be left at their defaults.
+    #: The other settings that it reads; all others must keep their defaults.
     reads: frozenset[str] = frozenset(
         {"size_aware", "positions", "residual", "reconstruct_at", "fused_attention"}
     )
-    #: Whether it leaves tokens that lie on no grid.
+    #: Whether the tokens it leaves do not lie on a grid.
     unstructured = False
-    #: Whether it reduces inside of the block after alpha, between its attention and its MLP.
+    #: Whether it reduces inside the block after alpha, between its attention and its MLP.
     inside = False
     #: Where BUDGET lets it reduce: once, "late" (see `GridRule`); a few times, "early" (see
     #: `MergeRule`); or at "every" block.
@@ -54,7 +56,7 @@ class Method(nn.Module, ABC):
         Args:
             settings: checked settings.
             attention_window: side, in tokens, of the model's attention windows; None: no windows.
-            index: which of the settings' alphas, from the first, it reduces at.
+            index: of the alpha that it reduces at, among those of the settings.
 
         Raises:
             ValueError: for settings that do not fit the windows.
@@ -63,7 +65,7 @@ class Method(nn.Module, ABC):
 
     @staticmethod
     def joined(earlier: Any, later: Any) -> Any | None:
-        """The records of two reductions in turn as one; None if they stay two."""
+        """The records of two successive reductions joined into one; None if they cannot be."""
         return None
 
     @staticmethod
@@ -76,9 +78,9 @@ class Method(nn.Module, ABC):
         """Multiply-adds of reducing and rebuilding once; 0 where they do not matter.
 
         Args:
-            settings: of the method, but for its counts.
-            tokens: of an image, before.
-            clusters: after; with SCOPE "window" those of one window.
+            settings: the method's settings, except its counts.
+            tokens: tokens of an image before the reduction.
+            clusters: clusters after it; with SCOPE "window", those of one window.
             channels: width of the tokens.
         """
         return 0.0

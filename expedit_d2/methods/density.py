@@ -1,9 +1,9 @@
 """Density peaks: the tokens that are dense and far from denser ones are the clusters' centres.
 
 Rodriguez and Laio (Science 2014), with the density by nearest neighbours of Du et al. (2016).
-AiluRus (Li et al., NeurIPS 2023, arXiv 2311.01197) reduces tokens for dense prediction so, once,
-after an early block; its authors add a position term, for which there is no published code.
-Every token joins the centre that is nearest, and is rebuilt from it alone.
+AiluRus (Li et al., NeurIPS 2023, arXiv 2311.01197) reduces tokens for dense prediction in this
+way, once, after an early block; its authors add a position term, for which they published no code.
+Every token joins the nearest centre, and is rebuilt from it alone.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def density_peaks(keys: Tensor, count: int, neighbors: int = _NEIGHBORS) -> Tens
     Args:
         keys: compared by squared distance.
         count: clusters, 1 to n.
-        neighbors: nearest others that a token's density is taken from.
+        neighbors: number of nearest tokens that a token's density is computed from.
     """
     keys = keys.float()
     batch, total, _ = shape_of(keys)
@@ -47,7 +47,7 @@ def density_peaks(keys: Tensor, count: int, neighbors: int = _NEIGHBORS) -> Tens
     centres = (density * gap).topk(count).indices
     to_centres = distance.gather(2, centres[:, None].expand(-1, total, -1))
     index = to_centres.argmin(-1)
-    # A centre is its own, also where another one is equal to it.
+    # A centre belongs to its own cluster, even if another centre is equal to it.
     clusters = torch.arange(count, device=keys.device).expand(batch, -1)
     return index.scatter(1, centres, clusters)
 

@@ -17,14 +17,14 @@ if TYPE_CHECKING:
 __all__ = ["Expedit"]
 
 
-# Clusters that a token is reckoned to meet: 8 x 8 cells and their rim. Tiles of 4 x 4, as
-# expedit_d2.operators has them, meet fewer, so what BUDGET chooses costs a little less than that.
+# Clusters assumed to be compared with a token: 8 x 8 cells and their rim. expedit_d2.operators uses
+# tiles of 4 x 4, which are compared with fewer, so the choice of BUDGET costs a little less.
 _NEAR = 144
 
 
 @METHOD_REGISTRY.register("expedit")
 class Expedit(GridMethod):
-    """The published operators, with what was found to matter since as the default settings."""
+    """The published operators; the default settings add what was found to help since."""
 
     reads = GridMethod.reads | {
         *("iterations", "temperature", "window", "neighbors", "neighbor_window", "normalize")
@@ -32,7 +32,8 @@ class Expedit(GridMethod):
 
     @staticmethod
     def cost(settings: Settings, tokens: float, clusters: float, channels: int) -> float:
-        # A token meets the clusters around its own: twice a step, and twice to be rebuilt.
+        # A token is compared with the clusters around its own: two products in each step and two to
+        # rebuild it.
         return (2 * settings.iterations + 2) * min(_NEAR, clusters) * tokens * channels
 
     @staticmethod

@@ -1,6 +1,6 @@
-"""Methods that leave a grid: over the whole map, or over each attention window for itself.
+"""Methods that leave a grid: over the whole map, or over each attention window separately.
 
-Each gives two operators on plain maps, and what is done about windows and padding is here.
+A method provides two operators on plain maps; windows and padding are handled here.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ Restore = Callable[[Tensor, "Record"], Tensor]
 
 @dataclass(frozen=True)
 class Record:
-    """What rebuilding needs to know of a clustering; everything is per window with SCOPE window.
+    """What rebuilding needs to know about a clustering; everything is per window with SCOPE window.
 
     Attributes:
-        tokens: (B, H, W, C) as they went in.
-        clusters: (B, h, w, C) as they came out.
-        weights: (B, H, W) or None, what each token stood for; 0 for padding.
+        tokens: (B, H, W, C), the input.
+        clusters: (B, h, w, C), the output.
+        weights: (B, H, W) or None, the size of each token; 0 for padding.
         valid: (B, h, w) bool or None.
         size: (H, W) of the whole map.
     """
@@ -62,13 +62,13 @@ class _Reduction(nn.Module):
         self.window = (attention_window,) * 2 if settings.scope == "window" else None
 
     def forward(self, tokens: Tokens, keys: Keys | None = None) -> tuple[Tokens, Record]:
-        # Detectron2's ViT leaves channels first in memory, and then every row read is a stride.
+        # Detectron2's ViT leaves channels first in memory, which makes every read of a row strided.
         features = tokens.features.contiguous()
         weights, positions = tokens.sizes, tokens.positions
         size, s = shape_of(features)[1:3], self.settings
         padded = False
         if self.window is not None:
-            # An earlier clustering has shrunken the windows, but not changed their number.
+            # An earlier clustering has made the windows smaller, but not changed their number.
             count = [-(-span // w) for span, w in zip(tokens.span, self.window, strict=True)]
             window = self.window
             if tokens.sizes is not None:
@@ -139,7 +139,7 @@ class _Rebuilding(nn.Module):
 
 
 class GridMethod(Method):
-    """Both directions, by the operators ``cluster`` and ``restore`` of a subclass."""
+    """Reduces and rebuilds by the operators ``cluster`` and ``restore`` of a subclass."""
 
     counts = ("grid", "ratio")
     reads = Method.reads | {"scope"}
@@ -165,11 +165,11 @@ class GridMethod(Method):
         """Tokens (B, H, W, C) to clusters on a grid.
 
         Args:
-            settings: of the method.
-            features: of a map, or of each window.
+            settings: settings of the method.
+            features: (B, H, W, C), of a map or of each window.
             grid: clusters (h, w).
-            weights: (B, H, W), what each token stands for, 0 for padding; None: one each.
-            positions: (B, H, W, 2), rows and columns of the tokens; None: where they lie.
+            weights: (B, H, W), the size of each token, 0 for padding; None: one each.
+            positions: (B, H, W, 2), rows and columns of the tokens; None: their places in the map.
         """
 
     @staticmethod

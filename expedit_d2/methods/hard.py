@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Hard"]
 
-_HARD = 1e6  # times squared distances: a softmax that is a choice
+_HARD = 1e6  # times squared distances: the softmax becomes a choice
 
 
 @METHOD_REGISTRY.register("hard")

@@ -1,9 +1,9 @@
 """Bipartite matching: which tokens to merge with which (ToMe, arXiv 2210.09461, section 3.1).
 
 Tokens come in an order in which neighbours on the map are near each other, `snake_order`, and are
-cut into runs of some hundred. Every second token of a run looks for the nearest one among the
-others of its run, and the nearest pairs of the whole image are merged. So matching costs a fixed
-amount for each token, at any size of image. A second round finds merges of more than two tokens,
+cut into runs of a few hundred. Every second token of a run looks for the nearest one among the
+others of its run, and the nearest pairs of the whole image are merged. So the cost of matching
+per token is the same for images of any size. A second round allows merges of more than two tokens,
 and of two from the same side.
 
 Shorthand: B images, n tokens, k clusters, d channels of the keys.
@@ -33,19 +33,19 @@ _RUN = 256
 def snake_order(
     size: tuple[int, int], window: tuple[int, int], device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """Places of a map window by window, and in a window to and fro, row by row.
+    """Places of a map window by window, and within a window back and forth, row by row.
 
-    Every second place in this order is a checkerboard in each window, as one wants it for two sides
-    of which each token looks for a partner on the other.
+    Every second place in this order forms a checkerboard in each window, so that each token has
+    neighbours among its possible partners.
 
     Args:
         size: (H, W).
         window: its height and width; those at the bottom and right may be smaller.
-        device: of the result.
+        device: device of the result.
 
     Returns:
-        The places (H * W,), row by row numbers, in their order; and the opposite, where each place
-        stands in it.
+        The places (H * W,), numbered row by row, in this order; and the inverse, the index of each
+        place in it.
     """
     row = torch.arange(size[0], device=device)[:, None]
     col = torch.arange(size[1], device=device)[None]
@@ -84,10 +84,10 @@ def cluster_means(x: Tensor, index: Tensor, shares: Tensor, count: int) -> Tenso
 
 
 def cluster_sizes(sizes: Tensor | None, index: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """What clusters stand for (B, count), and the share (B, n) that each token has in its own.
+    """Sizes of the clusters (B, count), and the share (B, n) of each token in its cluster.
 
     Args:
-        sizes: (B, n) fp32, what the tokens stand for; None: one each.
+        sizes: (B, n) fp32, the sizes of the tokens; None: one each.
         index: (B, n) cluster of each token, 0 to ``count`` - 1.
         count: number of clusters.
     """
@@ -112,12 +112,12 @@ def _flat(index: Tensor, total: int) -> Tensor:
 
 @cached
 def _first_rows(batch: int, total: int, device: torch.device) -> Tensor:
-    """Where each image begins in the rows of all, (B, 1)."""
+    """Index of the first row of each image in the rows of all images, (B, 1)."""
     return torch.arange(batch, device=device)[:, None] * total
 
 
 def matching_cost(tokens: float, partners: float, channels: int) -> float:
-    """Multiply-adds of matching half of the tokens with so many others each."""
+    """Multiply-adds of matching half of the tokens with ``partners`` others each."""
     dim = channels // 12 or 1  # of a head, about; matching is a percent of what blocks cost
     return dim * (tokens * channels + tokens / 2 * partners)
 
@@ -131,15 +131,15 @@ def match(
     groups: Tensor | None = None,
     everywhere: bool = False,
 ) -> Tensor:
-    """Choose n - count merges, in rounds of about the same number.
+    """Choose n - count merges, in rounds of about equal numbers.
 
     Args:
         keys: (B, n, d) in an order in which near tokens are near, such as `snake_order`; compared
             by squared distance.
-        sizes: (B, n) what the tokens stand for, weights of the means that are the keys of clusters
-            in the next round; None: one each.
+        sizes: (B, n) sizes of the tokens, which weight the means that are the keys of clusters in
+            the next round; None: one each.
         count: clusters to leave. A round merges half of the tokens at most.
-        rounds: at least 1; more where a round's half does not do.
+        rounds: at least 1; more are run where merging half of the tokens is not enough.
         ward: pairs are ranked by distance x (product of their sizes / sum)^ward. With 1 that is
             what merging adds to the squared error (Ward, 1963); less lets large clusters grow.
         groups: (B, n); tokens of different groups are not merged. None: one group.
@@ -147,7 +147,7 @@ def match(
 
     Returns:
         (B, n): the cluster of each token. Clusters are in the order of the tokens that the others
-        of their cluster were merged into, so near ones stay near.
+        were merged into, so neighbours stay near each other.
     """
     keys = keys.float()
     index = None
@@ -178,13 +178,13 @@ def _match_once(
     matched = 2 * runs * pairs  # a few tokens at the end may have no place in a run
 
     def sides(x: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, n, ...) to those that look and those that are looked at, (B * runs, pairs, ...)."""
+        """(B, n, ...) to the two sides (B * runs, pairs, ...); the first one chooses partners."""
         x = x[:, :matched].reshape(batch * runs, pairs, 2, *shape_of(x)[2:])
         return x[:, :, 0], x[:, :, 1]
 
     a, b = sides(keys)
     norm_a, norm_b = sides(keys.square().sum(-1))
-    # The nearest is that of the largest a b - |b|^2 / 2: one product and one look at it.
+    # The nearest has the largest a b - |b|^2 / 2: one product and one pass over it.
     closeness = torch.baddbmm(norm_b[:, None], a, b.transpose(1, 2), beta=-0.5)
     if groups is not None:
         group_a, group_b = sides(groups)
@@ -194,9 +194,9 @@ def _match_once(
     if ward and sizes is not None:
         inverse_a, inverse_b = sides(sizes.reciprocal())
         cost = cost * (inverse_a + inverse_b.gather(1, partner)) ** -ward
-    # Of the whole image, whatever the run.
+    # From the whole image, whatever the run.
     chosen = cost.view(batch, -1).topk(number, largest=False, sorted=False).indices
-    # What is left is numbered in its order; what was merged takes the number of its partner.
+    # Remaining tokens are numbered in their order; a merged one takes the number of its partner.
     stays = keys.new_ones(batch, total, dtype=torch.long)
     stays[:, :matched:2].scatter_(1, chosen, 0)
     rank = stays.cumsum(1).sub_(1)

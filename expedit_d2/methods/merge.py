@@ -1,10 +1,10 @@
 """Merging before every block, by a schedule that falls with depth.
 
-From ToMe (Bolya et al., arXiv 2210.09461) come bipartite matching on keys and proportional
-attention: the tokens most alike become one. Different here: the share that is merged falls from
-block to block, where ToMe's constant number takes ever larger shares; tokens are merged before a
-block, by the keys that it would compute, averaged over the heads; and pairs of large clusters wait
-a little longer.
+Bipartite matching on keys and proportional attention come from ToMe (Bolya et al., arXiv
+2210.09461): the most similar tokens become one. The differences are: the share that is merged falls
+from block to block, where ToMe's constant number is a growing share; tokens are merged before a
+block, by the keys that it would compute, averaged over the heads; and pairs of large clusters are
+merged a little later.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ if TYPE_CHECKING:
 
 __all__ = ["Merge"]
 
-# A quarter of Ward's exponent: features stay nearer to the plain model's than without, and labels
-# do not suffer as with all of it.
+# A quarter of Ward's exponent: features stay closer to the plain model's than without it, and
+# labels do not suffer as they do with the full exponent.
 _WARD = 0.25
-# Tokens that one is compared with, about: half of a run, in two rounds.
+# About how many tokens each one is compared with: half of a run, in two rounds.
 _MATCHED = 256
 
 
 @METHOD_REGISTRY.register("merge")
 class Merge(UnstructuredMethod):
-    """Before each alpha, the share of the tokens that SCHEDULE gives."""
+    """Merges the share of the tokens given by SCHEDULE before each alpha."""
 
     reads = UnstructuredMethod.reads | {"schedule", "rounds"}
     budget_rule = "early"

@@ -1,4 +1,4 @@
-"""Average pooling and bilinear upsampling: what there is without looking at the tokens."""
+"""Average pooling and bilinear upsampling: the baseline that does not look at the tokens."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ __all__ = ["Pool"]
 
 @METHOD_REGISTRY.register("pool")
 class Pool(GridMethod):
-    """Cells of a regular grid, whatever is in them."""
+    """Cells of a regular grid, whatever their content."""
 
     @staticmethod
     def cluster(
@@ -59,7 +59,7 @@ class Pool(GridMethod):
 
         out = upsample(features.float())
         if record.valid is not None:
-            # Tokens are between cells of tokens; the padding that a cell may stand for is no value.
+            # Interpolate between cells with tokens only; cells of padding have no value.
             filled = record.valid[..., None]
             shares = upsample(filled.float()).clamp_min(torch.finfo(torch.float32).tiny)
             out = upsample(features.float().masked_fill(~filled, 0)) / shares

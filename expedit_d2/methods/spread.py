@@ -12,7 +12,7 @@ Spread = Callable[[float, int, int], float]
 
 
 def equal(keep: float, index: int, alphas: int) -> float:
-    """Each alpha keeps the same share of what it gets."""
+    """Each alpha keeps the same share of the tokens it is given."""
     return keep ** ((index + 1) / alphas)
 
 
@@ -22,9 +22,9 @@ def falling(keep: float, index: int, alphas: int) -> float:
 
 
 def same_number(keep: float, index: int, alphas: int) -> float:
-    """Each alpha takes away the same number of tokens."""
+    """Each alpha removes the same number of tokens."""
     return 1 - (1 - keep) * (index + 1) / alphas
 
 
-#: What SCHEDULE may be.
+#: Valid values of SCHEDULE.
 SCHEDULES: dict[str, Spread] = {"falling": falling, "equal": equal}

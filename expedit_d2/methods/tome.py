@@ -1,7 +1,7 @@
 """ToMe (Bolya et al., Token Merging: Your ViT but Faster, arXiv 2210.09461), with unmerging.
 
 In every block the same number of tokens is merged, between attention and MLP, by the keys of that
-attention; one bipartite matching of every second token with the others. In the end each token of
+attention, by one bipartite matching of every second token with the others. In the end each token of
 the map gets its cluster's output, as the authors do for dense prediction (arXiv 2303.17604).
 """
 
@@ -27,7 +27,7 @@ __all__ = ["ToMe"]
 
 @METHOD_REGISTRY.register("tome")
 class ToMe(UnstructuredMethod):
-    """Equal numbers inside each block: the tokens left fall linearly from alpha to alpha."""
+    """Merges the same number inside each block: the tokens left fall linearly with the alphas."""
 
     inside = True
     budget_rule = "every"

@@ -1,7 +1,7 @@
-"""Methods that leave tokens on no grid: those that are alike become one, wherever they lie.
+"""Unstructured methods, which leave no grid: similar tokens become one, wherever they lie.
 
-Each says which tokens become one; what that means for features, sizes and positions is here. On
-the way through the blocks, tokens are in the order of `snake_order`: near ones are near each other.
+A method chooses which tokens become one; features, cluster sizes and positions are computed here.
+In the blocks, tokens are in the order of `snake_order`, which keeps neighbours near each other.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ _WINDOW = 14
 
 
 class Windows(NamedTuple):
-    """The attention windows that tokens lie in.
+    """The attention windows that tokens belong to.
 
     Attributes:
         of: (B, n) the window of each token.
-        number: of windows in an image.
-        whole: whether all of them have as many tokens as the others, as where they divide the map.
+        number: number of windows in an image.
+        whole: whether all windows have the same number of tokens: they divide the map.
     """
 
     of: Tensor
@@ -45,19 +45,19 @@ class Windows(NamedTuple):
     whole: bool
 
 
-#: (keys (B, n, d), sizes (B, n) or None, clusters to leave, windows or None) to the cluster of each
-#: token (B, n) and the number of clusters, about as many as were to be left.
+#: (keys (B, n, d), cluster sizes (B, n) or None, clusters to leave, windows or None) to the cluster
+#: of each token (B, n) and the number of clusters, which is close to the requested one.
 Choose = Callable[[Tensor, Tensor | None, int, Windows | None], tuple[Tensor, int]]
 
 
 @dataclass(frozen=True)
 class Record:
-    """What rebuilding needs to know of a reduction.
+    """What rebuilding needs to know about a reduction.
 
     Attributes:
         index: (B, n) cluster of each token.
         shape: of the tokens, (H, W) or (n,).
-        offsets: (B, n, C), what each token was off its cluster; None without RESIDUAL.
+        offsets: (B, n, C), difference of each token from its cluster; None without RESIDUAL.
     """
 
     index: Tensor
@@ -65,7 +65,7 @@ class Record:
     offsets: Tensor | None = None
 
     def then(self, later: Record) -> Record:
-        """This reduction and a later one of its clusters, as one."""
+        """This reduction and a later one of its clusters, joined into one."""
         offsets = self.offsets
         if offsets is not None:
             offsets = offsets + take_rows(later.offsets, self.index)
@@ -73,7 +73,7 @@ class Record:
 
 
 class _Reduction(nn.Module):
-    """Means of the tokens that become one, weighted by what they stand for."""
+    """Means of the tokens that become one, weighted by their sizes."""
 
     def __init__(
         self, settings: Settings, window: int | None, index: int, spread: Spread, choose: Choose
@@ -91,11 +91,11 @@ class _Reduction(nn.Module):
         features = features.flatten(1, -2)
         batch, total, _ = shape_of(features)
         compared, side, order = keys(features), self.window or _WINDOW, None
-        if len(shape) == 2:  # a map: listed so that near tokens are near each other
+        if len(shape) == 2:  # a map: put into an order that keeps neighbours near each other
             order, back = snake_order(shape, (side, side), device)
             compared = compared.index_select(1, order)
             sizes = None if sizes is None else sizes.flatten(1)
-            # In windows, tokens have a place of their own.
+            # In windows, tokens have a place instead.
             followed = self.settings.positions == "clusters" or self.window is None
             if positions is None and tokens.tracked and followed:
                 positions = grid_positions(*shape, device)
@@ -117,7 +117,7 @@ class _Reduction(nn.Module):
         clusters = cluster_means(features, index, shares, count)
         if positions is not None:
             positions = cluster_means(positions, index, shares, count)
-        if places is not None:  # that of the first of a cluster's tokens
+        if places is not None:  # the place of the first of a cluster's tokens
             places = places.new_zeros(batch, count).scatter_reduce(
                 1, index, places, "amin", include_self=False
             )
@@ -131,7 +131,7 @@ class _Reduction(nn.Module):
 
 
 def _windows(places: Tensor, size: tuple[int, int], side: int) -> Windows:
-    """The windows of ``side`` x ``side`` that the places of a map lie in."""
+    """The windows of ``side`` x ``side`` that contain the places of a map."""
     rows, columns = (-(-n // side) for n in size)
     row, col = places // size[1], places % size[1]
     whole = size[0] % side == size[1] % side == 0
@@ -139,7 +139,7 @@ def _windows(places: Tensor, size: tuple[int, int], side: int) -> Windows:
 
 
 class _Rebuilding(nn.Module):
-    """Every token gets what became of its cluster, with RESIDUAL plus what it was off it."""
+    """Every token gets the output of its cluster; with RESIDUAL, plus its difference from it."""
 
     def forward(self, features: Tensor, record: Record, residual: bool | None = None) -> Tensor:
         out = take_rows(features, record.index)
@@ -149,7 +149,7 @@ class _Rebuilding(nn.Module):
 
 
 class UnstructuredMethod(Method):
-    """Both directions, by the function ``choose`` of a subclass."""
+    """Reduces and rebuilds by the function ``choose`` of a subclass."""
 
     counts = ("keep",)
     unstructured = True

@@ -1,4 +1,4 @@
-"""Settings of the two operators, refused where they are out of range."""
+"""Range checks of the settings of the two operators."""
 
 from __future__ import annotations
 

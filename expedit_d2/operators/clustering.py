@@ -22,8 +22,8 @@ from .tiling import MASKED_LOGIT, sum_into_clusters, tile
 
 __all__ = ["Clusters", "TokenClustering", "cluster_tokens"]
 
-# Largest product of temperature and squared distance: hard assignment long since, and far from
-# what overflows.
+# Largest product of temperature and squared distance: already a hard assignment, and far from
+# overflow.
 _MAX_LOGIT = 1e30
 
 
@@ -50,10 +50,10 @@ def _ones_and_places(height: int, width: int, device: torch.device) -> Tensor:
 
 
 def _with_one(positions: Tensor) -> Tensor:
-    """What tokens at (B, H, W, 2) carry beside their channels: one, row, column, zero.
+    """What tokens at (B, H, W, 2) carry besides their channels: one, row, column, zero.
 
-    Sums of tokens are then sums of these as well: a cluster's size and position. The zero keeps
-    rows of memory aligned.
+    Sums over tokens then include the size and the position of a cluster. The zero keeps rows
+    aligned in memory.
     """
     one = positions.new_ones((1, 1, 1, 1)).expand(*shape_of(positions)[:-1], 1)
     return torch.cat([one, positions, torch.zeros_like(one)], dim=-1)
@@ -115,16 +115,16 @@ def cluster_tokens(
     counts, mask = None, tiles.mask
     if flat is not None:
         counts = tiles.take(flat[..., None])  # (B, T, R, 1) tokens that each one stands for
-        # Whatever padding holds comes to nothing.
+        # The content of padding does not count.
         tiled = tiled.masked_fill(counts == 0, 0)
         total = adaptive_pool(flat.view(batch, height, width, 1), grid)
         means = adaptive_pool((x * flat[..., None]).unflatten(1, (height, width)), grid)
-        # The places of cells have no weights: those of padding are somewhere too.
+        # Positions of cells are not weighted: cells of padding have a position too.
         centroids = torch.cat([means / total.clamp_min(TINY), centroids[..., channels:]], dim=-1)
-        # A cell of padding alone is no candidate for a token (padding itself joins nothing).
+        # A cell of padding alone is not a candidate for a token (padding itself joins nothing).
         empty = (total <= 0).flatten().take(tiles.cells).unflatten(0, (batch, -1))  # (B, T, P)
         mask = mask.masked_fill(empty[:, :, None] & (counts > 0), MASKED_LOGIT)
-    centroids = centroids.flatten(0, 2)  # (B * M, C + 4), as all that follow
+    centroids = centroids.flatten(0, 2)  # (B * M, C + 4), like all that follow
 
     tiled = tiled.flatten(0, 1)
     seen = tiled[..., :channels]
@@ -138,7 +138,7 @@ def cluster_tokens(
         affinity = torch.addcdiv(mask, score, scale).softmax(-1)  # (B, T, R, P)
         if counts is not None:
             affinity = affinity * counts
-        # The tiny weight of its old place leaves a cluster that no token joins where it is.
+        # The tiny weight of its old place keeps a cluster that no token joins in place.
         sums = sum_into_clusters(affinity.flatten(0, 1), tiled, tiles.cells, centroids * TINY)
         sizes = sums[:, channels : channels + 1]
         centroids = sums / sizes
@@ -154,7 +154,7 @@ def _scale(temperature: float, x: Tensor, batch: int) -> Tensor:
     """The inverse of a temperature, (B, 1, 1, 1), or the smallest at which nothing overflows.
 
     Args:
-        temperature: as asked for.
+        temperature: the requested one.
         x: (B * T, R, C) tokens around their mean.
         batch: B.
     """

@@ -24,7 +24,7 @@ __all__ = [
 _R = TypeVar("_R")
 
 # A temperature of 6 / (median squared distance to the nearest centroid) makes a token of median
-# fit lean on its nearest centroid without ignoring the next ones. 3 to 12 work about as well.
+# fit favour its nearest centroid without ignoring the next ones. 3 to 12 work about as well.
 AUTO_FACTOR = 6.0
 # Squared distances below this share of the tokens' variance are rounding, not structure.
 _NOISE = 1e-6
@@ -33,13 +33,14 @@ TINY = 1e-30
 
 
 def in_fp32(function: Callable[..., _R]) -> Callable[..., _R]:
-    """Run a function of tokens outside autocast, which would take its products in half."""
+    """Run a function of tokens outside autocast, which would compute its products in half
+    precision."""
 
     @wraps(function)
     def run(*args: Any, **kwargs: Any) -> _R:
         tokens = args[0] if args else next(iter(kwargs.values()))
         device = tokens.device.type
-        # torch.export writes no file that it can read back with a needless change of autocast.
+        # torch.export cannot read back its own file if there is a needless change of autocast.
         needless = is_exporting() and not torch.is_autocast_enabled(device)
         if tokens.is_meta or needless:  # "meta" has no autocast
             return function(*args, **kwargs)
@@ -69,7 +70,7 @@ def squared_norms(x: Tensor) -> Tensor:
 
 
 def tiled_scores(x: Tensor, centroids: Tensor, cells: Tensor) -> Tensor:
-    """|x|^2 - |x - centroid|^2 for the clusters that tiles meet: larger is closer.
+    """|x|^2 - |x - centroid|^2 for the clusters of each tile: larger is closer.
 
     Args:
         x: (B * T, R, C) tokens.
@@ -92,10 +93,10 @@ def tiled_scores(x: Tensor, centroids: Tensor, cells: Tensor) -> Tensor:
 
 @torch.no_grad()
 def nearest_distance(x: Tensor, centroids: Tensor, nearest: Tensor) -> Tensor:
-    """Squared distances (B, N) of tokens to the clusters that are named.
+    """Squared distances (B, N) of tokens to the given clusters.
 
-    Taken from the difference itself: expanding the square would leave rounding, of either sign,
-    where a token equals its cluster.
+    Computed from the difference itself: expanding the square would leave rounding errors of either
+    sign where a token equals its cluster.
 
     Args:
         x: (B, N, C).
@@ -112,9 +113,9 @@ def auto_scale(distances: Tensor, x: Tensor, weights: Tensor | None = None) -> T
     """Inverse of the automatic temperature, which follows the scale of the features of each image.
 
     ``median / AUTO_FACTOR`` over the tokens' squared distances to their nearest centroid, so that
-    scaling the features by s scales it by s**2 and every affinity stays. Tokens that sit on their
-    centroid (flat regions) say nothing about the scale and are left out; where all of them do, it
-    is so small that every token joins its nearest centroid alone, which is then exact.
+    scaling the features by s scales it by s**2 and affinities do not change. Tokens that sit on
+    their centroid (flat regions) say nothing about the scale and are left out; where all tokens do,
+    it is so small that every token joins its nearest centroid alone, which is then exact.
 
     Args:
         distances: (B, N) squared distance of each token to its nearest centroid.

@@ -1,4 +1,4 @@
-"""Token maps: pooling to a grid, and where their tokens are."""
+"""Token maps: pooling to a grid, and the positions of tokens."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ def adaptive_pool(x: Tensor, grid: tuple[int, int]) -> Tensor:
     """Mean of each cell of a grid, (B, H, W, D) to (B, h, w, D)."""
     if not is_exporting():
         return F.adaptive_avg_pool2d(x.permute(0, 3, 1, 2), grid).permute(0, 2, 3, 1)
-    # The same in two products: ONNX has no such pooling, and torch's way around that takes the
-    # size of the example for every size.
+    # The same in two products: ONNX has no such pooling, and torch's workaround fixes the size to
+    # that of the example.
     height, width, channels = shape_of(x)[1:]
     rows, cols = (_means(n, cells, x) for n, cells in zip((height, width), grid, strict=True))
     x = (rows @ x.flatten(2)).unflatten(2, (width, channels))
@@ -24,7 +24,7 @@ def adaptive_pool(x: Tensor, grid: tuple[int, int]) -> Tensor:
 
 
 def _means(size: int, cells: int, like: Tensor) -> Tensor:
-    """(cells, size): what each token of an axis weighs in the mean of each cell."""
+    """(cells, size): weight of each token of an axis in the mean of each cell."""
     cell = torch.arange(cells, device=like.device)[:, None]
     token = torch.arange(size, device=like.device)
     first, last = cell * size // cells, ((cell + 1) * size + cells - 1) // cells
@@ -42,8 +42,8 @@ def grid_positions(height: int, width: int, device: torch.device | None = None) 
 
 
 def on_device(numbers: tuple[float, ...], like: Tensor) -> Tensor:
-    """Numbers as a tensor (n,) of the type of ``like``, filled in on its device.
+    """Numbers as a tensor (n,) of the type of ``like``, created on its device.
 
-    A tensor made from a list would be copied there, and the host waits for that.
+    A tensor made from a list would be copied there, and the host would wait for that.
     """
     return torch.stack([like.new_full((), number) for number in numbers])

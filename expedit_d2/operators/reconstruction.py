@@ -15,14 +15,14 @@ from .tiling import MASKED_LOGIT, Tiles, multiply_tiles, tile
 
 __all__ = ["TokenReconstruction", "reconstruct_tokens"]
 
-# Highest temperature: it fits fp32.
+# The highest temperature that fits fp32.
 _MAX_TEMPERATURE = 1e38
 
 
 def _normalize(similarity: Tensor, normalize: str) -> Tensor:
     """Weights from log similarities over the last axis: they sum to one, or have unit L2 norm.
 
-    In log space, so that similarities too small for the type still give weights.
+    Computed in log space, so that similarities too small for the type still give weights.
     """
     if normalize == "l1":
         return similarity.softmax(-1)
@@ -49,7 +49,7 @@ def reconstruct_tokens(
     Args:
         refined: (B, h, w, D) clusters after the later blocks (D may differ from C).
         tokens: (B, H, W, C) tokens that went into the clustering.
-        clusters: (B, h, w, C) clusters as they left the clustering.
+        clusters: (B, h, w, C) clusters that the clustering returned.
         neighbors: how many clusters a token is rebuilt from.
         temperature: multiplies the squared distances; ``"auto"`` follows the features' scale.
         normalize: ``"l1"``, weights sum to one (the paper), or ``"l2"``, weights have unit L2
@@ -57,7 +57,8 @@ def reconstruct_tokens(
         window: look for neighbors only within this odd side, in cells, around the token's home
             cell; None looks at all clusters, as published.
         valid: optional (B, h, w) bool, False for clusters that stand for no token.
-        weights: optional (B, H, W), 0 for padding; it has no say in the automatic temperature.
+        weights: optional (B, H, W), 0 for padding, which does not count for the automatic
+            temperature.
 
     Returns:
         (B, H, W, D) in the type of ``refined``.
@@ -134,7 +135,7 @@ def _rebuild_from_all(
 
 @cached
 def _first_of_image(batch: int, total: int, device: torch.device) -> Tensor:
-    """(B, 1, 1) index of each image's first among ``total`` an image."""
+    """(B, 1, 1) index of the first cluster of each image, with ``total`` per image."""
     return torch.arange(batch, device=device)[:, None, None] * total
 
 

@@ -1,14 +1,14 @@
-"""Tiles: which tokens and clusters meet, and products of those that do.
+"""Tiles: which tokens are compared with which clusters, and the products of these pairs.
 
-Both operators only ever need a token's near-by clusters. Tokens are therefore tiled by home cell: a
+Both operators need only the clusters near a token. Tokens are therefore tiled by home cell: a
 tile of cells plus a rim of r holds every cluster that its tokens may join, so the work stays a
 batched matrix product of (tile tokens) x (tile and rim) and no N x M x C product is formed.
 
 Shorthand: B images, H x W tokens, a grid of h x w clusters, C channels, N = H*W, M = h*w,
-r = window // 2; T tiles of up to R tokens that meet P clusters. A token's *home cell* is the cell
-of the grid it falls into; the token may join only clusters whose row and column are both within r
-of its home cell. Tiles of all images lie one after another, as do their clusters: (B * T, ...) and
-(B * M, ...).
+r = window // 2; T tiles of up to R tokens that are compared with P clusters. A token's *home cell*
+is the cell of the grid it falls into; the token may join only clusters whose row and column are
+both within r of its home cell. Tiles of all images lie one after another, as do their clusters: (B
+* T, ...) and (B * M, ...).
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ from ..tracing import cached, in_graph, shape_of
 
 __all__ = ["MASKED_LOGIT", "Tiles", "sum_into_clusters", "multiply_tiles", "tile"]
 
-# Stands for "not allowed" in logits: finite, so that a row without any candidate stays finite too.
+# Logit of a pair that is not allowed: finite, so that a row without any candidate stays finite.
 MASKED_LOGIT = -3e38
 # Cells along a side of a tile; larger tiles copy less of the rim, smaller ones multiply less.
 _TILE = 4
 # Tiles along an axis whose cells are not known when a graph is made: of 8 cells at 32.
 _TILES = 4
-# Numbers in the tiles that are multiplied at a time on a CPU, so that they stay in its cache.
+# Numbers in the tiles that are multiplied at once on a CPU, so that they stay in its cache.
 _IN_CACHE = 2**19
 
 
 @dataclass(frozen=True)
 class Tiles:
-    """Who meets whom: T tiles of up to R tokens and exactly P clusters (tile and rim).
+    """T tiles of up to R tokens, each with exactly P clusters (tile and rim).
 
     Attributes:
         tokens: (T * R,) index into the N tokens.
@@ -43,7 +43,7 @@ class Tiles:
         cells: (B * T, P) index into the clusters of all images.
         mask: (T, R, P) fp32, 0 where the cluster is within r of the token's home cell, else
             `MASKED_LOGIT`: added to logits.
-        place: (N,) where each token sits in the flattened (T * R).
+        place: (N,) index of each token in the flattened (T * R).
     """
 
     tokens: Tensor
@@ -53,11 +53,11 @@ class Tiles:
     place: Tensor
 
     def take(self, items: Tensor) -> Tensor:
-        """Tokens (B, N, ...) as they lie in the tiles, (B, T, R, ...)."""
+        """Tokens (B, N, ...) arranged in tiles, (B, T, R, ...)."""
         return items.index_select(1, self.tokens).unflatten(1, shape_of(self.real)[:2])
 
     def put(self, tiled: Tensor) -> Tensor:
-        """Back again: (B, T, R, ...) to (B, N, ...)."""
+        """The inverse: (B, T, R, ...) to (B, N, ...)."""
         return tiled.flatten(1, 2).index_select(1, self.place)
 
 
@@ -131,7 +131,7 @@ def tile(
 
 
 def _groups(tiles: int, each: int, like: Tensor) -> list[slice]:
-    """Tiles of ``each`` numbers in groups that are worked on together."""
+    """Groups of tiles, of ``each`` numbers, that are processed together."""
     step = tiles if like.is_cuda or in_graph() else max(1, _IN_CACHE // each)
     return [slice(start, start + step) for start in range(0, tiles, step)]
 
@@ -139,7 +139,7 @@ def _groups(tiles: int, each: int, like: Tensor) -> list[slice]:
 def multiply_tiles(
     x: Tensor, items: Tensor, cells: Tensor, product: Callable[[Tensor, Tensor, slice], Tensor]
 ) -> Tensor:
-    """Products of tiles with the clusters that they meet.
+    """Products of tiles with their clusters.
 
     Args:
         x: (B * T, ...) of each tile.
@@ -163,13 +163,13 @@ def multiply_tiles(
 
 
 def sum_into_clusters(shares: Tensor, x: Tensor, cells: Tensor, start: Tensor) -> Tensor:
-    """Sums of what tokens give to the clusters that they meet.
+    """Weighted sums of tokens for the clusters near them, added to ``start``.
 
     Args:
         shares: (B * T, R, P) of each token for each cluster.
         x: (B * T, R, C) the tokens.
         cells: (B * T, P), see `Tiles`.
-        start: (B * M, C) what is there before; written to.
+        start: (B * M, C), modified in place.
 
     Returns:
         ``start``.
