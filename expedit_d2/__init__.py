@@ -2,7 +2,7 @@
 
 `TokenClustering` and `TokenReconstruction` are the two operators, `expedite` applies them to a
 model, `add_expedit_config` adds them to a Detectron2 config. `fuse_attention` makes a model's own
-attention faster and changes nothing else. `sized_blocks` is for code that runs blocks by itself.
+attention faster and changes nothing else. `sized_blocks` is for code that runs the blocks itself.
 """
 
 from importlib import import_module

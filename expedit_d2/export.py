@@ -78,7 +78,7 @@ def export_program(
         _check_free_size(model, onnx=False)
         size = torch.export.Dim.DYNAMIC  # not AUTO, which may fix it without a word
         shapes = ({2: size, 3: size},)
-    # With gradients torch chooses attention kernels that leave other strides behind than the
+    # With gradients torch chooses attention kernels that leave other strides than the
     # ones it uses for ONNX. Not strict: the hook keeps its state in Python.
     with torch.no_grad():
         return torch.export.export(model, (example,), dynamic_shapes=shapes, strict=False)
@@ -112,7 +112,7 @@ def export_onnx(
 
     Args:
         model, example, dynamic: see `export_program`.
-        path: of the file. Weights lie in it, or beside it where they exceed 2 GB.
+        path: of the file. Weights are in it, or next to it where they exceed 2 GB.
 
     Returns:
         The program that was written.

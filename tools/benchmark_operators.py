@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Time the two operators beside a dense implementation and beside the ViT-L that they serve.
+"""Time the two operators, a dense implementation and the ViT-L that they are used in.
 
 Dense is what the published code does (expedit_d2/analysis/dense.py). Everything for one map size
 is timed in turns in one run, after a check that both implementations agree.

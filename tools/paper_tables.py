@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Print the published tables of Expedit beside what this package counts and measures.
+"""Print the published tables of Expedit next to the counts and measurements of this package.
 
 GFLOPs take a minute or two and little memory. Speed is that of one forward of the transformer and
 decoder on one window, batch 1, plain and expedited models in turns; a ViT-L on a few CPU cores

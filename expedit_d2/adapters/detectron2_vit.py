@@ -86,13 +86,13 @@ _MARGIN = 3
 
 @dataclass(frozen=True)
 class _Keys:
-    """What the attention of a kind of block needs to know of reduced tokens.
+    """What the attention of a kind of block needs to know about reduced tokens.
 
     Attributes:
         bias: added to the logits of each key, (B, *shape), in windows (B * windows, ...).
         positions: (..., 2) in tokens, from the corner of the map or window; None: regular.
         window: height and width of the windows on the smaller grid.
-        rows: (B * M,) of tokens off the grid, where each one stands in the windows of all images.
+        rows: (B * M,) for unstructured tokens: the row of each one in the windows of all images.
     """
 
     bias: Tensor | None
@@ -102,7 +102,7 @@ class _Keys:
 
 
 class MapLayout(Layout):
-    """Maps (B, H, W, C), or tokens (B, M, C) that lie on no grid."""
+    """Maps (B, H, W, C), or unstructured tokens (B, M, C)."""
 
     #: Names of a block's norms, before its attention and before its MLP.
     norms = ("norm1", "norm2")
@@ -167,13 +167,13 @@ class MapLayout(Layout):
         return x + block.drop_path(change)
 
     def finished(self, block: nn.Module, x: Tensor, tokens: Tokens) -> Tensor:
-        """What a block does after its MLP."""
+        """The part of a block after its MLP."""
         if block.use_residual_block:
             x = x + _convolve(block.residual, x, tokens.valid)
         return x
 
     def _sizes(self, tokens: Tokens, padding: float) -> Tensor | None:
-        """What each key stands for (B, *shape), or None for one each; padding for ``padding``."""
+        """Size of each key (B, *shape), or None for one each; ``padding`` is that of padding."""
         sizes = tokens.sizes if self.size_aware else None
         if tokens.valid is None:
             return sizes
@@ -204,7 +204,7 @@ class MapLayout(Layout):
             for cells, span in zip(size, tokens.span, strict=True)
         )
         # The stock model pads with zeros after the norm, and these take part in its windows.
-        # One place on the smaller grid stands for as many of them as it does for tokens.
+        # One place on the smaller grid stands for as many zeros as it does for tokens.
         per_place = side * side / (window[0] * window[1]) if self.size_aware else 1.0
         sizes = self._sizes(tokens, padding=per_place)
         padded = size[0] % window[0] or size[1] % window[1]
@@ -234,7 +234,7 @@ class MapLayout(Layout):
 
 
 def _places(tokens: Tokens) -> Tensor | None:
-    """Mean positions, or where they are not kept those of the tokens' own places."""
+    """Mean positions; where they are not tracked, the tokens' own places."""
     if tokens.positions is None and tokens.places is not None and tokens.tracked:
         columns = tokens.size[1]
         return torch.stack([tokens.places // columns, tokens.places % columns], dim=-1).float()

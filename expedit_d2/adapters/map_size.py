@@ -1,4 +1,4 @@
-"""The size of the map that tokens (B, N, C) have lost, found again where they reach the blocks.
+"""The size of the map behind tokens (B, N, C), which the blocks are not given.
 
 It belongs to the tokens of one forward pass and is never taken from another. In this order:
 
@@ -8,7 +8,7 @@ It belongs to the tokens of one forward pass and is never taken from another. In
   only one has that many tokens.
 - The same of all that the model has ever embedded, for blocks that run outside of its forward.
 
-Else the size is not known, and that is an error.
+Otherwise the size is unknown, which is an error.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _LABEL = "expedit_map_size"
 
 
 class MapSizes:
-    """What is known of the maps that one model was given; a copy of it knows nothing."""
+    """What is known about the maps that one model was given; a copy knows nothing."""
 
     def __init__(self) -> None:
         self._ever: dict[int, set[Size]] = {}
@@ -47,11 +47,11 @@ class MapSizes:
         """Follow the maps of a timm transformer.
 
         Args:
-            model: the transformer, or what contains it, whose forwards are told apart.
+            model: the transformer, or what contains it, whose forwards are distinguished.
             owner: the transformer, with ``patch_embed``, ``_pos_embed`` and ``norm_pre``.
 
         Returns:
-            The undo.
+            The function that undoes it.
         """
         embed = owner.patch_embed
         hooks = [embed.register_forward_hook(self._embedded)]
@@ -85,7 +85,7 @@ class MapSizes:
             projection: its output is (B, C, H, W).
 
         Returns:
-            The undo.
+            The function that undoes it.
         """
         hooks = [projection.register_forward_hook(self._projected)]
         for module in dict.fromkeys((model, owner)):

@@ -5,7 +5,8 @@ between, windows, their shift and its mask are those of the smaller grid. Relati
 looked up in the model's own table, between its entries, at the clusters' mean positions or on the
 regular grid.
 
-Serves the ``D2SwinTransformer`` of this package and the official code, which Detectron2 has too.
+Supports the ``D2SwinTransformer`` of this package and the official code, which is also in
+Detectron2.
 """
 
 from __future__ import annotations
@@ -190,7 +191,7 @@ class SwinLayout(Layout):
         sizes = tokens.sizes if self.size_aware else None
         if tokens.valid is not None:
             # The stock model pads with zeros after the norm, and these take part in its windows.
-            # A cell stands for as many of them as it does for tokens.
+            # A cell stands for as many zeros as it does for tokens.
             per_cell = side * side / (window[0] * window[1]) if self.size_aware else 1.0
             sizes = tokens.valid.float() if sizes is None else sizes
             sizes = torch.where(tokens.valid, sizes, per_cell)
@@ -228,7 +229,7 @@ class _Windows:
         positions: (W or 1, N, 2), of each cell; None: those of the model's own windows.
         mask: (windows, N, N) of shifted ones.
         bias: (B * windows, N), added to the logits of each key.
-        rows: (B * M,) of tokens off the grid, where each one stands in the windows of all images.
+        rows: (B * M,) for unstructured tokens: the row of each one in the windows of all images.
     """
 
     window: tuple[int, int]
@@ -251,16 +252,16 @@ class _Windows:
 
 
 class Parts(NamedTuple):
-    """An attention layer in windows, whatever an implementation calls its parts.
+    """An attention layer in windows, with uniform names for its parts.
 
     Attributes:
         heads: their number.
         scale: of the products.
-        dropout: share of the attention weights that are dropped now.
+        dropout: share of the attention weights that is dropped.
         qkv: tokens (..., C) to queries, keys and values (..., 3 C), each head by head.
-        blank: (3 C,) what that makes of zeros; None: zeros.
-        key: weight and bias of the keys among it.
-        proj: what comes after the products, (..., C) to (..., C).
+        blank: (3 C,) the output of ``qkv`` for zeros; None: zeros.
+        key: weight and bias of the keys in ``qkv``.
+        proj: the layer after the products, (..., C) to (..., C).
         table: (heads, 2 h - 1, 2 w - 1) of relative positions in windows of h x w.
         bias: builds what the table gives in such windows, (1, heads, h * w, h * w).
     """

@@ -1,7 +1,7 @@
-"""timm's ``Eva``: as its ``VisionTransformer``, with rotary positions given to every block.
+"""timm's ``Eva``: like its ``VisionTransformer``, but with rotary positions in every block.
 
 Covers DINOv3, EVA-02, Perception Encoder and RoPE-ViT. The rotation of a token is sin and cos of
-angles that are linear in its row and column. So a cluster is turned by the angles of its own mean
+angles that are linear in its row and column. So a cluster is rotated by the angles of its own mean
 position, from the model's own frequencies; no table is interpolated. What timm does to coordinates
 in training alone (shift, jitter, rescale) is not done to clusters.
 
@@ -43,7 +43,7 @@ def adapt(eva: nn.Module) -> TransformerSpec:
 
 @dataclass(frozen=True)
 class _Context:
-    """What every later block needs to know of reduced tokens.
+    """What every later block needs to know about reduced tokens.
 
     Attributes:
         mask: of cluster sizes; see `PrefixLayout.prepare`.

@@ -57,7 +57,7 @@ def spec_of(vit: nn.Module, layout: Callable[..., PrefixLayout]) -> TransformerS
         attribute="blocks",
         layout=build,
         costs=_costs,
-        # Known to who drives the model (`expedit_d2.backbones.timm_vit`), else it may read any.
+        # Known if `expedit_d2.backbones.timm_vit` runs the model; otherwise it may read any.
         outputs=getattr(vit, "expedit_outputs", None),
         attach=lambda model: sizes.attach(model, vit),
         unstructured=True,
@@ -66,7 +66,7 @@ def spec_of(vit: nn.Module, layout: Callable[..., PrefixLayout]) -> TransformerS
     )
 
 
-#: What `PrefixLayout.run_reducing` needs of a block: that it is timm's ``Block``.
+#: `PrefixLayout.run_reducing` needs blocks that are timm's ``Block``.
 _PARTS = ("ls1", "ls2", "drop_path1", "drop_path2")
 
 
@@ -124,7 +124,7 @@ class PrefixLayout(Layout):
         if not self.size_aware or tokens.sizes is None:
             return None
         sizes = tokens.sizes
-        # Off the grid every token stands for one at least.
+        # An unstructured token has a size of at least one.
         bias = sizes.log() if sizes.dim() == 2 else key_bias(sizes).flatten(1)
         # Class and register tokens count one each: their logarithm is zero.
         bias = F.pad(bias, (self.prefix, 0))

@@ -57,7 +57,7 @@ def adapt(beit: nn.Module) -> TransformerSpec:
 
 
 def _refuse_mask(beit: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Forward pre-hook: further on, a mask cannot be told from the positions it is added to."""
+    """Forward pre-hook: later, a mask cannot be separated from the positions it is added to."""
     if kwargs.get("attention_mask") is not None:
         raise ValueError(
             "a model with Expedit takes no attention_mask: it is for all tokens; leave it out"

@@ -30,7 +30,7 @@ FEATURE_CACHE: dict[str, Any] = {
 
 
 def cache_features(folder: str | os.PathLike, module: nn.Module, method: str = "forward") -> None:
-    """Let a frozen module look up what it has put out before.
+    """Let a frozen module look up its earlier outputs.
 
     Features are kept in fp16 and returned in the type of the images, the first time as well, so
     that training does not depend on what the cache holds. An image that was augmented is another

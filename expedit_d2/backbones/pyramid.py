@@ -94,7 +94,7 @@ class ViTPyramid(SimpleFeaturePyramid):
 
     @staticmethod
     def pyramid_args(cfg: CfgNode, node: CfgNode) -> dict[str, Any]:
-        """The arguments beside ``net``, from the config and the backbone's node in it."""
+        """The arguments besides ``net``, from the config and the backbone's node in it."""
         keys = {key.lower(): node[key] for key in PYRAMID}
         cache = cfg.MODEL.BACKBONE.FEATURE_CACHE
         return {**keys, "feature_cache": cache, "expedit": cfg.MODEL.get("EXPEDIT")}

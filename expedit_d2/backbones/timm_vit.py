@@ -65,8 +65,8 @@ def create_timm_vit(
         **kwargs: further arguments of ``timm.create_model``.
 
     Raises:
-        ValueError: if there is no such model, if it is no plain ViT, or if the checkpoint does not
-            fit; names the config key.
+        ValueError: if there is no such model, if it is not a plain ViT, or if the checkpoint does
+            not fit; names the config key.
         OSError: if there is no such checkpoint, or if weights cannot be downloaded.
     """
     if ":" not in name and not timm.is_model(name):  # with a colon: on the hub, or in a folder
@@ -167,7 +167,7 @@ class TimmNet(Backbone):
             grad_checkpointing: save memory in training by running blocks twice.
 
         Raises:
-            ValueError: if the stride is no power of two.
+            ValueError: if the stride is not a power of two.
         """
         super().__init__()
         self.model = model

@@ -32,7 +32,7 @@ def train(parser: argparse.ArgumentParser) -> None:
         # models and data sets of your own, registered by a module
         expedit train --import my_model.py --config-file my_model.yaml --num-gpus 4
 
-    Training is kept in the output folder: --resume goes on from the last checkpoint.
+    Training is kept in the output folder: --resume resumes from the last checkpoint.
     """
     option = parser.add_argument
     option("--eval-only", action="store_true", help="evaluate, do not train")

@@ -27,7 +27,7 @@ def parse_arguments(arguments: list[str] | None, prog: str = "draw.py") -> argpa
 
 
 def load(args: argparse.Namespace) -> tuple[Workload, Settings]:
-    """The plain model on the images, and the settings to draw beside it.
+    """The plain model on the images, and the settings to draw next to it.
 
     Raises:
         ValueError, OSError: if something is wrong with the config, weights or images, or the
@@ -55,7 +55,7 @@ def main(args: argparse.Namespace) -> list[Path]:
         try:
             item = inputs[number]
             rows = side_by_side(workload.model, settings, item, metadata, workload.color)
-        except (ValueError, OSError) as error:  # of this image: the others go on
+        except (ValueError, OSError) as error:  # of this image: continue with the others
             skipped.append(str(error))
             continue
         # Files of the same name may come from several folders.

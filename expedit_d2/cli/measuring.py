@@ -56,7 +56,7 @@ def prepare(args: argparse.Namespace) -> tuple[Workload, Store]:
         return load_workload(args.config_file, args.opts, args.images, args.first), store
     if args.opts:
         raise ValueError(f"overrides are of a config, and --model has none, got {args.opts[0]!r}")
-    torch.manual_seed(0)  # random weights are the same ones when the command goes on
+    torch.manual_seed(0)  # so that random weights are the same when the command is resumed
     workload = model_workload(args.model, args.images, args.first, args.size, args.random_weights)
     return workload, store
 

@@ -68,7 +68,7 @@ def run_yaml(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def print_comparison(workload: Workload, settings: Settings) -> None:
-    """The plain model and the configured one, measured anew."""
+    """The plain model and the configured one, measured again."""
     comparison = compare(workload, {"expedit": settings})
     print(f"\n{to_terminal(comparison)}\n")
     check_finished([comparison])
@@ -105,7 +105,7 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def what_is_left(args: argparse.Namespace) -> str:
-    """What an interruption leaves behind."""
+    """What is left after an interruption."""
     if args.eval_only or args.compare:
         return "an evaluation that is not finished leaves no result"
     if is_lazy(args.config_file):

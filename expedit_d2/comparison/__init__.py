@@ -1,4 +1,4 @@
-"""The plain model beside expedited ones: metrics, agreement, FLOPs, speed and memory.
+"""The plain model compared with expedited ones: metrics, agreement, FLOPs, speed and memory.
 
 A `Workload` is a model with its data; `compare` measures it with a list of settings, which gives a
 `Comparison`; `tables` writes that down.

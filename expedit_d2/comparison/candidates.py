@@ -1,4 +1,4 @@
-"""Settings worth trying on a model, from what its adapter says about it."""
+"""Settings worth trying on a model, according to its adapter."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ def _merging(first: int, depth: int) -> Iterator[Settings]:
 
 
 def candidates(spec: TransformerSpec) -> dict[str, Settings]:
-    """What to try on a transformer, by name.
+    """Settings to try on a transformer, by name.
 
-    Where its blocks lie in stages, they reduce in the longest one, which costs most.
+    If its blocks are in stages, tokens are reduced in the longest one, which costs most.
 
     Args:
-        spec: of the model, as `find_transformer` gives it.
+        spec: of the model, see `find_transformer`.
     """
     stage, first = spec.longest_stage
     depth = len(stage.blocks)

@@ -33,15 +33,15 @@ class Column:
 
     Attributes:
         key: its head in CSV, where numbers are in base units and not rounded.
-        value: of a row; None where it was not measured or is undefined.
-        group: the table it stands in, of `GROUPS`.
-        head: above it where people read it.
-        form: how its number is written there.
-        unit: after the number.
-        scale: base units in one of the unit.
-        where: it is shown, beside CSV.
-        below: whether it says more about the column before it: in HTML, the second line there.
-        note: more about the number of a row, to be put in brackets.
+        value: its value for a row; None where it was not measured or is undefined.
+        group: the table that shows it, of `GROUPS`.
+        head: its head in tables for people.
+        form: format of its number there.
+        unit: unit after the number.
+        scale: base units per unit.
+        where: formats that show it, besides CSV.
+        below: whether it adds to the previous column: in HTML, as the second line there.
+        note: a remark on the number of a row, shown in brackets.
     """
 
     key: str
@@ -72,10 +72,10 @@ class Column:
 
 
 def columns_of(comparison: Comparison, where: str | None = None) -> list[Column]:
-    """The columns that are shown somewhere; what no row has cost is left out.
+    """The columns to show; costs that no row has are left out.
 
     Args:
-        comparison: whose plain model says which metrics and kinds of output there are.
+        comparison: its plain model determines the metrics and kinds of output.
         where: `TERMINAL`, `MARKDOWN` or `HTML`; None: all columns, for CSV.
     """
     columns = [*_quality(comparison), *_flops(comparison), *_cost(comparison)]
@@ -91,7 +91,7 @@ def columns_of(comparison: Comparison, where: str | None = None) -> list[Column]
 
 
 def describe_settings(row: Row) -> str:
-    """A row's settings as a line to paste, and after an arrow what a budget chose, as another."""
+    """A row's settings as a line to paste, and after an arrow the choice of a budget."""
     if row.settings is None:
         return ""
     asked = describe(row.settings)

@@ -1,4 +1,4 @@
-"""What a result comes from: digests of code and of data, so that none is taken for another's."""
+"""The origin of a result: digests of code and of data, so that results are never confused."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def versions() -> dict[str, str]:
 
 
 def code_digest(paths: Iterable[Path]) -> str:
-    """Of Python files, and of all that are in folders, with their places in these."""
+    """Digest of Python files, and of all Python files in folders with their paths there."""
     found = []
     for path in sorted(set(paths)):
         files = sorted(path.rglob("*.py")) if path.is_dir() else [path]
@@ -54,8 +54,8 @@ def code_digest(paths: Iterable[Path]) -> str:
 def sources(definitions: Iterable[type | Callable[..., Any]]) -> set[Path]:
     """Where classes and functions are defined: files, or folders of packages.
 
-    What lies in a package that is not installed brings all of the package, as its other files are
-    as likely to change. This package's own are left out: they always count.
+    A file in a package that is not installed counts as the whole package, because its other files
+    are as likely to change. This package's own are left out: they always count.
     """
     found = set()
     for definition in definitions:
@@ -76,7 +76,7 @@ def sources(definitions: Iterable[type | Callable[..., Any]]) -> set[Path]:
 def data_digest(
     records: Sequence[Mapping[str, Any]], metadatas: Sequence[Mapping[str, Any]]
 ) -> str:
-    """Of records with their labels, of metadata of data sets, and of all files that these name."""
+    """Digest of records with their labels, of metadata of data sets, and of all files they name."""
     folders = [Path(meta[key]) for meta in metadatas for key in _LABEL_FOLDERS if key in meta]
     labels = sorted(file for folder in folders for file in folder.rglob("*") if file.is_file())
     files = [_file(label) for label in labels]

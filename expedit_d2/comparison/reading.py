@@ -1,4 +1,5 @@
-"""Dataclasses from JSON, with every type checked: files may have been edited, or be others'."""
+"""Dataclasses from JSON, with every type checked: files may have been edited, or be of another
+kind."""
 
 from __future__ import annotations
 
@@ -11,12 +12,12 @@ __all__ = ["read_dataclass"]
 
 
 def read_dataclass(kind: type, values: Any, where: str) -> Any:
-    """The opposite of `dataclasses.asdict`, also after a trip through JSON.
+    """The inverse of `dataclasses.asdict`, also after a round trip through JSON.
 
     Args:
         kind: the dataclass, of numbers, texts, lists, dicts and other dataclasses.
-        values: what JSON gives.
-        where: what this is, for messages.
+        values: the content of the JSON.
+        where: name of this value in messages.
 
     Raises:
         ValueError: for a key that is missing or unknown, or a value of another type.
@@ -60,7 +61,7 @@ def _is_a(hint: type, value: Any) -> bool:
 
 
 def _read_union(kinds: tuple[Any, ...], value: Any, where: str) -> Any:
-    """As the first kind that fits; what looks like a dataclass is meant to be one."""
+    """Read as the first kind that fits; a value that looks like a dataclass is read as one."""
     if isinstance(value, Mapping):
         kinds = [kind for kind in kinds if is_dataclass(kind)] or kinds
     for kind in kinds[:-1]:

@@ -1,4 +1,4 @@
-"""What a comparison is: a plain model's row and one for each setting, with their JSON form."""
+"""The data of a comparison: the plain model's row and one per setting, with their JSON form."""
 
 from __future__ import annotations
 
@@ -34,19 +34,19 @@ class Row:
 
     Attributes:
         name: of the setting; `PLAIN` is the model as it is.
-        settings: as they were asked for; None for the plain model.
+        settings: as requested; None for the plain model.
         metrics: headline metric of each task, in percent; empty without labels.
         agreement: of each kind of output with the plain model's, in percent; None where neither
             model finds anything.
         flops: of one forward on the first image.
         parameters: of the model; no setting changes them.
         latency: seconds of one forward at batch 1; None if it was not timed.
-        baseline: the plain model's latency, measured in turns with this one.
+        baseline: the plain model's latency, measured alternately with this one.
         throughput: images per second in batches; None if these were not timed.
-        baseline_throughput: the plain model's, measured in turns with this one.
-        peak_memory: bytes that one forward at batch 1 has allocated at once, beyond the weights
+        baseline_throughput: the plain model's, measured alternately with this one.
+        peak_memory: most bytes allocated at once by one forward at batch 1, without the weights
             and the image; None if it was not measured.
-        resolved: the settings in force, after a budget has chosen; None where this was not noted.
+        resolved: the settings in force, after a budget has chosen; None if not recorded.
         ratio: how many times faster than the plain model at batch 1, round by round.
         batched_ratio: the same in batches.
         not_finite: images on which the output is NaN or infinite somewhere.
@@ -74,7 +74,7 @@ class Row:
 
     @property
     def lowest_agreement(self) -> float | None:
-        """Of all tasks; None where one is undefined, or there is none."""
+        """The lowest over all tasks; None if one is undefined or there are none."""
         values = self.agreement.values()
         return None if None in values else min(values, default=None)
 
@@ -91,7 +91,7 @@ class Conditions:
         date: day and time, ISO 8601.
         timed_images: at batch 1; their median is the latency.
         batch: images in a batch for the throughput; 1: no batches were timed.
-        command: that gives the same table.
+        command: the command that gives the same table.
     """
 
     device: str
@@ -156,8 +156,8 @@ class Comparison:
     def retained(self, row: Row, metric: str) -> float | None:
         """Percent of the plain model's metric; above 100 is better than the plain model.
 
-        None where the ratio has no meaning, as one of the two is missing, not finite, or the one
-        that is divided by is 0.
+        None where the ratio is undefined: one of the two is missing or not finite, or the divisor
+        is 0.
         """
         now, was = row.metrics.get(metric), self.plain.metrics.get(metric)
         if now is None or was is None:
@@ -167,12 +167,12 @@ class Comparison:
         return 100 * now / was if math.isfinite(now) and math.isfinite(was) and was > 0 else None
 
     def lowest_retained(self, row: Row) -> float | None:
-        """Of all metrics of the plain model; None where one is undefined, or there is none."""
+        """The lowest over the plain model's metrics; None if one is undefined or there are none."""
         retained = [self.retained(row, metric) for metric in self.plain.metrics]
         return None if None in retained else min(retained, default=None)
 
     def undefined(self) -> list[str]:
-        """Sentences on what no setting can be judged by, as the plain model does not have it."""
+        """Sentences on metrics and agreements that are undefined for the plain model."""
         said = []
         for metric in self.plain.metrics:
             if self.retained(self.plain, metric) is None:
@@ -201,11 +201,11 @@ class Comparison:
         return 100 * (1 - getattr(row.flops, part) / was) if was else 0.0
 
     def flops_ratio(self, row: Row) -> float:
-        """How many times less FLOPs than the plain model's; the speed-up these would give."""
+        """The plain model's FLOPs divided by the row's: the speed-up these would give."""
         return self.plain.flops.total / row.flops.total
 
     def ratio(self, row: Row) -> Ratio | None:
-        """How many times faster than the plain model at batch 1, measured in turns with it."""
+        """How many times faster than the plain model at batch 1, measured alternately with it."""
         if row.ratio is not None or row.latency is None or row.baseline is None:
             return row.ratio
         median = row.baseline.median / row.latency.median  # of a file that has no rounds
@@ -229,7 +229,8 @@ class Comparison:
         return None if ratio is None else ratio.median
 
     def sure_speedup(self, row: Row) -> float | None:
-        """The speed-up, or where its spread is wide what three quarters of the rounds reach."""
+        """The speed-up or, if its spread is wide, the one that three quarters of the rounds
+        reach."""
         ratio = self.ratio(row)
         return None if ratio is None else ratio.low if ratio.is_wide else ratio.median
 
@@ -257,7 +258,7 @@ class Comparison:
         return self.plain.throughput * ratio.median
 
     def to_json(self) -> str:
-        """All of it; `from_json` is the opposite."""
+        """The whole comparison; `from_json` is the inverse."""
         return json.dumps(asdict(self), indent=1, ensure_ascii=False) + "\n"
 
     @classmethod
@@ -274,14 +275,14 @@ def pareto(
     x: Callable[[_Item], float | None],
     y: Callable[[_Item], float | None],
 ) -> list[_Item]:
-    """Rows that no other one is better than in one of two figures and as good in the other.
+    """The Pareto front: no other row is better in one of two figures and as good in the other.
 
     Args:
         rows: what to choose from; those with None for a figure are left out.
         x, y: the figures, both to be maximised.
 
     Returns:
-        The front by falling x, so by rising y; of equals, the first one alone.
+        The front by falling x, so by rising y; of equal rows, only the first one.
     """
     known = [row for row in rows if x(row) is not None and y(row) is not None]
     front: list[_Item] = []

@@ -34,14 +34,14 @@ def compare(
         workload: the model and its data.
         settings: name to settings.
         options: how to measure.
-        store: keeps results, so that the same call again goes on where this one stopped.
-        save: given the comparison so far, after each row.
+        store: keeps results, so that the same call continues where this one stopped.
+        save: called with the comparison so far, after each row.
 
     Returns:
         The plain model's row, then one for each setting in order.
 
     Raises:
-        ValueError: for settings that do not fit the model, a setting named as the plain model, or
+        ValueError: for settings that do not fit the model, a setting named like the plain model, or
             if the plain model fails on an image.
         KeyboardInterrupt: if not even the plain model is finished.
     """
@@ -70,7 +70,7 @@ def compare(
 
 
 def _check(model: nn.Module, settings: Mapping[str, Settings]) -> None:
-    """What does not fit should fail now.
+    """Fail early for settings that do not fit.
 
     Raises:
         ValueError: names every setting that does not fit, and why.

@@ -1,4 +1,4 @@
-"""Measuring one model with one setting after the other, each thing once."""
+"""Measuring one model with one setting after another, each figure once."""
 
 from __future__ import annotations
 
@@ -70,8 +70,8 @@ class Session:
         """
         Args:
             workload: what is measured.
-            options: how.
-            store: where results are kept; None: in memory.
+            options: how to measure.
+            store: where results are stored; None: in memory.
         """
         self.workload = workload
         self.options = options or Options()
@@ -80,7 +80,7 @@ class Session:
         self._image: str | None = None  # that a model runs on now
 
     def conditions(self) -> Conditions:
-        """How rows are taken now."""
+        """The conditions of the measurements."""
         return Conditions(
             device=processor(self.workload.device.type),
             threads=torch.get_num_threads(),
@@ -163,7 +163,7 @@ class Session:
             yield
 
     def _reference(self) -> Agreement:
-        """What the plain model puts out: kept from the first run, also over an interruption."""
+        """Outputs of the plain model, stored from the first run on, also across interruptions."""
         key = self._key("reference", None, {})
         arrays = self.store.get_arrays(key)
         if arrays is not None:
@@ -223,7 +223,7 @@ class Session:
         }
 
     def _inputs(self, count: int) -> list[list[dict[str, Any]]]:
-        """The first images as the model takes them, each alone; labels and the like left out."""
+        """The first images as inputs of the model, one each, without labels and the like."""
         if len(self._timed) < min(count, len(self.workload)):
             wanted = ("image", "height", "width")
             self._timed = [
@@ -233,7 +233,7 @@ class Session:
         return self._timed[:count]
 
     def _measure_speed(self, name: str, model: nn.Module) -> dict[str, Any]:
-        """Speed in turns with the plain model's, and memory on the first image."""
+        """Speed, measured alternately with the plain model's, and memory on the first image."""
         batch = self.options.batch
         images = self._inputs(max(self.options.timed_images, batch if batch > 1 else 1))
         singles = images[: self.options.timed_images]

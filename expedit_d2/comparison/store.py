@@ -1,4 +1,4 @@
-"""Results kept as they come, so that nothing finished is ever computed again."""
+"""Results stored as soon as they are computed, so that nothing is ever computed again."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ __all__ = ["Store", "fingerprint"]
 
 logger = logging.getLogger(__name__)
 
-#: What numpy raises for files that are torn, or no npz files at all.
+#: What numpy raises for files that are truncated, or are not npz files.
 _UNREADABLE = (
     *(ValueError, TypeError, KeyError, OSError, EOFError, AttributeError, NotImplementedError),
     *(zipfile.BadZipFile, zlib.error),
@@ -28,7 +28,7 @@ _UNREADABLE = (
 
 
 def fingerprint(*parts: Any) -> str:
-    """A short name for anything that JSON can hold: equal for what is equal, else different."""
+    """A short name for anything that JSON can hold; equal values have equal names."""
     text = json.dumps(parts, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:24]
 
@@ -36,8 +36,8 @@ def fingerprint(*parts: Any) -> str:
 class Store:
     """A folder with ``results.jsonl``, one JSON line per result, and npz files of arrays.
 
-    Neither can hold code: whatever is found in the folder, nothing of it is run. What is torn or
-    of another kind counts as not there. Several processes must not write to one folder at a time.
+    Neither can hold code, so nothing found in the folder is ever run. Truncated files and files
+    of another kind count as missing. Several processes must not write to one folder at a time.
 
     Attributes:
         reused: how many results were there already when they were needed.
@@ -46,7 +46,7 @@ class Store:
     def __init__(self, folder: str | Path | None) -> None:
         """
         Args:
-            folder: made if need be; None keeps everything in memory.
+            folder: created if needed; None keeps everything in memory.
 
         Raises:
             NotADirectoryError, PermissionError: as `check_folder`.

@@ -33,7 +33,7 @@ def to_terminal(comparison: Comparison) -> str:
 
 
 def _chosen(comparison: Comparison) -> list[str]:
-    """What budgets chose, a line for each, as one paragraph; nothing without a budget."""
+    """The choices of budgets, one line each, as one paragraph; nothing without a budget."""
     lines = [
         f"{row.name}: {describe_settings(row)}"
         for row in comparison.rows
@@ -43,7 +43,7 @@ def _chosen(comparison: Comparison) -> list[str]:
 
 
 def caption(comparison: Comparison) -> str:
-    """What was measured, how, what the columns mean, and what they cannot say."""
+    """What was measured and how, what the columns mean, and their limits."""
     now, plain = comparison.conditions, comparison.plain
     lines = [f"{comparison.model} on {comparison.dataset}, {_count(comparison.images, 'image')}."]
     if plain.metrics:

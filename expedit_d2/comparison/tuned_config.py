@@ -20,7 +20,7 @@ def _as_plain(value: Any) -> Any:
 
 
 def _changed(settings: Settings, node: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields that are not what a config's node (keys in any case) says already."""
+    """The fields that differ from a config's node (keys in any case)."""
     before = {key.lower(): _as_plain(value) for key, value in node.items()}
     after = {field.name: _as_plain(getattr(settings, field.name)) for field in fields(settings)}
     del after["fused_attention"]  # is the plain model's
@@ -38,7 +38,7 @@ def to_yaml(
     """A small config on top of the one that was tuned.
 
     Args:
-        settings: what was found.
+        settings: the tuned settings.
         config_file: the config that was tuned.
         node: its ``MODEL.EXPEDIT``.
         folder: where the text will be saved; the base is named from there.

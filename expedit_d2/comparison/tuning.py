@@ -1,4 +1,4 @@
-"""Finding the setting for a target: a cheap sweep, then the best few on everything."""
+"""Finding the best setting for a target: a cheap sweep, then the best few on all images."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ __all__ = ["Target", "Tuning", "tune"]
 
 @dataclass(frozen=True)
 class Target:
-    """What a setting has to reach; whatever is None is not asked for.
+    """What a setting has to reach; whatever is None is not required.
 
     Attributes:
         retained: percent of the plain model's metric, of every task's or of ``metric``.
@@ -28,7 +28,7 @@ class Target:
         speedup: how many times faster than the plain model, at batch 1.
 
     Raises:
-        ValueError: if nothing is asked for, or a value is out of range.
+        ValueError: if nothing is required, or a value is out of range.
     """
 
     retained: float | None = None
@@ -65,7 +65,7 @@ class Target:
     def check(self, comparison: Comparison) -> None:
         """
         Raises:
-            ValueError: if the plain model lacks what is asked for.
+            ValueError: if the plain model lacks what the target requires.
         """
         plain = comparison.plain
         if plain.not_finite:
@@ -123,14 +123,14 @@ def _no_agreement(comparison: Comparison) -> str:
 
 @dataclass(frozen=True)
 class Tuning:
-    """What was found.
+    """The result of tuning.
 
     Attributes:
-        target: what was asked for.
+        target: the target.
         sweep: every candidate on a few images; None if not even the plain model was run.
-        front: of the finished sweep, by falling agreement and falling GFLOPs.
-        confirmed: the best few on all images; None if none was.
-        best: of these; None if none reaches the target.
+        front: the Pareto front of the finished sweep, by falling agreement and falling GFLOPs.
+        confirmed: the best few on all images; None if none was run.
+        best: the best of these; None if none reaches the target.
         skipped: candidates that the model cannot run with, or not on every image, and why.
         interrupted: whether it ended early.
     """
@@ -194,10 +194,10 @@ class _Confirmation:
         return row is not None and met(self.comparison(), row)
 
     def search(self, count: int) -> None:
-        """To the end of the front's part that is good enough, and then around it.
+        """Find the last setting of the front that is good enough, then run its neighbors.
 
-        Along the front quality falls and speed rises, so that a bisection finds where the target is
-        met just so; where they do not quite, the neighbors may be better.
+        Along the front quality falls and speed rises, so a bisection finds where the target is only
+        just met. The order is not strict, so neighbors may be better.
         """
         if not self.front:
             return
@@ -232,11 +232,11 @@ def tune(
     options: Options | None = None,
     store: Store | None = None,
 ) -> Tuning:
-    """Find the setting that reaches a target at the least cost.
+    """Find the setting that reaches a target at the lowest cost.
 
-    All settings run on a few images, for agreement with the plain model and GFLOPs. Of the front of
-    these two, a bisection finds the setting that reaches the target just so on all images, with
-    metrics and timing.
+    All settings run on a few images, for agreement with the plain model and GFLOPs. On the Pareto
+    front of these two, a bisection finds the setting that only just reaches the target on all
+    images, with metrics and timing.
 
     Args:
         workload: the model and its data.
@@ -245,13 +245,13 @@ def tune(
         sweep_images: images of the sweep.
         confirm: settings to run on everything, at least; the bisection may take a few more.
         options: how to measure.
-        store: keeps results, so that the same call again goes on where this one stopped.
+        store: keeps results, so that the same call continues where this one stopped.
 
     Returns:
-        What was found; after an interruption, what there was by then.
+        The result; after an interruption, what was finished by then.
 
     Raises:
-        ValueError: if the target asks for what the data cannot give.
+        ValueError: if the target requires what the data cannot provide.
     """
     options, store = options or Options(), store or Store(None)
     full = Session(workload, options, store)
@@ -295,7 +295,7 @@ def tune(
 def _check_sweep(sweep: Comparison) -> None:
     """
     Raises:
-        ValueError: if settings cannot be told apart by their agreement on these few images.
+        ValueError: if these few images do not distinguish settings by their agreement.
     """
     if sweep.plain.lowest_agreement is None:
         raise ValueError(

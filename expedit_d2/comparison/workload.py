@@ -34,11 +34,11 @@ class Workload:
 
     Attributes:
         name: for tables, such as the name of the config.
-        model: plain, in evaluation mode, on its device.
+        model: the plain model, in evaluation mode, on its device.
         dataset: name of the data set.
         loader: Detectron2's test loader, batch 1; it has a length.
-        make_evaluator: makes the task's evaluator, anew for each setting; None without labels.
-        config: a text that differs where the model or its input does.
+        make_evaluator: makes a new evaluator of the task for each setting; None without labels.
+        config: a text that differs if the model or its input differs.
         color: "RGB" or "BGR", of the images.
         limit: only the first images; these have agreement and no metrics, as Detectron2's
             evaluators want the whole set. None: all of them.
@@ -75,7 +75,8 @@ class Workload:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Of all that results depend on: code, libraries, config, weights, data, their number."""
+        """Digest of all that results depend on: code, libraries, config, weights, data, and
+        limit."""
         weights = hashlib.sha256()
         for key, tensor in self.model.state_dict().items():
             weights.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}".encode())
@@ -105,25 +106,25 @@ class Workload:
 
 
 def image_name(item: Mapping[str, Any]) -> str:
-    """Of one input of a model, for messages."""
+    """Name of one input of a model, for messages."""
     return str(item.get("file_name", item.get("image_id", "without a name")))
 
 
 def register_images(where: str | Sequence[str], limit: int | None = None) -> str:
     """Register images without labels as a data set.
 
-    Images that cannot be read are left out and logged. The metadata have them as ``unreadable``,
-    and the name says how many there are.
+    Images that cannot be read are left out and logged. They are ``unreadable`` in the
+    metadata, and the name says how many there are.
 
     Args:
         where: files, folders or patterns; one, or several in this order.
         limit: only the first images that can be read; None: all of them.
 
     Returns:
-        The name, which tells them apart.
+        The name, which is unique to these images.
 
     Raises:
-        FileNotFoundError: for one without images.
+        FileNotFoundError: for a place without images.
         ValueError: if no image can be read.
     """
     places = [where] if isinstance(where, str) else list(where)

@@ -6,7 +6,7 @@ One form for all of them, the labels first::
 
 - ``instances.json`` or ``instances.json@images``: a COCO instance file;
 - ``panoptic.json``, ``panoptic.json@images`` or ``panoptic.json@images@pngs``: a COCO panoptic
-  file, told by its content; ``panoptic.json@@pngs`` leaves the images to be found;
+  file, recognised by its content; ``panoptic.json@@pngs`` leaves the images to be found;
 - ``labels`` or ``labels@images``: a folder of PNGs, at any depth, whose pixels are class ids, 255
   ignored, and of images under the same names. The classes are those of ``classes.txt`` (a name a
   line) or ``classes.json`` (a list of names) in it, or as many as the largest id says.
@@ -71,7 +71,7 @@ def register_by_path(names: Sequence[str], key: str = "DATASETS.TEST or DATASETS
 
 
 def _split(name: str) -> tuple[Path | None, str]:
-    """Labels, None when the name is no path, and what follows the first ``@`` after them."""
+    """Labels, None when the name is not a path, and what follows the first ``@`` after them."""
     if ".json@" in name:
         file, given = name.split(".json@", 1)
         return Path(file + ".json").expanduser(), given

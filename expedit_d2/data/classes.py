@@ -82,7 +82,7 @@ def check_classes(dataset: str, key: str, of: str, classes: int, classes_key: st
 
 
 def check_ids(file: str, labels: np.ndarray, classes: int, ignore_label: int, whose: str) -> None:
-    """Refuse label pixels that are no class.
+    """Refuse label pixels that are not a class.
 
     Args:
         file: that has them.

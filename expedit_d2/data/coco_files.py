@@ -19,7 +19,7 @@ __all__ = ["register_coco"]
 
 
 def register_coco(name: str, file: Path, given: str) -> None:
-    """Register a COCO file, told by its content.
+    """Register a COCO file, recognised by its content.
 
     Args:
         name: of the data set.

@@ -49,7 +49,7 @@ _ORIENTATION = 274  # EXIF tag
 class DataError(ValueError):
     """What is wrong with a file, in one sentence; also when a worker process of a loader says it.
 
-    PyTorch makes an error of a worker anew, from a text that ends with the original one.
+    PyTorch re-creates an error of a worker from a text that ends with the original one.
     """
 
     def __init__(self, message: str) -> None:
@@ -120,7 +120,7 @@ def read_header(path: str | os.PathLike) -> Header:
     """Mode and size of an image, without its pixels.
 
     Raises:
-        DataError: if it is no image.
+        DataError: if it is not an image.
         FileNotFoundError: if it is not there.
     """
     with _opened(path) as image:
@@ -233,7 +233,7 @@ def standard_path(path: str, max_pixels: int | None = None) -> str:
         max_pixels: see `load_image`.
 
     Raises:
-        DataError: if it is no image.
+        DataError: if it is not an image.
         FileNotFoundError: if it is not there.
     """
     header = read_header(path)

@@ -25,7 +25,7 @@ def size_problem(record: Mapping[str, Any]) -> str | None:
         record: of a data set, in Detectron2's format.
 
     Raises:
-        DataError: if a file is no image.
+        DataError: if a file is not an image.
         FileNotFoundError: if one is not there.
     """
     file = record["file_name"]

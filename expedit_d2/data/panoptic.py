@@ -4,7 +4,7 @@ A panoptic PNG also tells the class of every pixel and the masks of the things. 
 files of those, so `semantic_path` and `things_path` name files that need not be there: through
 Detectron2's ``PathManager``, with which all of it reads, semantic labels are drawn from the
 panoptic PNG whenever they are opened, and instance annotations are written to a cache when they
-are first asked for. Nothing is ever written beside the data.
+are first asked for. Nothing is ever written next to the data.
 
 Shorthand: H x W pixels; a segment id is R + 256 G + 256² B of the PNG's colour.
 """

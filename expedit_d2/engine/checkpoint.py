@@ -1,4 +1,4 @@
-"""Loading weights, to evaluate, to start from and to go on with: whole and sound, or an error."""
+"""Loading weights to evaluate, to start from or to resume: complete and intact, or an error."""
 
 from __future__ import annotations
 
@@ -48,29 +48,29 @@ class Checkpointer(DetectionCheckpointer):
         Args:
             model, save_dir: see Detectron2's.
             key: the config key that gives the path, for messages.
-            **others: ``save_to_disk``, and what is saved beside the model.
+            **others: ``save_to_disk``, and what is saved besides the model.
         """
         super().__init__(model, save_dir, **others)
         self.key = key
 
     def load(self, path: str, checkpointables: Sequence[str] | None = None) -> dict[str, Any]:
-        """Load the model, and what was saved beside it.
+        """Load the model, and what was saved besides it.
 
         Args:
             path: a file or anything iopath opens; empty loads nothing.
-            checkpointables: names of what is loaded beside the model; None: all.
+            checkpointables: names of what is loaded besides the model; None: all.
 
         Returns:
-            What the file holds beside that.
+            What else the file holds.
 
         Raises:
             OSError: if there is no such file, or it cannot be downloaded.
-            ValueError: if it is no file of weights, or they are damaged.
+            ValueError: if it is not a file of weights, or they are damaged.
         """
         return self._load(path, checkpointables, self.key)
 
     def resume_or_load(self, path: str, *, resume: bool = True) -> dict[str, Any]:
-        """Go on with the last checkpoint in ``save_dir``, if wanted and there; else start anew.
+        """Resume from the last checkpoint in ``save_dir``, if wanted and there; else start afresh.
 
         Raises:
             OSError, ValueError: as `load`.
@@ -133,7 +133,7 @@ def _without(weights: Any, ending: str) -> dict[str, Any]:
 class _StrictCheckpointer(Checkpointer):
     """Raises where the weights and the model do not fit, instead of logging it.
 
-    ``elsewhere`` names weights that the model has already: a file that has none of them is one of a
+    ``elsewhere`` names weights that the model already has: a file without any of them is that of a
     head alone, and then nothing else may be missing or left over.
     """
 
@@ -161,10 +161,10 @@ class _StrictCheckpointer(Checkpointer):
 
 
 def surplus_layers(model: nn.Module, keys: Iterable[str]) -> list[str]:
-    """Which weights belong to a stack of layers that the model has: without them it is another one.
+    """Weights that belong to a stack of layers of the model, which would be another model without.
 
-    That is more blocks than it has, or more in a block. A head that the model lacks altogether, a
-    classifier, or a pixel mean does not change what it computes.
+    These are further blocks, or further layers in a block. A head that the model lacks altogether,
+    a classifier, or a pixel mean does not change what it computes.
 
     Args:
         model: on any device, "meta" too.
@@ -249,11 +249,11 @@ def slim_checkpoint(
 
     Raises:
         OSError: if there is no source, or it cannot be downloaded; or as `check_new_file`.
-        ValueError: if the source is no checkpoint, has weights that are not finite, or other ones
-            than ``elsewhere`` under the same names.
+        ValueError: if the source is not a checkpoint, has weights that are not finite, or other
+            ones than ``elsewhere`` under the same names.
     """
     check_new_file(target, "target")
-    # Training checkpoints hold the state of the optimizer and schedule beside the tensors.
+    # Training checkpoints hold the state of the optimizer and schedule besides the tensors.
     weights = read_weights(source, "the checkpoint")
     check_finite(weights, f"the checkpoint {source!r}")
     elsewhere = elsewhere or {}

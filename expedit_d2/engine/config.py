@@ -13,7 +13,7 @@ def choose_device(device: str, key: str = "MODEL.DEVICE") -> str:
     """The device asked for, or the CPU where it is "cuda", every config's default, without a GPU.
 
     Args:
-        device: as torch spells it.
+        device: in the form of torch.
         key: the config key or option that gave it, for the message.
 
     Raises:

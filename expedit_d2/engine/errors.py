@@ -1,9 +1,9 @@
-"""Where a tool ends: what went wrong becomes one sentence, and an exit status.
+"""How a tool ends after an error: with one sentence and an exit status.
 
-Errors that a user can mend are sentences already where this package raises them, as ValueError,
-OSError and the like. What libraries raise is turned into sentences here. Everything else is a
-defect and keeps its traceback: TypeError, AttributeError, KeyError, an IndexError, a ValueError
-that no `raise` statement asked for. ``EXPEDIT_TRACEBACK=1`` keeps the traceback of all.
+Errors that a user can fix are raised with a sentence by this package, as ValueError, OSError and
+the like. Errors of libraries are turned into sentences here. Everything else is a defect and keeps
+its traceback: TypeError, AttributeError, KeyError, IndexError, or a ValueError without a `raise`
+statement. ``EXPEDIT_TRACEBACK=1`` keeps all tracebacks.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ class ExplainedError(Exception):
 def one_sentence(
     tool: str, on_interrupt: str | Callable[[], str] = "nothing was written"
 ) -> Iterator[None]:
-    """End the process with one sentence on stderr for errors that a user can mend.
+    """End the process with one sentence on stderr for errors that a user can fix.
 
     Args:
         tool: its name, which the sentence starts with.
@@ -202,7 +202,7 @@ def _of_key(error: KeyError) -> str | None:
 
 
 def unknown_data_set(name: str) -> str:
-    """A sentence for a name that is no data set."""
+    """A sentence for a name that is not a data set."""
     return (
         f"there is no data set {name!r}{close_to(name, DatasetCatalog.list())}; give a name that "
         "Detectron2 knows, such as coco_2017_val or collage_val, the path of a COCO-format .json "

@@ -74,7 +74,7 @@ def dinov2_from_onnx(path: str | Path) -> dict[str, Tensor]:
         path: an ONNX file that transformers' DINOv2 was exported to.
 
     Raises:
-        KeyError: if it is no such file.
+        KeyError: if it is not such a file.
     """
     import onnx
     from onnx import numpy_helper

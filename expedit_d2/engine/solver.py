@@ -111,7 +111,7 @@ def build_optimizer(
 ) -> torch.optim.Optimizer:
     """SGD or AdamW, with gradient clipping.
 
-    ``SOLVER.CLIP_GRADIENTS.CLIP_TYPE`` may be "full_model" beside Detectron2's own types.
+    ``SOLVER.CLIP_GRADIENTS.CLIP_TYPE`` may be "full_model", besides Detectron2's own types.
 
     Args:
         cfg: the config.

@@ -26,7 +26,7 @@ class Agreement(DatasetEvaluator):
     - semantic: pixels with the same label.
     - depth: pixels within 5 % of the plain model's depth (or inverse depth).
 
-    Whatever of these a model puts out is compared. The plain model is run first, with an evaluator
+    Every kind that a model outputs is compared. The plain model is run first, with an evaluator
     of its own, which the others are given. An image on which either output is not finite counts as
     one that disagrees in everything.
 

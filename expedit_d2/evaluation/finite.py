@@ -41,14 +41,14 @@ class FiniteWatch:
         self._finite = self._finite and all_finite(value)
 
     def take(self) -> bool:
-        """Whether it was; begins anew."""
+        """Whether it was; then starts again."""
         finite, self._finite = self._finite, True
         return finite
 
 
 @contextmanager
 def watch_finite(model: nn.Module) -> Iterator[FiniteWatch]:
-    """Watch what a model puts out, its parts (backbone, heads) and the parts of these.
+    """Watch the outputs of a model, its parts (backbone, heads) and the parts of these.
 
     The output alone does not tell: detectors drop boxes that are not finite, and a panoptic map of
     them is empty, as if there were nothing to find.

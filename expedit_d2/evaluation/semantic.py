@@ -43,7 +43,7 @@ class SemanticEvaluator(SemSegEvaluator):
         """Compare the scores (K, height, width) of a batch with its labels.
 
         Raises:
-            ValueError: if labels are no classes or of another size, or the model has more classes.
+            ValueError: if labels are not classes or of another size, or the model has more classes.
         """
         for item, output in zip(inputs, outputs, strict=True):
             file = self.input_file_to_gt_file[item["file_name"]]

@@ -1,6 +1,6 @@
 """What comes with the package besides its modules: configs, projects and their weights.
 
-``configs/`` and ``projects/`` lie beside the package in a checkout, and inside of it where it was
+``configs/`` and ``projects/`` are next to the package in a checkout, and inside of it where it was
 installed from a wheel; either way they lie next to each other, as relative paths in configs expect.
 """
 

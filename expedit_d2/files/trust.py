@@ -1,8 +1,8 @@
-"""Whether files may run code while they are read. They may not, unless somebody says so.
+"""Whether files may run code while they are read. They may not, unless the user allows it.
 
-Pickles and some YAML tags are small programs: whoever reads them in the usual way runs them. Here
-they are read as data; what cannot be is refused. The option ``--run-code-in-files`` of a tool, or
-the environment variable for any of them and for other programs, brings the usual way back.
+Pickles and some YAML tags are small programs, which run when read in the usual way. Here they are
+read as data; what cannot be read so is refused. The option ``--run-code-in-files`` of a tool, or
+the environment variable for any of them and for other programs, restores the usual way.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def runs_code() -> bool:
 def code_in_files(allowed: bool) -> Iterator[None]:
     """Let files run code for a while; False changes nothing.
 
-    It is the environment that tells, so that processes started meanwhile know it too.
+    It is stored in the environment, so that processes started meanwhile know it too.
     """
     before = os.environ.get(VARIABLE)
     if allowed:

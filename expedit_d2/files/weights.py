@@ -25,7 +25,7 @@ from .trust import REMEDY, runs_code
 
 __all__ = ["check_finite", "check_tensors", "read_checkpoint", "read_weights", "suffix_of"]
 
-#: What pickled arrays and scalars of numpy are made of. Where numpy 2 moved them is the second one.
+#: Names in pickled arrays and scalars of numpy; the second is the place in numpy 2.
 _NUMPY_NAMES = {
     *(
         (f"numpy.{core}.{module}", name)
@@ -51,7 +51,7 @@ class _Refused(pickle.UnpicklingError):
 
 
 class _ArrayUnpickler(pickle.Unpickler):
-    """Arrays, containers, strings and numbers; the names of all else are refused."""
+    """Arrays, containers, strings and numbers; all other names are refused."""
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in _NUMPY_NAMES | _PLAIN_NAMES:
@@ -60,7 +60,7 @@ class _ArrayUnpickler(pickle.Unpickler):
 
 
 def _safe_globals() -> AbstractContextManager:
-    """What PyTorch may make beside tensors.
+    """What PyTorch may create besides tensors.
 
     Checkpoints of training have scalars of numpy (metrics, learning rates) and the command line.
     """
@@ -89,9 +89,9 @@ def suffix_of(file: str) -> str:
 
 
 def _check_sums(file: str) -> None:
-    """Raise where bytes of an archive are not those that were written; PyTorch does not look.
+    """Raise if an archive fails its checksums, which PyTorch does not verify.
 
-    Entries without a checksum (0) are passed over: PyTorch can be told to write none.
+    Entries without a checksum (0) are skipped: PyTorch can be configured to write none.
     """
     with zipfile.ZipFile(file) as archive:
         for entry in archive.infolist():
@@ -142,8 +142,8 @@ def read_checkpoint(path: str, key: str) -> dict[str, Any]:
 
     Raises:
         OSError: if there is no such file, or it cannot be downloaded.
-        ValueError: if it is no such file, is damaged, or holds what could run code. A download is
-            removed from the cache then.
+        ValueError: if it is not such a file, is damaged, or holds what could run code. A download
+            is removed from the cache then.
     """
     local = fetch(path, key)
     what = f"{key} {path!r}"

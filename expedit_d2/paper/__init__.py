@@ -1,4 +1,4 @@
-"""The tables of arXiv 2210.01035 that are ours to make: their figures, and ours beside them.
+"""The tables of arXiv 2210.01035 that are ours to make: their figures next to ours.
 
 - ``tables``: the published rows, and the config that each one is; figures are in ``tables.json``.
 - ``rules``: how the published GFLOPs were counted.

@@ -118,13 +118,13 @@ RULES = {
 
 
 def _product(layer: nn.Linear | nn.Conv2d, out: Tensor) -> float:
-    """Multiply-adds of a layer that puts out ``out``, and the bias of a convolution."""
+    """Multiply-adds of a layer with the output ``out``, and the bias of a convolution."""
     bias = isinstance(layer, nn.Conv2d) and layer.bias is not None
     return out.numel() * (layer.weight[0].numel() + bias)
 
 
 def _attention(tokens: Tensor, heads: int, element: int) -> float:
-    """Attention on tokens (B, N, C), beside its linear layers."""
+    """Attention on tokens (B, N, C), without its linear layers."""
     b, n, c = tokens.shape
     return b * n * (2 * n * c + c + element * n * heads)
 

@@ -1,6 +1,6 @@
-"""What models put out, one file a kind: how it is compared, how it is drawn, and its metrics.
+"""Outputs of models, one file per kind: how it is compared and drawn, and its metrics.
 
-Agreement, tables, reports and pictures ask `PREDICTIONS` what there is. A kind of your own is a
+Agreement, tables, reports and pictures use all kinds in `PREDICTIONS`. A kind of your own is a
 class in one file, decorated with `register_prediction`; the tools import it with ``--import``.
 """
 

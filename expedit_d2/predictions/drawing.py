@@ -51,7 +51,7 @@ def class_name(names: Sequence[str] | None, index: int) -> str:
 
 
 def class_color(palette: Sequence[Sequence[float]] | None, index: int) -> tuple[int, int, int]:
-    """0 to 255, from that or from 0 to 1 as matplotlib has it."""
+    """0 to 255, from that or from 0 to 1 as in matplotlib."""
     palette = palette or matplotlib.colormaps["tab20"].colors
     color = palette[index % len(palette)]
     scale = 255 if max(color) <= 1 else 1
@@ -84,7 +84,7 @@ def draw_masks(
 
 
 def _middle(plane: Tensor) -> tuple[int, int]:
-    """A pixel (x, y) of the segment itself, in its middle, also where it is no blob."""
+    """A pixel (x, y) of the segment itself, in its middle, whatever its shape."""
     rows, cols = torch.nonzero(plane, as_tuple=True)
     return int(cols[len(rows) // 2]), int(rows[len(rows) // 2])
 

@@ -31,7 +31,7 @@ def draw_panoptic(
 
 
 def _record(output: tuple[Tensor, list[dict]]) -> Record:
-    """The map, and ``segments`` (K, 2): id and class. Segments without a pixel are none."""
+    """The map, and ``segments`` (K, 2): id and class. Segments without a pixel are left out."""
     labels, segments = output
     there = set(labels.unique().tolist())
     pairs = [(s["id"], s["category_id"]) for s in segments if s["id"] in there]
@@ -59,7 +59,8 @@ def _segment_overlaps(mine: Record, plain: Record) -> np.ndarray:
 def match_segments(
     mine: tuple[Tensor, list[dict]], plain: tuple[Tensor, list[dict]]
 ) -> dict[int, int]:
-    """Segments of one panoptic output that are found in another, as a panoptic quality has it.
+    """Segments of one panoptic output that are found in another, matched as in the panoptic
+    quality.
 
     Args:
         mine, plain: segment of each pixel (height, width), and Detectron2's ``segments_info``.
@@ -89,7 +90,7 @@ class PanopticPrediction(Prediction):
     def differ(
         self, plain: tuple[Tensor, list[dict]], other: tuple[Tensor, list[dict]]
     ) -> np.ndarray:
-        """Pixels that do not lie in the same segment, as a panoptic quality matches segments."""
+        """Pixels that do not lie in the same segment, matched as in the panoptic quality."""
         twins = match_segments(other, plain)
         mine = other[0].cpu().numpy()
         known = np.zeros_like(mine)

@@ -1,4 +1,4 @@
-"""What a kind of prediction has to say of itself, and the table of all kinds."""
+"""The interface of a kind of prediction, and the table of all kinds."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ __all__ = [
     "register_prediction",
 ]
 
-#: What is remembered of one output, small: arrays by name, so that it can be kept in a file.
+#: A small record of one output: arrays by name, so that it can be stored in a file.
 Record = dict[str, np.ndarray]
 
 

@@ -127,7 +127,7 @@ def load_cfg(path: str | Path, opts: Sequence[str] = ()) -> CfgNode:
 
     Raises:
         FileNotFoundError: if there is no such file, or none that it is based on.
-        ValueError: for what is no config, tags that would make a Python object, unknown keys,
+        ValueError: for what is not a config, tags that would make a Python object, unknown keys,
             values of another type or out of their range, or a device that this machine has not.
     """
     cfg = get_cfg()

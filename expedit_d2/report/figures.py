@@ -22,7 +22,8 @@ __all__ = ["Point", "draw_tradeoff"]
 
 #: Stands for the colour of the page's text, which is black or white.
 _TEXT = "#010203"
-#: Method -> colour of middle lightness, and marker; both, for those who do not tell the colours.
+#: Method -> colour of middle lightness, and marker; both, for readers who cannot distinguish the
+#: colours.
 _STYLES = {
     "plain": (_TEXT, "*"),
     "expedit": ("#3b82d6", "o"),
@@ -58,7 +59,7 @@ class Point:
         name: of the setting.
         method: whose colour and marker it gets; "plain" for the model as it is.
         x: what is gained.
-        y: what is kept, in percent.
+        y: what is retained, in percent.
         front: whether no other setting is better in one and at least as good in the other.
         spread: the middle half of x, where it is so wide that x says little.
     """
@@ -72,7 +73,7 @@ class Point:
 
 
 def draw_tradeoff(points: Sequence[Point], x_label: str, y_label: str, key: str) -> str:
-    """What is kept against what is gained: an ``<svg>`` element, to be put into a page.
+    """What is retained against what is gained, as an ``<svg>`` element for a page.
 
     The vertical axis is stretched towards 100 %, where the settings of interest lie.
 
@@ -212,7 +213,7 @@ class _Room:
         """Move a name to the nearest free place around its marker.
 
         Returns:
-            Points (N, 2) of the line that leads there, none right beside the marker; None if no
+            Points (N, 2) of the line that leads there, none right next to the marker; None if no
             place is free.
         """
         for distance, direction in product(_DISTANCES, _DIRECTIONS):

@@ -24,7 +24,7 @@ class Picture:
     """Panels that belong together, such as what `side_by_side` gives for an image.
 
     Attributes:
-        title: of them all.
+        title: their common title.
         panels: title to uint8 RGB (height, width, 3).
     """
 

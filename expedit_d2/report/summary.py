@@ -1,4 +1,4 @@
-"""What a comparison comes to: its best setting, a sentence on it, the points of its plots."""
+"""The result of a comparison: its best setting, a sentence on it, the points of its plots."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ AGREEMENT = 98.0
 
 
 def _quality(comparison: Comparison, row: Row) -> float | None:
-    """1 and more is good enough for a headline: in agreement, and where there are metrics in the
-    worst of these as well. None where one is undefined."""
+    """At least 1 if good enough for the headline, in agreement and in the worst metric, if there
+    are any. None if one is undefined."""
     agreement = row.lowest_agreement
     if agreement is None or row.not_finite or comparison.undefined():
         return None
@@ -48,7 +48,7 @@ def best_row(comparison: Comparison) -> Row | None:
 
 
 def headline_row(comparison: Comparison) -> Row | None:
-    """The best setting; if there is none, the one that comes nearest; None if none can be told."""
+    """The best setting; if there is none, the one that comes nearest; None if all are undefined."""
     known = [row for row in comparison.rows[1:] if _quality(comparison, row) is not None]
     return best_row(comparison) or max(
         known, key=lambda row: _quality(comparison, row), default=None
@@ -98,7 +98,7 @@ class Tradeoff(NamedTuple):
 
 
 def tradeoffs(comparison: Comparison) -> list[Tradeoff]:
-    """What is kept against what is gained, for every pair that two settings or more have."""
+    """What is retained against what is gained, for every pair that two settings or more have."""
     label = "lowest metric kept, %"
     if len(comparison.plain.metrics) == 1:
         label = f"{next(iter(comparison.plain.metrics))} kept, %"

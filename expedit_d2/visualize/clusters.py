@@ -20,7 +20,7 @@ __all__ = ["Reduction", "cluster_labels", "draw_clusters", "record_reductions"]
 
 
 class Reduction(NamedTuple):
-    """What one reduction left behind.
+    """What one reduction left.
 
     Attributes:
         method: whose ``rebuild`` takes the record.

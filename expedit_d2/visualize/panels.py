@@ -31,7 +31,7 @@ matplotlib.use("Agg")  # only files are written
 def side_by_side(
     model: nn.Module, settings: Settings, item: dict, metadata: Metadata, color_format: str
 ) -> list[dict[str, np.ndarray]]:
-    """Run a plain model without and with token reduction on an image, and draw all it puts out.
+    """Run a plain model without and with token reduction on an image, and draw all its outputs.
 
     Args:
         model: a plain Detectron2 model in evaluation mode; it is left as it was.

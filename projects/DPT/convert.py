@@ -100,7 +100,7 @@ def convert_state(state: Mapping[str, Tensor], model: nn.Module) -> Conversion:
         model: a `modeling.DPT` of the same architecture, on any device, "meta" too.
 
     Raises:
-        ValueError: if these are no official keys, if a tensor has another shape than the model's,
+        ValueError: if these are not official keys, if a tensor has another shape than the model's,
             or if they are of more layers than it has.
     """
     if any(key.startswith("depth_head.") for key in state):
@@ -149,7 +149,7 @@ def convert_checkpoint(source: str, target: str, model: nn.Module) -> Conversion
 
     Raises:
         OSError: if there is no such file; or as `check_new_file`, of the target.
-        ValueError: if it is no file of weights, as `convert_state`, or if weights are missing or
+        ValueError: if it is not a file of weights, as `convert_state`, or if weights are missing or
             not finite; nothing is written then.
     """
     check_new_file(target, "target")

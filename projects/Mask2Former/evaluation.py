@@ -60,7 +60,7 @@ class ThingEvaluator(COCOEvaluator):
             )
 
     def process(self, inputs: Sequence[dict], outputs: Sequence[dict[str, Any]]) -> None:
-        """Collect the instances of a batch; those that are no things are left out."""
+        """Collect the instances of a batch; those that are not things are left out."""
         if self._rank:
             outputs = [{"instances": self._renumber(o["instances"])} for o in outputs]
         super().process(inputs, outputs)

@@ -22,7 +22,7 @@ _COPIED_KEYS = ("file_name", "depth_file_name", "image_id")
 
 
 def bottom_crop(size: tuple[int, int], crop: Sequence[int]) -> tuple[int, int]:
-    """Top and left of a crop at the bottom and in the middle, as KITTI's benchmark has it.
+    """Top and left of a crop at the bottom and in the middle, as in KITTI's benchmark.
 
     Raises:
         ValueError: if the image is smaller than the crop.

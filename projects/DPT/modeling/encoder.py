@@ -37,7 +37,7 @@ class Level(NamedTuple):
 
 
 class Encoder(nn.Module):
-    """Runs a ViT on images of any size and keeps what some of its blocks put out (section 3.1).
+    """Runs a ViT on images of any size and keeps the outputs of some of its blocks (section 3.1).
 
     A hybrid ViT's first two levels are the stages of its ResNet with strides 4 and 8 (DPT-Hybrid).
     """

@@ -25,7 +25,7 @@ from .resize import SIZE_METHODS, network_size
 __all__ = ["INTERPOLATIONS", "OUTPUTS", "DPT"]
 
 OUTPUTS = ("inverse", "metric")
-#: How depth gets the size of the image: mode -> align_corners, as the official codes have it.
+#: How depth gets the size of the image: mode -> align_corners, as in the official code.
 INTERPOLATIONS = {"bicubic": False, "bilinear": True}
 
 

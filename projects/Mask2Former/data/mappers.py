@@ -78,7 +78,7 @@ def _instance_segments(
             mask = polygons_to_bitmask(polygons, *size)
         else:
             mask = mask_util.decode(shape) if isinstance(shape, dict) else np.asarray(shape)
-            # Padding may be 255, which is no foreground.
+            # Padding may be 255, which is not foreground.
             mask = transforms.apply_segmentation(mask.astype(np.uint8)) == 1
         segments.append((annotation["category_id"], mask))
     return segments
@@ -117,7 +117,7 @@ def read_segments(
             ``pan_seg_file_name`` and ``segments_info``) or "semantic" (``sem_seg_file_name``).
         transforms: what was done to the image.
         size: (H, W) of the transformed image.
-        ignore_label: semantic label that is no class.
+        ignore_label: semantic label that is not a class.
 
     Returns:
         Instances with ``gt_classes`` (G,) and bool ``gt_masks`` (G, H, W), without crowds and
@@ -223,7 +223,7 @@ class MaskFormerMapper:
             task: see `read_segments`.
             augmentations: applied one after the other.
             image_format: "RGB" or "BGR".
-            ignore_label: semantic label that is no class.
+            ignore_label: semantic label that is not a class.
             pad_to: pad image and masks to this height and width; not positive: leave them.
             classes: of the model; semantic labels that are not below are refused. None: none is.
         """

@@ -50,7 +50,7 @@ class SetCriterion(nn.Module):
         """
         Args:
             num_classes: K.
-            matcher: says which query answers for which segment, anew for every prediction.
+            matcher: says which query answers for which segment, again for every prediction.
             weights: of ``loss_ce``, ``loss_mask`` and ``loss_dice``.
             no_object_weight: weight of "no object" among the classes.
             num_points, oversample_ratio, importance_sample_ratio: see `uncertain_points`.

@@ -112,7 +112,7 @@ class SemanticMapper:
         """A training sample: ``image`` uint8 (3, H, W) and ``sem_seg`` long (H, W).
 
         Raises:
-            ValueError: if the record has no ``sem_seg_file_name``, or labels that are no class.
+            ValueError: if the record has no ``sem_seg_file_name``, or labels that are not classes.
         """
         if "sem_seg_file_name" not in record:
             raise ValueError(

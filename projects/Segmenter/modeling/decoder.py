@@ -66,7 +66,7 @@ class MaskTransformer(nn.Module):
             scale: of the normed scores, to begin with.
 
         Raises:
-            ValueError: for a width that is no multiple of 64.
+            ValueError: for a width that is not a multiple of 64.
         """
         super().__init__()
         self.num_classes = num_classes

@@ -216,7 +216,7 @@ class Segmenter(NormalizingModel):
                     "MODEL.EXPEDIT.RECONSTRUCT_AT must be 'backbone' for a "
                     f"{type(vit).__name__}; 'head' needs timm's VisionTransformer"
                 )
-            else:  # the same, but that the blocks leave clusters behind
+            else:  # the same, but the blocks return clusters
                 tokens = positioned(vit, vit.patch_embed(images))
                 size = tuple(side // self.patch for side in shape_of(images)[2:])
                 tokens = vit.norm_pre(vit.patch_drop(tokens))
