@@ -5,14 +5,17 @@ from __future__ import annotations
 import pytest
 import timm
 import torch
+from detectron2.layers import ShapeSpec
 from detectron2.modeling import ViT
 from torch import nn
 
 from expedit_d2 import expedite
 from expedit_d2.adapters import find_transformer
 from expedit_d2.analysis.flops import count_flops
+from expedit_d2.backbones.d2_vit import D2ViT
 from expedit_d2.backbones.swin import D2SwinTransformer
 from expedit_d2.budget import Costs, within_budget
+from expedit_d2.projects import get_cfg
 from expedit_d2.settings import Settings
 from support.vits import images, timm_vit
 from support.vits import run_timm as run
@@ -60,6 +63,20 @@ def test_the_budget_is_met_with_windows(budget):
     # A window has a whole number of clusters along its side, and there may be fewer than allowed.
     share = share_spent(vitdet(), torch.randn(1, 3, 256, 256), budget=budget, method="expedit")
     assert budget - 0.12 < share < budget + 0.04
+
+
+def test_the_budget_is_for_the_images_of_the_config():
+    """Global attention weighs less on small images; without relative positions only the config
+    says how large they are."""
+    cfg = get_cfg()
+    sizes = {"IMG_SIZE": 256, "EMBED_DIM": 96, "DEPTH": 8, "NUM_HEADS": 3, "WINDOW_SIZE": 8}
+    for key, value in sizes.items():
+        cfg.MODEL.VIT[key] = value
+    cfg.MODEL.VIT.WINDOW_BLOCK_INDEXES = [0, 1, 2, 4, 5, 6]
+    cfg.MODEL.VIT.USE_REL_POS = False
+    net = D2ViT(cfg, ShapeSpec(channels=3)).eval()
+    share = share_spent(net, torch.randn(1, 3, 256, 256), budget=0.6)
+    assert 0.56 < share < 0.64
 
 
 @pytest.mark.parametrize("window", [14, 16])

@@ -61,7 +61,7 @@ def spec_of(
         inside=True,
         merge_rule=MergeRule.windowed() if window else MergeRule(),
         grid_rule=GridRule(latest=0.75, least_latest=0.375),
-        size=_size(blocks),
+        size=_size(vit, blocks),
     )
 
 
@@ -71,12 +71,15 @@ def _costs(block: nn.Module) -> BlockCosts:
     return block_costs(block, attn, attn.proj.in_features, block.window_size, heads)
 
 
-def _size(blocks: nn.ModuleList) -> tuple[int, int]:
-    """The map that the model was made for: that of its global relative positions."""
+def _size(vit: nn.Module, blocks: nn.ModuleList) -> tuple[int, int]:
+    """The map that the model was made for: that of its global relative positions, or of the images
+    that it names (SAM's encoder and `D2ViT` do); otherwise that of ViTDet."""
     for block in blocks:
         if block.window_size == 0 and block.attn.use_rel_pos:
             rows, cols = shape_of(block.attn.rel_pos_h)[0], shape_of(block.attn.rel_pos_w)[0]
             return (rows + 1) // 2, (cols + 1) // 2
+    if hasattr(vit, "img_size"):
+        return (vit.img_size // vit.patch_embed.proj.kernel_size[0],) * 2
     return 64, 64
 
 

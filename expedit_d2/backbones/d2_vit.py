@@ -23,7 +23,7 @@ __all__ = ["D2ViT", "add_vit_config"]
 
 # Arguments of Detectron2's ViT, in upper case; defaults are ViTDet-B.
 _VIT: dict[str, Any] = {
-    "IMG_SIZE": 1024,  # pixels; sets the length of global relative-position tables
+    "IMG_SIZE": 1024,  # pixels; length of global relative-position tables, and what BUDGET is for
     "PATCH_SIZE": 16,  # pixels
     "EMBED_DIM": 768,
     "DEPTH": 12,
@@ -63,6 +63,7 @@ class D2ViT(ViTPyramid):
             norm_layer=partial(nn.LayerNorm, eps=1e-6),
             **{key.lower(): vit[key] for key in _VIT},
         )
+        net.img_size = vit.IMG_SIZE  # Detectron2's ViT does not keep it, and BUDGET asks for it
         if vit.CHECKPOINT:
             load_plain_weights(net, vit.CHECKPOINT)
         return {"net": net, **cls.pyramid_args(cfg, vit)}
