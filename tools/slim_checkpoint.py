@@ -12,10 +12,21 @@ Examples::
 
 from __future__ import annotations
 
+from torch import Tensor
+
 from expedit_d2.cli.options import ToolParser, add_trust_option
+from expedit_d2.data import register_by_path, register_collage
 from expedit_d2.engine import one_sentence, slim_checkpoint
 from expedit_d2.files import code_in_files
 from expedit_d2.projects import frozen_part, load_cfg
+
+
+def frozen_weights_of(config_file: str) -> dict[str, Tensor]:
+    """What a config freezes; some models look at the metadata of their data sets."""
+    register_collage()
+    cfg = load_cfg(config_file)
+    register_by_path([*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST])
+    return frozen_part(cfg)
 
 
 def run(arguments: list[str] | None = None) -> None:
@@ -31,7 +42,7 @@ def run(arguments: list[str] | None = None) -> None:
     add_trust_option(parser)
     args = parser.parse_args(arguments)
     with code_in_files(args.run_code_in_files), one_sentence("slim_checkpoint.py"):
-        elsewhere = frozen_part(load_cfg(args.head_of)) if args.head_of else {}
+        elsewhere = frozen_weights_of(args.head_of) if args.head_of else {}
         slimmed = slim_checkpoint(args.source, args.target, elsewhere)
     print(f"{args.target}: {slimmed.size / 1e6:.1f} MB")
     if slimmed.full_precision:
