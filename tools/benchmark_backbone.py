@@ -68,7 +68,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     option("--memory", action="store_true", help="peak memory too, which takes one more round")
     option("--cpu-time", action="store_true", help="the process's own time; needs --threads 1")
     option("--json", type=Path, metavar="FILE", help="also write the numbers here")
-    add_config_options(parser, "YAML with MODEL.EXPEDIT.ALPHA")
+    add_config_options(parser, "YAML with MODEL.EXPEDIT.ALPHA or BUDGET")
     args = parser.parse_args(arguments)
     if args.cpu_time and (args.device != "cpu" or args.threads != 1):
         parser.error("--cpu-time counts what all threads of a CPU do: it needs --threads 1")
@@ -80,8 +80,10 @@ def build(args: argparse.Namespace) -> tuple[nn.Module, Settings]:
     import_modules(args.imports)
     cfg = load_cfg(args.config_file, [*args.opts, "MODEL.DEVICE", args.device])
     settings = Settings.from_node({**cfg.MODEL.EXPEDIT, "ENABLED": True})
-    if not settings.alphas:
-        raise ValueError(f"{args.config_file}: MODEL.EXPEDIT.ALPHA is not set; nothing to time")
+    if not settings.reduces:
+        raise ValueError(
+            f"{args.config_file}: neither MODEL.EXPEDIT.ALPHA nor BUDGET is set; nothing to time"
+        )
     cfg.defrost()
     cfg.MODEL.EXPEDIT.ENABLED = cfg.MODEL.EXPEDIT.FUSED_ATTENTION = False
     spec = find_transformer(build_model(cfg).eval())
