@@ -24,6 +24,7 @@ from torch import nn
 from expedit_d2.api import is_expedited
 from expedit_d2.backbones import add_vit_config
 from expedit_d2.config import add_expedit_config
+from expedit_d2.data import register_collage
 from expedit_d2.projects import get_cfg
 from expedit_d2.settings import Settings
 from support.repository import ROOT
@@ -235,6 +236,7 @@ def test_there_are_files() -> None:
 
 @pytest.mark.parametrize("file", MODELS)
 def test_file_builds(file: str) -> None:
+    register_collage()  # panoptic models ask it which classes are things
     cfg = load(file)
     model = meta_model(cfg)
     assert is_expedited(model) == cfg.MODEL.EXPEDIT.ENABLED
