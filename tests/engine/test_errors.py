@@ -204,7 +204,7 @@ MetadataCatalog.get("my_images").set(
 
 def test_a_module_of_ones_own(tiny_opts, tiny_data, tmp_path, monkeypatch, capsys):
     DatasetCatalog.get(tiny_data[1])  # its metadata
-    (tmp_path / "my_models.py").write_text(MODULE.replace("{name}", tiny_data[1]))
+    (tmp_path / "models_of_ones_own.py").write_text(MODULE.replace("{name}", tiny_data[1]))
     (tmp_path / "my_config.yaml").write_text(
         f"_BASE_: {EMBEDDED}\nMODEL: {{META_ARCHITECTURE: MyRCNN}}\n"
     )
@@ -214,10 +214,13 @@ def test_a_module_of_ones_own(tiny_opts, tiny_data, tmp_path, monkeypatch, capsy
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path])
     try:
-        for module in (str(tmp_path / "my_models.py"), "my_models"):  # the second time it is known
+        for module in (
+            str(tmp_path / "models_of_ones_own.py"),
+            "models_of_ones_own",
+        ):  # the second time it is known
             train_net.run(["--eval-only", "--import", module, *config, *opts])
             assert "my model on 1 images" in capsys.readouterr().out
     finally:
-        sys.modules.pop("my_models", None)
+        sys.modules.pop("models_of_ones_own", None)
         DatasetCatalog.remove("my_images")
         MetadataCatalog.remove("my_images")

@@ -245,6 +245,8 @@ def test_equal_outputs_do_not_differ():
         "panoptic_seg": panoptic(halves(24), {1: 2, 2: 0}),
         "sem_seg": torch.rand(3, 32, 48),
         "depth": torch.rand(32, 48),
+        "features": torch.rand(5, 4, 6),
+        "feature_directions": torch.rand(5, 4, 6),
     }
     assert set(outputs) == set(PREDICTIONS)
     for key, kind in PREDICTIONS.items():
