@@ -88,6 +88,14 @@ def confident_opts(tiny_opts):
     return tiny_opts
 
 
+@pytest.fixture(params=["timm", "detectron2"])
+def vit(request):
+    """A tiny ViT of either library; `support.vits.run` runs both."""
+    from support.vits import detectron2_vit, timm_vit_of_any_size
+
+    return timm_vit_of_any_size() if request.param == "timm" else detectron2_vit()
+
+
 @pytest.fixture
 def catalogs(monkeypatch, tmp_path):
     """Forgets what a test registers, and keeps its cache in the test's folder."""

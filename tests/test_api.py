@@ -8,30 +8,13 @@ import io
 import pytest
 import torch
 from timm.models.vision_transformer import VisionTransformer
-from torch import Tensor, nn
+from torch import nn
 
 from expedit_d2 import expedite
 from expedit_d2.adapters import FAMILIES, find_transformer
 from expedit_d2.api import Expedited, expedite_from_node, is_expedited
 from support.tensors import error, perturbed
-from support.vits import PATCH, detectron2_vit, images, timm_vit
-
-
-def tiny_vit() -> VisionTransformer:
-    """For images of any size, with a class token and registers."""
-    return timm_vit(dynamic_img_size=True, reg_tokens=2)
-
-
-@pytest.fixture(params=["timm", "detectron2"])
-def vit(request) -> nn.Module:
-    return tiny_vit() if request.param == "timm" else detectron2_vit()
-
-
-def run(vit: nn.Module, x: Tensor) -> Tensor:
-    with torch.no_grad():
-        out = vit(x)
-    return out["last_feat"] if isinstance(out, dict) else out
-
+from support.vits import PATCH, detectron2_vit, images, run, timm_vit_of_any_size
 
 # --- off leaves no trace ---------------------------------------------------------------------
 
@@ -172,7 +155,7 @@ def test_an_expedited_model_can_be_copied(vit):
 
 
 def test_a_copy_of_an_expedited_model_follows_its_own_patch_size():
-    vit = tiny_vit()
+    vit = timm_vit_of_any_size()
     with expedite(vit, 1, ratio=0.5):
         twin = copy.deepcopy(vit)
         twin.set_input_size(patch_size=(2 * PATCH, 2 * PATCH))
@@ -201,7 +184,7 @@ def test_unsupported_models_are_refused_by_name():
 
 
 def test_two_transformers_are_refused_by_name():
-    model = nn.ModuleDict({"image": tiny_vit(), "teacher": detectron2_vit()})
+    model = nn.ModuleDict({"image": timm_vit_of_any_size(), "teacher": detectron2_vit()})
     with pytest.raises(ValueError, match="image, teacher"):
         expedite(model, 1, grid=(2, 2))
     with expedite(model["teacher"], 1, grid=(2, 2)):

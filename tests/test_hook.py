@@ -8,7 +8,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from expedit_d2 import expedite
@@ -17,24 +16,7 @@ from expedit_d2.hook import ExpeditedBlocks, run_reduced
 from expedit_d2.methods import Method
 from expedit_d2.tokens import Tokens
 from support.tensors import error
-from support.vits import SIZE, detectron2_vit, embedded, images, timm_vit
-
-
-def tiny_vit() -> VisionTransformer:
-    """For images of any size, with a class token and registers."""
-    return timm_vit(dynamic_img_size=True, reg_tokens=2)
-
-
-@pytest.fixture(params=["timm", "detectron2"])
-def vit(request) -> nn.Module:
-    return tiny_vit() if request.param == "timm" else detectron2_vit()
-
-
-def run(vit: nn.Module, x: Tensor) -> Tensor:
-    with torch.no_grad():
-        out = vit(x)
-    return out["last_feat"] if isinstance(out, dict) else out
-
+from support.vits import SIZE, embedded, images, run, timm_vit_of_any_size
 
 # --- the container of blocks -----------------------------------------------------------------
 
@@ -127,7 +109,7 @@ def with_method(vit: nn.Module, methods: dict[int, nn.Module], size_aware: bool 
 @torch.no_grad()
 @pytest.mark.parametrize("size_aware", [True, False])
 def test_clusters_may_lie_on_no_grid(size_aware):
-    vit, x = tiny_vit(), images()
+    vit, x = timm_vit_of_any_size(), images()
     tokens = vit.norm_pre(vit._pos_embed(vit.patch_embed(x)))
     tokens = vit.blocks[1](vit.blocks[0](tokens))
     prefix, maps = tokens[:, :3], tokens[:, 3:].unflatten(1, SIZE)
@@ -148,7 +130,7 @@ def test_clusters_may_lie_on_no_grid(size_aware):
 
 
 def test_clusters_off_the_grid_may_be_reduced_again():
-    vit, x, seen = tiny_vit(), images(), []
+    vit, x, seen = timm_vit_of_any_size(), images(), []
     blocks = with_method(vit, {0: Unstructured(), 2: Unstructured()})
     for method in blocks.methods.values():
         method.reduce.register_forward_hook(lambda m, args, out: seen.append(out[0]))
@@ -267,7 +249,7 @@ def test_features_rebuilt_by_the_head_are_those_of_the_backbone(vit, alphas, rat
 @torch.no_grad()
 def test_what_is_no_token_is_rebuilt_without_residual():
     """Ones stay ones: the weights of every token sum to one, and nothing is added."""
-    vit = tiny_vit()
+    vit = timm_vit_of_any_size()
     with expedite(vit, 1, ratio=0.5, residual=True, reconstruct_at="head") as handle:
         reduced, rebuild = run_reduced(handle.blocks, embedded(vit, images()))
         logits = torch.ones(2, reduced.shape[1] - vit.num_prefix_tokens, 7)
@@ -276,7 +258,7 @@ def test_what_is_no_token_is_rebuilt_without_residual():
 
 @torch.no_grad()
 def test_blocks_without_expedit_have_nothing_to_rebuild():
-    vit = tiny_vit()
+    vit = timm_vit_of_any_size()
     embedding = embedded(vit, images())
     x, rebuild = run_reduced(vit.blocks, embedding)
     assert rebuild is None and torch.equal(x, vit.blocks(embedding))
@@ -292,7 +274,7 @@ def test_a_model_whose_head_cannot_rebuild_says_so(vit):
 
 @torch.no_grad()
 def test_only_the_outputs_that_are_read_are_rebuilt():
-    vit, x = tiny_vit(), images()
+    vit, x = timm_vit_of_any_size(), images()
     read = {"indices": [1, 3], "intermediates_only": True, "output_fmt": "NCHW"}
     with expedite(vit, 1, ratio=0.5):
         expected = vit.forward_intermediates(x, **read)

@@ -4,31 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from timm.models.vision_transformer import VisionTransformer
-from torch import Tensor, nn
 
 from expedit_d2 import expedite
 from expedit_d2.api import expedite_from_node, is_expedited
 from expedit_d2.settings import Settings
 from expedit_d2.settings_text import parse_setting
-from support.vits import detectron2_vit, images, timm_vit
-
-
-def tiny_vit() -> VisionTransformer:
-    """For images of any size, with a class token and registers."""
-    return timm_vit(dynamic_img_size=True, reg_tokens=2)
-
-
-@pytest.fixture(params=["timm", "detectron2"])
-def vit(request) -> nn.Module:
-    return tiny_vit() if request.param == "timm" else detectron2_vit()
-
-
-def run(vit: nn.Module, x: Tensor) -> Tensor:
-    with torch.no_grad():
-        out = vit(x)
-    return out["last_feat"] if isinstance(out, dict) else out
-
+from support.vits import detectron2_vit, images, run, timm_vit_of_any_size
 
 WRONG = [
     # settings, key, value as the message shows it, a word on what is valid
@@ -128,7 +109,7 @@ def test_grid_larger_than_what_it_covers(vit):
 
 
 def test_scope_window_needs_window_attention():
-    for model in (tiny_vit(), detectron2_vit(window_block_indexes=())):
+    for model in (timm_vit_of_any_size(), detectron2_vit(window_block_indexes=())):
         with pytest.raises(ValueError, match='SCOPE "window" needs'):
             expedite(model, 1, grid=(2, 2), scope="window")
 
@@ -146,7 +127,7 @@ def test_counts_belong_to_the_alphas_they_are_written_with():
     assert Settings(alpha=(2, 0), keep=(0.3, 0.8)) == Settings(alpha=(0, 2), keep=(0.8, 0.3))
     assert Settings(alpha=[2, 0, 1], keep=[20, 90, 0.5]).keep == (90, 0.5, 20)
     seen = {}
-    vit = tiny_vit()
+    vit = timm_vit_of_any_size()
     with expedite(vit, (2, 0), keep=(0.25, 0.75)) as handle:
         for name, method in handle.blocks.methods.items():
             method.reduce.register_forward_hook(

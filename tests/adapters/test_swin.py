@@ -15,7 +15,8 @@ from expedit_d2.adapters import find_transformer
 from expedit_d2.analysis.flops import count_flops
 from expedit_d2.backbones.swin import D2SwinTransformer
 from expedit_d2.operators import cluster_tokens, reconstruct_tokens
-from support.swin import PATCH, TINY, error, explicit_block, images, maps, one_stage, tiny
+from support.swin import PATCH, TINY, explicit_block, images, maps, one_stage, tiny
+from support.tensors import maps_error as error
 
 # Every token its own cluster: nothing is lost.
 IDENTITY = {"scope": "window", "temperature": 1e6, "neighbors": 1}

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from expedit_d2 import expedite
 from expedit_d2.analysis.flops import count_flops
+from support.tensors import maps_error as error
 
 transformers = pytest.importorskip(
     "transformers", reason="transformers is not installed: pip install .[transformers]"
@@ -54,14 +55,6 @@ def images() -> Tensor:
 def run(model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
     out = model(x)
     return out.masks_queries_logits, out.class_queries_logits
-
-
-def error(actual: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> float:
-    assert [a.shape for a in actual] == [e.shape for e in expected]
-    assert all(torch.isfinite(a).all() for a in actual)
-    return max(
-        ((a - e).abs().max() / e.abs().max()).item() for a, e in zip(actual, expected, strict=True)
-    )
 
 
 @pytest.mark.parametrize("masked", [True, False], ids=["masked", "annealed"])

@@ -8,6 +8,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from expedit_d2 import expedite
+from support.tensors import maps_error as error
 
 transformers = pytest.importorskip(
     "transformers", reason="transformers is not installed: pip install .[transformers]"
@@ -154,14 +155,6 @@ def run(model: nn.Module) -> list[Tensor]:
     out = model(**inputs)
     names = ("predicted_depth", "masks_queries_logits", "class_queries_logits", "logits")
     return [out[name] for name in names if out.get(name) is not None]
-
-
-def error(actual: list[Tensor], expected: list[Tensor]) -> float:
-    assert [a.shape for a in actual] == [e.shape for e in expected]
-    assert all(torch.isfinite(a).all() for a in actual)
-    return max(
-        ((a - e).abs().max() / e.abs().max()).item() for a, e in zip(actual, expected, strict=True)
-    )
 
 
 @pytest.mark.parametrize("make", MODELS, ids=lambda make: make.__name__)

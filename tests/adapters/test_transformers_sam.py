@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from expedit_d2 import expedite, fuse_attention
 from expedit_d2.adapters import find_transformer
 from expedit_d2.analysis.flops import count_flops
+from support.tensors import maps_error as error
 
 transformers = pytest.importorskip(
     "transformers", reason="transformers is not installed: pip install .[transformers]"
@@ -70,14 +71,6 @@ def run(model: nn.Module, x: Tensor) -> list[Tensor]:
     """The map, and in SAM-HQ the outputs of the global layers."""
     out = model(x)
     return [out.last_hidden_state, *(getattr(out, "intermediate_embeddings", None) or ())]
-
-
-def error(actual: list[Tensor], expected: list[Tensor]) -> float:
-    assert [a.shape for a in actual] == [e.shape for e in expected]
-    assert all(torch.isfinite(a).all() for a in actual)
-    return max(
-        ((a - e).abs().max() / e.abs().max()).item() for a, e in zip(actual, expected, strict=True)
-    )
 
 
 # --- nothing is lost where there is nothing to lose ------------------------------------------

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from expedit_d2 import expedite
 from expedit_d2.adapters import find_transformer
 from expedit_d2.analysis.flops import count_flops
+from support.tensors import maps_error as error
 
 transformers = pytest.importorskip(
     "transformers", reason="transformers is not installed: pip install .[transformers]"
@@ -71,14 +72,6 @@ def images(size: tuple[int, int] = (128, 160), batch: int = 2) -> Tensor:
 def run(model: nn.Module, x: Tensor) -> list[Tensor]:
     out = model(x)
     return list(out.feature_maps) if hasattr(out, "feature_maps") else [out.last_hidden_state]
-
-
-def error(actual: list[Tensor], expected: list[Tensor]) -> float:
-    assert [a.shape for a in actual] == [e.shape for e in expected]
-    assert all(torch.isfinite(a).all() for a in actual)
-    return max(
-        ((a - e).abs().max() / e.abs().max()).item() for a, e in zip(actual, expected, strict=True)
-    )
 
 
 # --- nothing is lost where there is nothing to lose ------------------------------------------

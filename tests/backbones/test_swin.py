@@ -17,7 +17,8 @@ from expedit_d2.backbones.swin import D2SwinTransformer
 from expedit_d2.projects import Mask2Former, get_cfg
 from expedit_d2.projects.Mask2Former import add_maskformer2_config
 from expedit_d2.windows import partition, shifted_mask
-from support.swin import TINY, error, explicit_swin, images, maps, tiny
+from support.swin import TINY, explicit_swin, images, maps, tiny
+from support.tensors import maps_error as error
 
 CONFIGS = Path(Mask2Former.__file__).parent / "configs"
 

@@ -33,17 +33,6 @@ def val(tiny):
     return DatasetCatalog.get(f"{tiny}_val")
 
 
-@pytest.fixture
-def catalog():
-    """Forgets what a test registers."""
-    before = set(DatasetCatalog.list())
-    yield
-    for name in set(DatasetCatalog.list()) - before:
-        DatasetCatalog.remove(name)
-        if name in MetadataCatalog.list():
-            MetadataCatalog.remove(name)
-
-
 def read(path):
     return np.asarray(Image.open(path)).astype(np.int64)
 
@@ -155,14 +144,14 @@ def test_metadata_follows_the_conventions(tiny):
     assert (meta.ignore_label, meta.evaluator_type) == (255, "coco_panoptic_seg")
 
 
-def test_both_sizes_are_registered(catalog):
+def test_both_sizes_are_registered(catalogs):
     register_collage()
     names = [f"{name}_{split}" for name in ("collage", "collage_448") for split in ("train", "val")]
     folders = [Path(MetadataCatalog.get(name).image_root).parent.name for name in names]
     assert folders == ["collage-v2"] * 2 + ["collage-v2-1200+200-448x448"] * 2
 
 
-def test_nothing_is_written_before_first_use_and_registering_again_is_harmless(tmp_path, catalog):
+def test_nothing_is_written_before_first_use_and_registering_again_is_harmless(tmp_path, catalogs):
     for _ in range(2):
         register_collage(tmp_path, COUNTS, SIZE, name="collage_lazy")
     register_collage(name="collage_lazy")

@@ -49,14 +49,6 @@ def maps(swin: nn.Module, x: Tensor) -> list[Tensor]:
         return list(swin(x).values())
 
 
-def error(actual: list[Tensor], expected: list[Tensor]) -> float:
-    assert [a.shape for a in actual] == [e.shape for e in expected]
-    assert all(torch.isfinite(a).all() for a in actual)
-    return max(
-        ((a - e).abs().max() / e.abs().max()).item() for a, e in zip(actual, expected, strict=True)
-    )
-
-
 # --- the plain model -------------------------------------------------------------------------
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -14,6 +16,11 @@ def error(actual: Tensor, expected: Tensor) -> float:
     assert actual.shape == expected.shape
     assert torch.isfinite(actual).all()
     return ((actual - expected).abs().max() / expected.abs().max()).item()
+
+
+def maps_error(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
+    """The largest `error` of several maps."""
+    return max(error(a, e) for a, e in zip(actual, expected, strict=True))
 
 
 def distance(actual: Tensor, expected: Tensor) -> float:

@@ -75,6 +75,18 @@ def equal_in_pairs(batch: int = 2) -> Tensor:
     return half.repeat_interleave(2, dim=3).flatten(3)
 
 
+def timm_vit_of_any_size() -> VisionTransformer:
+    """For images of any size, with a class token and registers."""
+    return timm_vit(dynamic_img_size=True, reg_tokens=2)
+
+
+def run(vit: nn.Module, x: Tensor) -> Tensor:
+    """The output of timm's or of Detectron2's."""
+    with torch.no_grad():
+        out = vit(x)
+    return out["last_feat"] if isinstance(out, dict) else out
+
+
 def run_timm(vit, x: Tensor) -> Tensor:
     with torch.no_grad():
         return vit.forward_features(x)

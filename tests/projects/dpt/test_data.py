@@ -21,16 +21,6 @@ from support.dpt import tiny_cfg
 from support.repository import ROOT, load_tool
 
 
-@pytest.fixture
-def catalog():
-    """Forgets what a test registers."""
-    before = set(DatasetCatalog.list())
-    yield
-    for name in set(DatasetCatalog.list()) - before:
-        DatasetCatalog.remove(name)
-        MetadataCatalog.remove(name)
-
-
 def scene(folder: Path, name: str, size=(40, 60), scale: float = 1000.0) -> tuple[str, str]:
     """An image whose red value is ten times its depth in metres; names of the two files."""
     red = np.random.default_rng(len(name)).integers(10, 250, size).astype(np.uint8)
@@ -99,7 +89,7 @@ def test_depth_with_colours_is_refused(tmp_path):
 
 
 @pytest.fixture
-def listed(tmp_path, catalog):
+def listed(tmp_path, catalogs):
     """Name of a data set by path, with values of 256 to the metre, and its config."""
     pairs = [scene(tmp_path, name, scale=256.0) for name in ("a", "bb")]
     file = tmp_path / "list.txt"
