@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from ..api import is_expedited
 from ..compat import TreeSpec, tree_flatten, tree_unflatten, version_of
+from ..files import bytes_of, digest_tensors, halved
 
 __all__ = ["FEATURE_CACHE", "cache_features"]
 
@@ -89,7 +90,7 @@ class _Cached:
             outputs, self.structure = tree_flatten(self.run(images))
         finally:
             self.module.train(training)
-        return [[_halved(x) for x in parts] for parts in zip(*outputs, strict=True)]
+        return [[halved(x).clone() for x in parts] for parts in zip(*outputs, strict=True)]
 
     def folder(self) -> Path:
         """Of the module as it is now. Its weights are read again only when they have changed."""
@@ -100,21 +101,12 @@ class _Cached:
         return self._known[1]
 
 
-def _halved(x: Tensor) -> Tensor:
-    half = x.half()
-    return (half if torch.isfinite(half).all() else x).clone()
-
-
-def _bytes(x: Tensor) -> memoryview:
-    return memoryview(x.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-
-
 def _digest(image: Tensor) -> str:
     """A name for an image (3, H, W) and the precision that it is run in."""
     kind = image.device.type
     precision = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else image.dtype
     digest = hashlib.sha256(f"{image.dtype} {precision} {tuple(image.shape)}".encode())
-    digest.update(_bytes(image))
+    digest.update(bytes_of(image))
     return digest.hexdigest()
 
 
@@ -128,9 +120,7 @@ def _fingerprint(module: nn.Module) -> str:
             if key != "training" and isinstance(value, (bool, int, float, str, tuple))
         }
         digest.update(f"{name} {type(part).__qualname__} {sorted(settings.items())}".encode())
-    for name, tensor in module.state_dict().items():
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(_bytes(tensor))
+    digest_tensors(digest, module.state_dict())
     return digest.hexdigest()[:16]
 
 

@@ -18,6 +18,7 @@ from detectron2.utils import comm
 from torch import nn
 
 from ..data.images import DataError, check_image, find_images
+from ..files import digest_tensors
 from ..files.shipped import CODE
 from ..predictions import PREDICTIONS
 from .origin import code_digest, data_digest, sources, versions
@@ -78,9 +79,7 @@ class Workload:
         """Digest of all that results depend on: code, libraries, config, weights, data, and
         limit."""
         weights = hashlib.sha256()
-        for key, tensor in self.model.state_dict().items():
-            weights.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            weights.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy())
+        digest_tensors(weights, self.model.state_dict())
         classes = {type(part) for part in (*self.model.modules(), *PREDICTIONS.values())}
         return fingerprint(
             code_digest({*CODE, *self.code, *sources(classes)}),

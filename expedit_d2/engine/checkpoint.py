@@ -13,7 +13,7 @@ import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from torch import Tensor, nn
 
-from ..files import check_finite, read_checkpoint, read_weights
+from ..files import check_finite, halved, read_checkpoint, read_weights
 from ..files.weights import check_tensors, suffix_of
 from .outputs import check_new_file
 
@@ -231,12 +231,6 @@ class Slimmed(NamedTuple):
     full_precision: list[str]
 
 
-def _halved(weight: Tensor) -> Tensor:
-    """In fp16, if it is floating-point and no value becomes an infinity."""
-    half = weight.half() if weight.is_floating_point() else weight
-    return half if torch.isfinite(half).all() else weight
-
-
 def slim_checkpoint(
     source: str, target: str, elsewhere: Mapping[str, Tensor] | None = None
 ) -> Slimmed:
@@ -263,7 +257,7 @@ def slim_checkpoint(
                 f"the checkpoint {source!r} has another {key} than the weights that it was trained "
                 "from, so it cannot be left out"
             )
-    halves = {key: _halved(w) for key, w in weights.items() if key not in elsewhere}
+    halves = {key: halved(w) for key, w in weights.items() if key not in elsewhere}
     # torch.load inflates what is deflated; torch.save does not deflate.
     buffer = io.BytesIO()
     torch.save({"model": halves}, buffer)

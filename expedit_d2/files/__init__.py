@@ -1,13 +1,17 @@
 """Files that others made: found or downloaded, and read without running what they hold."""
 
 from .download import fetch
+from .tensors import bytes_of, digest_tensors, halved
 from .trust import code_in_files, runs_code
 from .weights import check_finite, read_checkpoint, read_weights
 
 __all__ = [
+    "bytes_of",
     "check_finite",
     "code_in_files",
+    "digest_tensors",
     "fetch",
+    "halved",
     "read_checkpoint",
     "read_weights",
     "runs_code",
