@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import matplotlib
 import numpy as np
 import torch
+import torch.nn.functional as F
 from detectron2.data.catalog import Metadata
 from PIL import Image, ImageDraw
 from torch import Tensor
@@ -22,6 +23,7 @@ __all__ = [
     "draw_difference",
     "draw_masks",
     "enlarge",
+    "spread_over",
     "to_image",
     "write_names",
 ]
@@ -33,6 +35,12 @@ def enlarge(planes: Tensor) -> Tensor:
     """Images or masks (N, h, w), each pixel a square."""
     scale = max(1, round(_LEAST / max(planes.shape[-2:])))
     return planes.repeat_interleave(scale, -2).repeat_interleave(scale, -1)
+
+
+def spread_over(labels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Numbers (h, w), below 2**24, as float32 of another size (height, width): the nearest one."""
+    planes = torch.as_tensor(labels)[None, None].float()
+    return F.interpolate(planes, size=size, mode="nearest")[0, 0].numpy()
 
 
 def canvas_of(image: np.ndarray) -> Tensor:
@@ -148,10 +156,6 @@ def draw_difference(image: np.ndarray, different: np.ndarray) -> np.ndarray:
         image: (height, width, 3) uint8 RGB.
         different: (height, width) bool, or coarser.
     """
-    height, width = image.shape[:2]
-    rows = np.arange(height) * different.shape[0] // height
-    columns = np.arange(width) * different.shape[1] // width
-    different = different[rows[:, None], columns]
     grey = np.repeat(image.mean(-1, keepdims=True) * 0.5 + 64, 3, axis=-1)
-    grey[different] = (230, 30, 60)
+    grey[spread_over(different, image.shape[:2]) > 0] = (230, 30, 60)
     return to_image(canvas_of(grey.astype(np.uint8)))

@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..hook import ExpeditedBlocks
+from ..predictions.drawing import spread_over
 from ..tokens import Tokens
 from ..tracing import shape_of
 
@@ -84,9 +84,7 @@ def draw_clusters(image: np.ndarray, labels: np.ndarray) -> np.ndarray:
         labels: (H, W) cluster of each token.
     """
     size = image.shape[:2]
-    # Labels are below 2**24, so float32 holds them exactly.
-    full = torch.as_tensor(labels)[None, None].float()
-    full = F.interpolate(full, size=size, mode="nearest")[0, 0].numpy()
+    full = spread_over(labels, size)
     edge = np.zeros(size, dtype=bool)
     edge[1:] |= full[1:] != full[:-1]
     edge[:, 1:] |= full[:, 1:] != full[:, :-1]
