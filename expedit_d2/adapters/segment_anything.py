@@ -20,10 +20,12 @@ def matches(module: nn.Module) -> bool:
 
 
 def adapt(encoder: nn.Module) -> TransformerSpec:
-    return spec_of(encoder, _Layout, unstructured=True)
+    return spec_of(encoder, SamLayout, unstructured=True)
 
 
-class _Layout(MapLayout):
+class SamLayout(MapLayout):
+    """Blocks that add what they compute as it is, and end with their MLP."""
+
     def added(self, block: nn.Module, x: Tensor, change: Tensor) -> Tensor:
         return x + change
 

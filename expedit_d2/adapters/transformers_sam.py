@@ -14,7 +14,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..tokens import Tokens
-from .detectron2_vit import MapLayout, attend_layer, spec_of
+from .detectron2_vit import attend_layer, spec_of
+from .segment_anything import SamLayout
 from .spec import TransformerSpec, is_class
 from .transformers_parts import check_parts, checkpointed, records_hidden_states
 
@@ -45,7 +46,7 @@ def adapt(encoder: nn.Module) -> TransformerSpec:
     return replace(spec, size=(side, side), outputs=tuple(sorted(outputs)), fused=_fused)
 
 
-class _Layout(MapLayout):
+class _Layout(SamLayout):
     norms = ("layer_norm1", "layer_norm2")
     watched = True
 
@@ -55,12 +56,6 @@ class _Layout(MapLayout):
 
     def run(self, block: nn.Module, x: Tensor, tokens: Tokens) -> Tensor:
         return checkpointed(block, super().run, block, x, tokens)
-
-    def added(self, block: nn.Module, x: Tensor, change: Tensor) -> Tensor:
-        return x + change
-
-    def finished(self, block: nn.Module, x: Tensor, tokens: Tokens) -> Tensor:
-        return x
 
 
 def _fused(
