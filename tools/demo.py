@@ -28,7 +28,7 @@ from expedit_d2.comparison import (
     to_terminal,
 )
 from expedit_d2.data import register_collage
-from expedit_d2.data.collage.definition import LARGE_SIZE
+from expedit_d2.data.collage.definition import LARGE_COUNTS, LARGE_SIZE
 from expedit_d2.engine import check_folder, import_modules, one_sentence
 from expedit_d2.files import code_in_files, fetch
 from expedit_d2.files.shipped import SHIPPED
@@ -50,7 +50,7 @@ MODELS = {
 #: Trained from scratch at 256 x 256 pixels; needs no download.
 SMALL = "vitdet"
 SHOWN = Settings(budget=0.5)
-IMAGES, ALL_IMAGES = 12, 200
+IMAGES, ALL_IMAGES = 12, LARGE_COUNTS["val"]
 
 LEGEND = """\
 budget:    this package's choice, merging similar tokens, for that share of the blocks' GFLOPs
@@ -151,10 +151,11 @@ def settings_of(case: Case, opts: Sequence[str]) -> dict[str, Settings]:
     return dict(zip(names, found, strict=True))
 
 
-def run_case(case: Case, args: argparse.Namespace) -> tuple[Comparison, list[Picture]]:
+def run_case(
+    case: Case, settings: dict[str, Settings], args: argparse.Namespace
+) -> tuple[Comparison, list[Picture]]:
     """Evaluate and draw one model."""
     name = case.plain.stem.removeprefix(PREFIX)
-    settings = settings_of(case, args.opts)
     workload = load_workload(case.plain, args.opts)
     what = f", {MODELS[name]}" if name in MODELS and not args.config_file else ""
     print(
@@ -218,14 +219,14 @@ def main(args: argparse.Namespace) -> None:
     import_modules(args.imports)
     check_folder(args.output, "--output")
     cases = choose(args)
-    for case in cases:
-        settings_of(case, args.opts)  # what is wrong should be said now
+    # Read first: what is wrong in any of them should be said now.
+    settings = [settings_of(case, args.opts) for case in cases]
     output = Path(args.output)
     output.mkdir(parents=True, exist_ok=True)
     comparisons: list[Comparison] = []
     pictures: list[Picture] = []
-    for case in cases:
-        comparison, drawn = run_case(case, args)
+    for case, chosen in zip(cases, settings, strict=True):
+        comparison, drawn = run_case(case, chosen, args)
         comparisons.append(comparison)
         pictures += drawn
         tables = [f"{done.model}\n\n{to_markdown(done)}" for done in comparisons]

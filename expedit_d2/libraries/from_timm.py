@@ -21,15 +21,15 @@ def load(name: str, size: tuple[int, int] | None, random_weights: bool) -> Sourc
     name, _, file = name.partition("@")
     if not timm.is_model(name.partition(".")[0]):
         raise ValueError(f"timm has no model {name!r}{close_to(name, timm.list_models())}")
+    if file:
+        return _source(create_timm_vit(name, checkpoint=file), name)
     options = {} if size is None else {"img_size": size}
     try:
-        if file:
-            return _source(create_timm_vit(name, checkpoint=file), name)
         model = timm.create_model(name, pretrained=not random_weights, num_classes=0, **options)
     except TypeError:
         raise ValueError(f"timm:{name} is no supported ViT: it takes no size of images") from None
     except Exception as error:  # of the hub, the network
-        if random_weights or file:
+        if random_weights:
             raise
         why = str(error).strip().partition("\n")[0]
         raise OSError(
