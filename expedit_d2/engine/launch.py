@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import logging
+import multiprocessing
+import os
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -20,7 +23,8 @@ def launch(main: Callable[..., Any], num_processes: int, args: tuple = (), **opt
     """Run ``main(*args)`` in several processes on each machine: a GPU each, or gloo on the CPU.
 
     Detectron2 leaves the process group as it is. Gloo's threads may then be running while a process
-    ends, which now and then aborts it after its work.
+    ends, which now and then aborts it after its work. So the group is taken down, and each of
+    several processes ends without Python's own teardown, during which that was still seen.
 
     Args:
         main: a function of a module, run by every process.
@@ -54,3 +58,8 @@ def _run(main: Callable[..., Any], args: tuple) -> None:
     if not alone:
         comm.synchronize()
         dist.destroy_process_group()
+        if multiprocessing.parent_process() is not None:
+            logging.shutdown()
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(0)
