@@ -140,7 +140,13 @@ def adapter(**parts) -> type:
         ({"adapt": staticmethod(lambda: None)}, r"adapt\(module\)"),
         ({"adapt": lambda self, module: None}, r"adapt\(module\)"),
     ],
-    ids=str,
+    ids=[
+        "no family",
+        "family is no text",
+        "no matches",
+        "adapt takes nothing",
+        "adapt is no static method",
+    ],
 )
 def test_incomplete_adapters_are_refused_at_registration(parts, missing):
     with pytest.raises(TypeError, match=f"adapter Wrong needs {missing}"):
