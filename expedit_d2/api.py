@@ -12,9 +12,8 @@ from .adapters import TransformerSpec, find_transformer
 from .budget import within_budget
 from .fused import Handle, fuse_attention
 from .hook import ExpeditedBlocks
-from .methods import METHODS, build_method
-from .settings import Settings
-from .settings_text import describe
+from .methods import METHOD_REGISTRY, build_method
+from .settings import Settings, describe
 
 __all__ = ["Expedited", "apply", "expedite", "expedite_from_node", "is_expedited"]
 
@@ -148,7 +147,7 @@ def apply(
 
 def _check_that_it_fits(settings: Settings, spec: TransformerSpec) -> None:
     """Whether the transformer can do what the method needs."""
-    method, transformer = METHODS[settings.method], type(spec.whole).__name__
+    method, transformer = METHOD_REGISTRY[settings.method], type(spec.whole).__name__
     if "scope" in method.reads and settings.scope not in spec.scopes:
         raise ValueError(
             f"SCOPE must be one of {spec.scopes} for {transformer}, got {settings.scope!r}"

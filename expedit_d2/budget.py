@@ -23,8 +23,8 @@ from typing import Any
 
 from .adapters import TransformerSpec
 from .adapters.spec import BlockCosts
-from .methods import METHODS, Method, default_method
-from .settings import Settings
+from .methods import METHOD_REGISTRY, Method
+from .settings import Settings, default_method
 
 __all__ = ["Costs", "within_budget"]
 
@@ -146,14 +146,14 @@ def within_budget(settings: Settings, spec: TransformerSpec) -> Settings:
         ValueError: if no setting meets the budget; names the smallest budget that can be met.
     """
     name = settings.method or default_method(spec.unstructured)
-    rule = _reducing_late if METHODS[name].budget_rule == "late" else _merging
+    rule = _reducing_late if METHOD_REGISTRY[name].budget_rule == "late" else _merging
     return rule(settings, spec, name)
 
 
 def _merging(settings: Settings, spec: TransformerSpec, name: str) -> Settings:
     stage, first = spec.longest_stage
     costs, elsewhere, whole = _costs(spec, stage)
-    method, depth = METHODS[name], len(costs.blocks)
+    method, depth = METHOD_REGISTRY[name], len(costs.blocks)
     alphas: Sequence[int] = range(depth)
     if method.budget_rule == "early":
         alphas = sorted({round(depth * part) for part in stage.merge_rule.alphas})
@@ -181,7 +181,7 @@ def _reducing_late(settings: Settings, spec: TransformerSpec, name: str) -> Sett
     stage, first = spec.longest_stage
     own, elsewhere, whole = _costs(spec, stage)
     limit = settings.budget * whole - elsewhere
-    method, rule, depth = METHODS[name], stage.grid_rule, len(own.blocks)
+    method, rule, depth = METHOD_REGISTRY[name], stage.grid_rule, len(own.blocks)
     # Where attention has windows, each of them becomes a grid.
     area = min(own.tokens, stage.window**2) if stage.window else own.tokens
 

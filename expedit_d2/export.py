@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from .adapters import detectron2_vit
 from .api import is_expedited
 from .compat import tree_flatten
-from .methods import METHODS
+from .methods import METHOD_REGISTRY
 from .tracing import shape_of
 
 __all__ = ["ImageModel", "check_onnx", "export_onnx", "export_program", "onnx_session"]
@@ -92,7 +92,7 @@ def _check_free_size(model: nn.Module, onnx: bool) -> None:
     """
     remedy = "export one file for each size: --fixed, or dynamic=False in Python"
     reduced = is_expedited(model)
-    for name, method in METHODS.items():
+    for name, method in METHOD_REGISTRY.items():
         if method.unstructured and any(type(module) is method for module in model.modules()):
             raise ValueError(
                 f"METHOD {name} leaves no grid, so the number of tokens in each block follows from "

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping
+from importlib import import_module
 from importlib.metadata import entry_points
 from typing import Any, TypeVar
 
@@ -21,16 +22,20 @@ _T = TypeVar("_T")
 class Registry(Mapping[str, _T]):
     """Objects of one kind by name, in the order in which they were registered."""
 
-    def __init__(self, kind: str, group: str, check: Callable[[str, Any], None]) -> None:
+    def __init__(
+        self, kind: str, group: str, check: Callable[[str, Any], None], own: str = ""
+    ) -> None:
         """
         Args:
             kind: what messages call one of them.
             group: of entry points that name such objects, or modules that register some.
             check: raises TypeError for a name and an object that lacks something.
+            own: the module of this package that registers some, imported at the first look.
         """
         self._kind = kind
         self._group = group
         self._check = check
+        self._own = own
         self._objects: dict[str, _T] = {}
         self._problems: list[str] | None = None
 
@@ -77,6 +82,8 @@ class Registry(Mapping[str, _T]):
         if self._problems is not None:
             return
         self._problems = []
+        if self._own:
+            import_module(self._own)
         for entry in entry_points(group=self._group):
             try:
                 before = len(self._objects)

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from expedit_d2 import expedite, fuse_attention
 from expedit_d2.adapters.timm_vit import PrefixLayout
 from expedit_d2.attention import MasksAsChannels
-from expedit_d2.methods import METHODS
+from expedit_d2.methods import METHOD_REGISTRY
 from support.vits import detectron2_vit, images, swin, timm_eva, timm_vit
 
 pytestmark = pytest.mark.slow
@@ -39,9 +39,9 @@ MODELS = {
 
 def settings_for(kind: str, method: str) -> dict:
     settings = {"alpha": 1, "method": method}
-    if "iterations" in METHODS[method].reads:
+    if "iterations" in METHOD_REGISTRY[method].reads:
         settings["iterations"] = 2
-    if METHODS[method].unstructured:
+    if METHOD_REGISTRY[method].unstructured:
         return settings | {"keep": 0.6}
     if kind == "swin":
         return settings | {"grid": (2, 3), "scope": "window"}
@@ -52,7 +52,7 @@ def settings_for(kind: str, method: str) -> dict:
 PAIRS = [
     (kind, method)
     for kind in MODELS
-    for method in METHODS
+    for method in METHOD_REGISTRY
     if method != "tome" or kind == "timm_vit"
 ]
 

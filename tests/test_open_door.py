@@ -11,7 +11,7 @@ from torch import nn
 
 from expedit_d2 import expedite
 from expedit_d2.adapters import ADAPTER_REGISTRY, find_transformer
-from expedit_d2.methods import METHOD_REGISTRY, METHODS, GridMethod, Method
+from expedit_d2.methods import METHOD_REGISTRY, GridMethod, Method
 from expedit_d2.settings import Settings
 from support.tensors import error
 from support.vits import images, run_timm, timm_vit
@@ -203,7 +203,7 @@ class Odd(Method):
 def test_incomplete_methods_are_refused_when_registered(method, message):
     with pytest.raises(TypeError, match=message):
         METHOD_REGISTRY.register("mine")(method)
-    assert "mine" not in METHODS
+    assert "mine" not in METHOD_REGISTRY
 
 
 def test_a_method_without_its_modules_is_refused_by_expedite():
@@ -214,5 +214,5 @@ def test_a_method_without_its_modules_is_refused_by_expedite():
 
 def test_a_name_is_taken_once():
     with pytest.raises(KeyError, match="method merge is registered already"):
-        METHOD_REGISTRY.register("merge")(METHODS["pool"])
-    assert METHOD_REGISTRY.register("merge")(METHODS["merge"]) is METHODS["merge"]
+        METHOD_REGISTRY.register("merge")(METHOD_REGISTRY["pool"])
+    assert METHOD_REGISTRY.register("merge")(METHOD_REGISTRY["merge"]) is METHOD_REGISTRY["merge"]

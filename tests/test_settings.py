@@ -7,8 +7,7 @@ import torch
 
 from expedit_d2 import expedite
 from expedit_d2.api import expedite_from_node, is_expedited
-from expedit_d2.settings import Settings
-from expedit_d2.settings_text import parse_setting
+from expedit_d2.settings import Settings, parse_setting
 from support.vits import detectron2_vit, images, run, timm_vit_of_any_size
 
 WRONG = [

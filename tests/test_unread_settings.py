@@ -8,8 +8,7 @@ from detectron2.config import get_cfg
 from expedit_d2 import add_expedit_config, expedite
 from expedit_d2.api import expedite_from_node
 from expedit_d2.engine import merge_file
-from expedit_d2.settings import Settings
-from expedit_d2.settings_text import describe, parse_setting
+from expedit_d2.settings import Settings, describe, parse_setting
 from support.repository import ROOT
 from support.vits import timm_vit
 

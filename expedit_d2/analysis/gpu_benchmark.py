@@ -22,7 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from ..api import expedite
 from ..compat import cpu_attention
-from ..methods import METHODS
+from ..methods import METHOD_REGISTRY
 from .gpu_models import BenchmarkModel
 from .launches import count_launches
 from .memory import peak_memory
@@ -66,7 +66,7 @@ def settings() -> dict[str, dict[str, Any]]:
     """What is compared with the plain model, by name, the most important first."""
     named = {}
     for budget in BUDGETS:
-        for method in sorted(METHODS, key=lambda name: name != "merge"):
+        for method in sorted(METHOD_REGISTRY, key=lambda name: name != "merge"):
             named[f"{method} {budget}"] = {"budget": budget, "method": method}
         named[f"published {budget}"] = {"budget": budget, **PUBLISHED}
     return named

@@ -4,7 +4,7 @@ A `Workload` is a model with its data; `compare` measures it with a list of sett
 `Comparison`; `tables` writes that down.
 """
 
-from ..settings_text import describe, parse_setting
+from ..settings import describe, parse_setting
 from .candidates import candidates
 from .options import Options
 from .rows import PLAIN, Comparison, Conditions, Row, check_finished, pareto

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from ..adapters import TransformerSpec
-from ..settings import Settings
-from ..settings_text import describe
+from ..settings import Settings, describe
 
 __all__ = ["candidates"]
 

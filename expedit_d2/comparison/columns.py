@@ -12,7 +12,7 @@ from functools import partial
 
 from ..analysis.flops import Flops
 from ..analysis.timing import Ratio
-from ..settings_text import describe
+from ..settings import describe
 from .rows import Comparison, Row
 
 __all__ = ["GROUPS", "HTML", "MARKDOWN", "TERMINAL", "Column", "columns_of", "describe_settings"]

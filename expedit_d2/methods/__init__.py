@@ -2,35 +2,21 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from torch import nn
 
+from ..settings import METHOD_REGISTRY, Settings
 from . import density, expedit, hard, merge, pool, tome  # noqa: F401  they register themselves
-from .base import METHOD_REGISTRY, Method
+from .base import Method
 from .grid import GridMethod
 from .unstructured import UnstructuredMethod
 
-if TYPE_CHECKING:
-    from ..settings import Settings
-
 __all__ = [
-    "METHODS",
     "METHOD_REGISTRY",
     "GridMethod",
     "Method",
     "UnstructuredMethod",
     "build_method",
-    "default_method",
 ]
-
-#: Name in ``METHOD`` -> class.
-METHODS = METHOD_REGISTRY
-
-
-def default_method(unstructured: bool) -> str:
-    """The method for METHOD None, unstructured or on a grid."""
-    return "merge" if unstructured else "expedit"
 
 
 def build_method(settings: Settings, attention_window: int | None, index: int = 0) -> Method:
@@ -39,7 +25,7 @@ def build_method(settings: Settings, attention_window: int | None, index: int = 
     Raises:
         TypeError: if it lacks one of its two modules.
     """
-    method = METHODS[settings.method](settings, attention_window, index)
+    method = METHOD_REGISTRY[settings.method](settings, attention_window, index)
     for part in ("reduce", "rebuild"):
         if not isinstance(getattr(method, part, None), nn.Module):
             raise TypeError(f"METHOD {settings.method} has no module {part!r}")

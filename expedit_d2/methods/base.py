@@ -1,29 +1,19 @@
-"""The interface of a method, and the registry of methods, which other packages can add to.
-
-The traits of a method are on its class, where `expedit_d2.settings` and `expedit_d2.budget` read
-them.
-"""
+"""The interface of a method."""
 
 from __future__ import annotations
 
-import inspect
 from abc import ABC
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
 
-from ..registry import Registry
-from .spread import Spread, equal
+from ..settings import MethodTraits, Settings
+from ..settings.spread import Spread, equal
 
-if TYPE_CHECKING:
-    from ..settings import Settings
-
-__all__ = ["METHOD_REGISTRY", "Method"]
-
-_BUDGET_RULES = ("late", "early", "every")
+__all__ = ["Method"]
 
 
-class Method(nn.Module, ABC):
+class Method(MethodTraits, nn.Module, ABC):
     """A pair of parameter-free modules; what they share passes through an explicit record.
 
     Subclass `GridMethod` or `UnstructuredMethod`, which leave one or two functions to write, or
@@ -36,20 +26,6 @@ class Method(nn.Module, ABC):
     #: residual: None to follow the settings, False for features that are not tokens, such as class
     #: logits.
     rebuild: nn.Module
-
-    #: Settings that say how many tokens are left; exactly one of them is given.
-    counts: tuple[str, ...] = ()
-    #: The other settings that it reads; all others must keep their defaults.
-    reads: frozenset[str] = frozenset(
-        {"size_aware", "positions", "residual", "reconstruct_at", "fused_attention"}
-    )
-    #: Whether the tokens it leaves do not lie on a grid.
-    unstructured = False
-    #: Whether it reduces inside the block after alpha, between its attention and its MLP.
-    inside = False
-    #: Where BUDGET lets it reduce: once, "late" (see `GridRule`); a few times, "early" (see
-    #: `MergeRule`); or at "every" block.
-    budget_rule = "late"
 
     def __init__(self, settings: Settings, attention_window: int | None, index: int = 0) -> None:
         """
@@ -84,25 +60,3 @@ class Method(nn.Module, ABC):
             channels: width of the tokens.
         """
         return 0.0
-
-
-def _check(name: str, method: Any) -> None:
-    if not (isinstance(method, type) and issubclass(method, Method)):
-        raise TypeError(f"method {name} must be a subclass of {Method.__module__}.Method")
-    if inspect.isabstract(method):
-        raise TypeError(f"method {name} needs {', '.join(sorted(method.__abstractmethods__))}")
-    if not method.counts:
-        raise TypeError(f"method {name} needs counts, such as ('grid', 'ratio') or ('keep',)")
-    if method.budget_rule not in _BUDGET_RULES:
-        raise TypeError(
-            f"budget_rule of method {name} must be one of {_BUDGET_RULES}, got "
-            f"{method.budget_rule!r}"
-        )
-
-
-#: Name in ``METHOD`` -> class::
-#:
-#:     @METHOD_REGISTRY.register("mine")
-#:     class Mine(GridMethod):
-#:         ...
-METHOD_REGISTRY: Registry[type[Method]] = Registry("method", "expedit_d2.methods", _check)

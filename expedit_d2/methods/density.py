@@ -8,17 +8,12 @@ Every token joins the nearest centre, and is rebuilt from it alone.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
+from ..settings import METHOD_REGISTRY, Settings
 from ..tracing import shape_of
-from .base import METHOD_REGISTRY
 from .unstructured import UnstructuredMethod, Windows
-
-if TYPE_CHECKING:
-    from ..settings import Settings
 
 __all__ = ["Density", "density_peaks"]
 

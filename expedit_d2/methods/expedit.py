@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from torch import Tensor
 
 from ..operators import AUTO, Clusters, cluster_tokens, reconstruct_tokens
+from ..settings import METHOD_REGISTRY, Settings
 from ..tracing import shape_of
-from .base import METHOD_REGISTRY
 from .grid import GridMethod, Record
-
-if TYPE_CHECKING:
-    from ..settings import Settings
 
 __all__ = ["Expedit"]
 

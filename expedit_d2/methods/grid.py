@@ -9,20 +9,17 @@ from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..operators import Clusters, grid_positions
+from ..settings import Settings
 from ..tokens import Keys, Tokens
 from ..tracing import shape_of
 from ..windows import partition, unpartition
 from .base import Method
-
-if TYPE_CHECKING:
-    from ..settings import Settings
 
 __all__ = ["GridMethod", "Record"]
 

@@ -7,17 +7,13 @@ cluster near it, and is rebuilt from the nearest one alone.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from ..operators import Clusters
-from .base import METHOD_REGISTRY
+from ..settings import METHOD_REGISTRY, Settings
 from .expedit import Expedit
 from .grid import GridMethod, Record
-
-if TYPE_CHECKING:
-    from ..settings import Settings
 
 __all__ = ["Hard"]
 

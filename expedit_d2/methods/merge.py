@@ -9,17 +9,12 @@ merged a little later.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from torch import Tensor
 
-from .base import METHOD_REGISTRY
+from ..settings import METHOD_REGISTRY, Settings
+from ..settings.spread import SCHEDULES, Spread
 from .matching import match, matching_cost
-from .spread import SCHEDULES, Spread
 from .unstructured import UnstructuredMethod, Windows
-
-if TYPE_CHECKING:
-    from ..settings import Settings
 
 __all__ = ["Merge"]
 

@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..operators import Clusters, adaptive_pool
+from ..settings import METHOD_REGISTRY, Settings
 from ..tracing import shape_of
-from .base import METHOD_REGISTRY
 from .grid import GridMethod, Record
-
-if TYPE_CHECKING:
-    from ..settings import Settings
 
 __all__ = ["Pool"]
 

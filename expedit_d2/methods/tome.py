@@ -7,20 +7,15 @@ the map gets its cluster's output, as the authors do for dense prediction (arXiv
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..settings import METHOD_REGISTRY, Settings
+from ..settings.spread import Spread, same_number
 from ..tracing import shape_of
-from .base import METHOD_REGISTRY
 from .matching import match, matching_cost
-from .spread import Spread, same_number
 from .unstructured import UnstructuredMethod, Windows
-
-if TYPE_CHECKING:
-    from ..settings import Settings
 
 __all__ = ["ToMe"]
 

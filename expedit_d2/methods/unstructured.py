@@ -10,20 +10,18 @@ from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ..operators import grid_positions
+from ..settings import Settings
+from ..settings.spread import Spread
 from ..tokens import Keys, Tokens
 from ..tracing import shape_of
 from .base import Method
 from .matching import cluster_means, cluster_sizes, snake_order, take_rows
-from .spread import Spread
-
-if TYPE_CHECKING:
-    from ..settings import Settings
 
 __all__ = ["Choose", "UnstructuredMethod", "Record", "Windows"]
 

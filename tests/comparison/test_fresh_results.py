@@ -30,7 +30,7 @@ PLACES = [
     "expedit_d2/analysis/flops.py",
     "expedit_d2/evaluation/agreement.py",
     "expedit_d2/methods/merge.py",
-    "expedit_d2/hook.py",
+    "expedit_d2/hook/passes.py",
     "projects/Segmenter/modeling/inference.py",
     "projects/Mask2Former/modeling/head.py",
     "projects/DPT/data/mapper.py",

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from expedit_d2 import expedite
 from expedit_d2.backbones.swin import D2SwinTransformer
-from expedit_d2.methods import METHODS, build_method
+from expedit_d2.methods import METHOD_REGISTRY, build_method
 from expedit_d2.methods.density import density_peaks
 from expedit_d2.methods.matching import snake_order
 from expedit_d2.settings import Settings
@@ -29,10 +29,10 @@ def tokens_of(features: Tensor, **more) -> Tokens:
 
 
 def counts(name: str) -> dict:
-    return {"keep": 0.5} if METHODS[name].unstructured else {"ratio": 0.75}
+    return {"keep": 0.5} if METHOD_REGISTRY[name].unstructured else {"ratio": 0.75}
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", METHOD_REGISTRY)
 def test_every_method_runs_and_can_be_removed(name):
     vit, x = timm_vit(reg_tokens=1), images()
     plain = run(vit, x)
@@ -43,7 +43,9 @@ def test_every_method_runs_and_can_be_removed(name):
     assert torch.equal(run(vit, x), plain)
 
 
-@pytest.mark.parametrize("name", sorted(name for name in METHODS if not METHODS[name].unstructured))
+@pytest.mark.parametrize(
+    "name", sorted(name for name in METHOD_REGISTRY if not METHOD_REGISTRY[name].unstructured)
+)
 @pytest.mark.parametrize("scope", ["map", "window"])
 def test_methods_with_a_grid_run_with_windows(name, scope):
     vit = detectron2_vit()
@@ -270,8 +272,8 @@ def test_pool_rebuilds_tokens_between_cells_of_tokens_alone():
 PAIRS = [
     (kind, scope, method)
     for kind, scope in [("timm", "map"), ("detectron2", "map"), ("detectron2", "window")]
-    for method in METHODS
-    if kind == "timm" or not METHODS[method].unstructured
+    for method in METHOD_REGISTRY
+    if kind == "timm" or not METHOD_REGISTRY[method].unstructured
 ]
 
 

@@ -12,7 +12,7 @@ from detectron2.structures import Boxes, Instances
 from PIL import Image, ImageDraw
 
 from expedit_d2.api import expedite, is_expedited
-from expedit_d2.methods import METHODS, build_method
+from expedit_d2.methods import METHOD_REGISTRY, build_method
 from expedit_d2.operators import cluster_tokens
 from expedit_d2.predictions import PREDICTIONS
 from expedit_d2.predictions.drawing import _inside
@@ -120,12 +120,12 @@ def segmenter():
     return load_model(cfg), cfg.INPUT.FORMAT
 
 
-@pytest.mark.parametrize("method", sorted(METHODS))
+@pytest.mark.parametrize("method", sorted(METHOD_REGISTRY))
 def test_every_method_is_drawn(segmenter, method):
     model, color_format = segmenter
     torch.manual_seed(0)
     item = {"image": torch.randint(0, 256, (3, 256, 300), dtype=torch.uint8)}
-    tokens = {"keep": 0.4} if METHODS[method].unstructured else {"ratio": 0.6}
+    tokens = {"keep": 0.4} if METHOD_REGISTRY[method].unstructured else {"ratio": 0.6}
     settings = Settings(alpha=(2, 5), method=method, **tokens)
     (row,) = side_by_side(model, settings, item, METADATA, color_format)
     assert [title.split(":")[0] for title in row] == [

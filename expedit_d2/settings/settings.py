@@ -7,9 +7,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-from .methods import METHODS, Method, default_method
-from .methods.spread import SCHEDULES, Spread
-from .operators import AUTO, NORMALIZATIONS, check_grid, check_temperature, check_window
+from ..operators import AUTO, NORMALIZATIONS, check_grid, check_temperature, check_window
+from .spread import SCHEDULES, Spread
+from .traits import METHOD_REGISTRY, MethodTraits, default_method
 
 __all__ = ["SCOPES", "Settings"]
 
@@ -93,9 +93,10 @@ class Settings:
 
     def __post_init__(self) -> None:
         fix = lambda name, value: object.__setattr__(self, name, value)  # noqa: E731
-        if self.method is not None and self.method not in METHODS:
+        if self.method is not None and self.method not in METHOD_REGISTRY:
             raise ValueError(
-                f"METHOD must be one of {sorted(METHODS)}, got {self.method!r}{METHODS.problems}"
+                f"METHOD must be one of {sorted(METHOD_REGISTRY)}, got {self.method!r}"
+                f"{METHOD_REGISTRY.problems}"
             )
         if self.temperature == AUTO:
             fix("temperature", None)
@@ -111,7 +112,7 @@ class Settings:
         if self.method is not None:
             self._check_that_all_is_read()
         if self.budget is None:
-            self._check_counts(METHODS[self.method])
+            self._check_counts(METHOD_REGISTRY[self.method])
         if isinstance(self.alpha, tuple):  # in the order in which they come, with their counts
             order = sorted(range(len(self.alpha)), key=self.alpha.__getitem__)
             for name in ("alpha", "keep"):
@@ -176,9 +177,10 @@ class Settings:
     def _check_that_all_is_read(self) -> None:
         """A key that does nothing is a mistake, such as one that a base config sets."""
         chosen = {"method", "alpha", "budget"}
+        readers = lambda key: (m for m in sorted(METHOD_REGISTRY) if key in _read_by(m))  # noqa: E731
         unread = [
-            f"{field.name.upper()} {getattr(self, field.name)!r} (for METHOD "
-            f"{', '.join(sorted(name for name in METHODS if field.name in _read_by(name)))})"
+            f"{field.name.upper()} {getattr(self, field.name)!r} "
+            f"(for METHOD {', '.join(readers(field.name))})"
             for field in fields(self)
             if field.name not in chosen | _read_by(self.method)
             and getattr(self, field.name) != field.default
@@ -190,7 +192,7 @@ class Settings:
                 f"{reads}: leave out what it does not read, or set another METHOD"
             )
 
-    def _check_counts(self, method: type[Method]) -> None:
+    def _check_counts(self, method: type[MethodTraits]) -> None:
         """The number of tokens that are left must be given, in a key that the method reads."""
         given = [name for name in method.counts if getattr(self, name) is not None]
         if self.alpha is not None and len(given) != 1:
@@ -307,7 +309,7 @@ class Settings:
 
 def _read_by(method: str) -> set[str]:
     """Settings that matter to a METHOD, its counts included."""
-    return {*METHODS[method].counts, *METHODS[method].reads}
+    return {*METHOD_REGISTRY[method].counts, *METHOD_REGISTRY[method].reads}
 
 
 def _is_count(value: Any, least: int) -> bool:

@@ -10,8 +10,8 @@ import re
 from dataclasses import fields
 from typing import Any
 
-from .methods import default_method
 from .settings import Settings
+from .traits import default_method
 
 __all__ = ["describe", "parse_setting"]
 
