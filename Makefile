@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV   ?= .venv
 ARGS   ?=
+# Processes that the tests run in.
+JOBS   ?= $(shell $(PYTHON) -c 'import os; print(min(os.cpu_count() or 1, 8))')
 
 BIN   := $(VENV)/bin
 # Newer than what it depends on = installed; makes every later call immediate.
@@ -14,7 +16,7 @@ DOCS  := $(VENV)/.docs
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 18
-	@echo '  Variables: PYTHON=$(PYTHON) VENV=$(VENV) ARGS="..." (for demo, test and test-fast)'
+	@echo '  Variables: PYTHON=$(PYTHON) VENV=$(VENV) JOBS=$(JOBS) ARGS="..." (for demo, test and test-fast)'
 
 setup: $(STAMP) ## make the virtual environment and install everything into it
 	@echo '$(VENV) is ready; use it with: . $(BIN)/activate'
@@ -23,10 +25,10 @@ demo: $(STAMP) ## run the demo
 	$(BIN)/python -W ignore tools/demo.py $(ARGS)
 
 test: $(STAMP) ## run the tests
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(ARGS)
 
 test-fast: $(STAMP) ## run the tests that are not marked slow
-	$(BIN)/python -m pytest -m 'not slow' $(ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m 'not slow' $(ARGS)
 
 lint: $(STAMP) ## check style and formatting with ruff
 	$(BIN)/python -m ruff check .

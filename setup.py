@@ -97,6 +97,7 @@ setup(
         # names the same one.
         "test": [
             "pytest>=8,<10",
+            "pytest-xdist>=3.5,<4",
             "ruff==0.17.6",
             "scikit-image>=0.21,<1",
             *ONNX,

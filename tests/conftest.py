@@ -1,6 +1,7 @@
 """Shared fixtures: a tiny detector and a tiny data set."""
 
 import logging
+import os
 import shutil
 from pathlib import Path
 
@@ -11,6 +12,10 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from support.detector import TINY, make_confident
 from support.repository import EMBEDDED
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # one core each, for the processes that tests start as well
+    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
