@@ -5,8 +5,10 @@ from __future__ import annotations
 import inspect
 import sys
 from importlib import import_module
+from importlib.util import find_spec
 
 from .. import __version__
+from ..ending import end
 from .commands import COMMANDS, parser_of
 from .options import ToolParser
 
@@ -17,6 +19,12 @@ _HEAD = """Faster large vision transformers for dense prediction, without fine-t
   {commands}
 
 `expedit COMMAND --help` has the options of a command, with examples."""
+
+_NO_DETECTRON2 = (
+    "Detectron2 is not installed, and pip cannot find it by its name: run tools/install.py of this "
+    "project's repository, or pip install git+https://github.com/facebookresearch/detectron2; "
+    "`expedite` in Python works without it"
+)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -33,4 +41,6 @@ def main(arguments: list[str] | None = None) -> None:
     command = parser.parse_args(arguments[:1]).command
     prog, rest = f"expedit {command}", arguments[1:]
     parser_of(command, prog).parse_args(rest)  # help and mistakes come before torch is imported
+    if find_spec("detectron2") is None:
+        end(prog, _NO_DETECTRON2)
     import_module(f".{command}", __package__).run(rest, prog)

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import NoReturn
 
 from ..dtypes import DTYPES
+from ..ending import end
 
 __all__ = [
     "ToolParser",
@@ -37,8 +38,6 @@ class ToolParser(argparse.ArgumentParser):
         )
 
     def error(self, message: str) -> NoReturn:
-        from ..engine.errors import end
-
         end(self.prog, f"{message}; --help lists the options")
 
 

@@ -11,11 +11,9 @@ from __future__ import annotations
 import difflib
 import os
 import re
-import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import NoReturn
 
 import torch
 import yaml
@@ -34,7 +32,9 @@ from detectron2.modeling import (
 from omegaconf.errors import OmegaConfBaseException
 from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 
-__all__ = ["ExplainedError", "close_to", "end", "explain", "one_sentence", "unknown_data_set"]
+from ..ending import end
+
+__all__ = ["ExplainedError", "close_to", "explain", "one_sentence", "unknown_data_set"]
 
 #: Libraries whose assertions check what a user gave.
 _CHECKING = re.compile(r"[/\\](detectron2|fvcore|yacs|iopath|timm|pycocotools|panopticapi)[/\\]")
@@ -90,16 +90,6 @@ def one_sentence(
         if sentence is None or os.environ.get("EXPEDIT_TRACEBACK"):
             raise
         end(tool, sentence, 2)
-
-
-def end(tool: str, sentence: str, status: int = 2) -> NoReturn:
-    """Say on stderr why a tool ends, and leave with a status; the exception's text says it too."""
-    text = f"{tool}: {sentence}"
-    sys.stdout.flush()
-    print(text, file=sys.stderr)
-    left = SystemExit(text)
-    left.code = status  # so that Python does not print the text once more
-    raise left from None
 
 
 def close_to(word: str, known: Iterable[str], cutoff: float = 0.6) -> str:

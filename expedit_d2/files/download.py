@@ -11,8 +11,6 @@ from pathlib import Path
 from urllib.error import HTTPError, URLError
 from urllib.parse import urlsplit
 
-from detectron2.checkpoint import catalog as _  # noqa: F401  registers catalog://
-from detectron2.utils.file_io import PathManager
 from fvcore.common.file_io import get_cache_dir as get_fvcore_cache_dir
 from iopath.common.file_io import get_cache_dir
 
@@ -37,6 +35,10 @@ def fetch(path: str, key: str) -> str:
         if not os.path.isfile(path):
             raise FileNotFoundError(f"{key}: there is no file {path!r}")
         return path
+    # Not above: files that are there are read without Detectron2 too.
+    from detectron2.checkpoint import catalog as _  # noqa: F401  registers catalog://
+    from detectron2.utils.file_io import PathManager
+
     try:
         with _default_timeout(TIMEOUT):
             local = PathManager.get_local_path(path, **_cache_of(path))

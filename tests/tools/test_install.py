@@ -240,3 +240,29 @@ print(load_cfg("projects/DPT/configs/dpt_large_midas.yaml").MODEL.META_ARCHITECT
     weights = site / "expedit_d2" / "projects" / "Segmenter" / "weights" / "segmenter_collage.pth"
     config = site / "expedit_d2" / "configs" / "embedded" / "dpt.yaml"
     assert from_outside(site, tmp_path, code).split() == [*2 * [str(weights)], str(config), "DPT"]
+
+
+def test_without_detectron2(site, tmp_path):
+    """What needs it says so; the rest works: `expedite`, and files that come with the package."""
+    code = """
+import sys
+sys.modules["detectron2"] = None  # cannot be imported then
+import timm, torch
+from expedit_d2 import config_file, expedite
+print(config_file("embedded/dpt.yaml").name)
+vit = timm.create_model("vit_tiny_patch16_224", depth=2).eval()
+with torch.no_grad(), expedite(vit, 1, grid=(4, 4)):
+    print(vit(torch.zeros(1, 3, 224, 224)).shape[1])
+sys.stderr = sys.stdout
+from expedit_d2.cli.main import main
+for arguments in (["compare"], ["compare", "--first", "0"]):
+    try:
+        main(arguments)
+    except SystemExit as left:
+        print(left.code)
+"""
+    lines = from_outside(site, tmp_path, code).splitlines()
+    assert lines[:2] == ["dpt.yaml", "1000"]
+    assert lines[2].startswith("expedit compare: Detectron2 is not installed, ")
+    assert lines[4].startswith("expedit compare: argument --first: must be a whole number")
+    assert lines[3] == lines[5] == "2" and len(lines) == 6

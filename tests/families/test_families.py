@@ -1,0 +1,111 @@
+"""The table of families: its models are the published ones, its numbers are what they say."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from functools import partial
+
+import pytest
+import torch
+
+from expedit_d2.families import FAMILIES, Family, measuring
+from expedit_d2.methods import METHODS
+from support.repository import load_tool
+from support.vits import detectron2_vit, swin, timm_vit
+
+#: Parameters in millions, as published with the weights.
+PUBLISHED = {
+    "SAM's encoder ViT-B": 89.67,
+    "DINOv2-L": 304.37,
+    "DINOv3-L": 303.1,
+    "Depth Anything V2-L": 335.32,
+    "Mask2Former Swin-B": 106.9,
+    "SWAG ViT-L": 305.17,
+}
+SMALL = (
+    Family("ViT", 32, "timm", "timm", partial(timm_vit, (8, 8))),
+    Family("ViTDet", 48, "detectron2", "detectron2", detectron2_vit),
+    Family("Swin", 64, "detectron2", "detectron2", swin),
+)
+
+
+@pytest.fixture
+def tool(monkeypatch):
+    tool = load_tool("benchmark_families")
+    monkeypatch.setattr(tool, "FAMILIES", SMALL)
+    return tool
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=str)
+def test_models_are_the_published_ones(family):
+    if not family.available:
+        pytest.skip(f"{family.package} is not installed")
+    if family.package == "detectron2":
+        pytest.skip("cannot be built without memory; its size is that of the official config")
+    with torch.device("meta"):
+        model = family.build()
+    millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
+    assert millions == pytest.approx(PUBLISHED[family.model], abs=0.05)
+
+
+def test_rows(tool, tmp_path, capsys):
+    options = ["--repeats", "3", "--warmup", "0", "--budget", "0.6", "--output", str(tmp_path)]
+    tool.run(options)
+    kept = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    rows = {entry["value"]["model"]: entry["value"] for entry in kept}
+    assert [*rows] == ["ViT", "ViTDet", "Swin"]
+    assert set(rows["ViT"]["methods"]) == set(METHODS)
+    for row in rows.values():
+        assert row["restored"] and max(row["errors"].values()) < 1e-5
+        plain, fewer = (row["block_gflops"][name] for name in ("plain", "expedited"))
+        assert fewer / plain == pytest.approx(0.6, abs=0.08)
+        assert plain - fewer == pytest.approx(
+            row["gflops"]["plain"] - row["gflops"]["expedited"], rel=1e-6
+        )
+        assert all(len(times) == 3 and min(times) > 0 for times in row["seconds"].values())
+    # An 8 x 8 map and a class token, 4 blocks, worked out by hand: linear layers and attention.
+    tokens, dim = 65, 32
+    expected = 4 * (8 * tokens * dim**2 + 2 * tokens**2 * dim)
+    assert rows["ViT"]["block_gflops"]["plain"] == pytest.approx(expected / 1e9, rel=0.05)
+    assert len(rows["ViT"]["seconds"]) == 2 and len(rows["ViTDet"]["seconds"]) == 4
+
+    table = (tmp_path / "table.md").read_text()
+    assert table in capsys.readouterr().out
+    cells = [cell.strip() for cell in table.splitlines()[4].split("|")]
+    assert cells[1] == "ViT, 32²" and cells[4] == "bit for bit"
+    seconds = rows["ViT"]["seconds"]
+    ratios = [a / b for a, b in zip(seconds["plain"], seconds["expedited"], strict=True)]
+    assert cells[7].startswith(f"{statistics.median(ratios):.2f}×")
+
+
+def test_finished_rows_are_kept(tool, tmp_path, monkeypatch):
+    options = ["--repeats", "1", "--warmup", "0", "--output", str(tmp_path)]
+    tool.run([*options, "--models", "vit,"])
+    measured = []
+
+    def measure(family, *args):
+        measured.append(family.model)
+        return measuring.measure(family, *args)
+
+    monkeypatch.setattr(tool, "measure", measure)
+    tool.run([*options, "--models", "ViT"])
+    assert measured == ["ViTDet"]
+    tool.run([*options, "--models", "ViTDet", "--budget", "0.7"])  # is another result
+    assert measured == ["ViTDet", "ViTDet"]
+
+
+def test_a_model_that_is_not_restored_is_told(tool, tmp_path, monkeypatch):
+    monkeypatch.setattr(measuring.torch, "equal", lambda a, b: False)
+    tool.run(["--repeats", "1", "--warmup", "0", "--models", "vit,", "--output", str(tmp_path)])
+    assert "| **no** |" in (tmp_path / "table.md").read_text()
+
+
+def test_unknown_names_are_one_sentence(tool, tmp_path, capsys):
+    with pytest.raises(SystemExit) as left:
+        tool.run(["--models", "ResNet", "--output", str(tmp_path)])
+    assert left.value.code == 2
+    assert capsys.readouterr().err == (
+        "benchmark_families.py: --models ResNet is in no name of: ViT, 32², timm; "
+        "ViTDet, 48², detectron2; Swin, 64², detectron2\n"
+    )
