@@ -20,8 +20,7 @@ from ..comparison import share_weights
 from ..compat import tree_flatten
 from ..fused import fuse_attention
 from ..methods import METHODS
-from ..settings import Settings
-from ..settings_text import describe
+from ..settings import Settings, describe
 from .models import Family
 
 __all__ = ["Row", "measure", "table"]
