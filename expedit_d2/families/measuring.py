@@ -19,7 +19,7 @@ from ..budget import within_budget
 from ..comparison import share_weights
 from ..compat import tree_flatten
 from ..fused import fuse_attention
-from ..methods import METHODS
+from ..methods import METHOD_REGISTRY
 from ..settings import Settings, describe
 from .models import Family
 
@@ -68,7 +68,7 @@ def _methods(spec: TransformerSpec) -> tuple[str, ...]:
     stage, _ = spec.longest_stage
     return tuple(
         name
-        for name, method in METHODS.items()
+        for name, method in METHOD_REGISTRY.items()
         if (spec.unstructured or not method.unstructured) and (stage.inside or not method.inside)
     )
 

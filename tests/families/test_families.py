@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from expedit_d2.families import FAMILIES, Family, measuring
-from expedit_d2.methods import METHODS
+from expedit_d2.methods import METHOD_REGISTRY
 from support.repository import load_tool
 from support.vits import detectron2_vit, swin, timm_vit
 
@@ -55,7 +55,7 @@ def test_rows(tool, tmp_path, capsys):
     kept = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
     rows = {entry["value"]["model"]: entry["value"] for entry in kept}
     assert [*rows] == ["ViT", "ViTDet", "Swin"]
-    assert set(rows["ViT"]["methods"]) == set(METHODS)
+    assert set(rows["ViT"]["methods"]) == set(METHOD_REGISTRY)
     for row in rows.values():
         assert row["restored"] and max(row["errors"].values()) < 1e-5
         plain, fewer = (row["block_gflops"][name] for name in ("plain", "expedited"))
