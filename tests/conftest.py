@@ -10,8 +10,8 @@ import pytest
 import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
-from support.detector import TINY, make_confident
-from support.repository import EMBEDDED
+from support.detector import make_confident
+from support.repository import VITDET
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # one core each, for the processes that tests start as well
     os.environ["OMP_NUM_THREADS"] = "1"
@@ -41,19 +41,9 @@ def rendered_scenes(tmp_path_factory):
 @pytest.fixture(scope="session")
 def tiny_weights(tmp_path_factory):
     """Random weights of the tiny detector. Not to be changed."""
-    from detectron2.modeling import build_model
+    from support.random_weights import write_random_weights
 
-    from expedit_d2.projects import get_cfg
-
-    cfg = get_cfg()
-    cfg.merge_from_file(EMBEDDED)
-    cfg.merge_from_list(TINY)
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        state = build_model(cfg).state_dict()
-    weights = tmp_path_factory.mktemp("detector") / "weights.pth"
-    torch.save({"model": state}, weights)
-    return weights
+    return write_random_weights(VITDET, tmp_path_factory.mktemp("detector") / "weights.pth")
 
 
 @pytest.fixture
@@ -78,7 +68,6 @@ def tiny_opts(tiny_data, tiny_weights, tmp_path):
     weights = shutil.copy(tiny_weights, tmp_path / "weights.pth")
     train, val = tiny_data
     return [
-        *TINY,
         *("MODEL.WEIGHTS", str(weights)),
         *("DATASETS.TRAIN", f"('{train}',)"),
         *("DATASETS.TEST", f"('{val}',)"),

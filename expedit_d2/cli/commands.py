@@ -56,7 +56,7 @@ def compare(parser: argparse.ArgumentParser) -> None:
 
     Examples::
 
-        # the embedded Segmenter with the settings that lie beside its config; no downloads
+        # the small Segmenter with the settings that lie beside its config; no downloads
         expedit compare
 
         # a model of your own, its labelled data, and two settings
@@ -99,7 +99,7 @@ def tune(parser: argparse.ArgumentParser) -> None:
 
     Examples::
 
-        # the embedded Segmenter: as fast as possible with 99 % of its mIoU
+        # the small Segmenter: as fast as possible with 99 % of its mIoU
         expedit tune --keep 99
 
         # a model of your own: at least 1.4 times faster, the output as close as possible
@@ -143,7 +143,7 @@ def draw(parser: argparse.ArgumentParser) -> None:
             train.init_checkpoint=my_model.pth expedit.alpha=4 expedit.ratio=0.7
 
         # the first four images of the config's test data set
-        expedit draw --config-file configs/embedded/mask2former_a6_3x3.yaml
+        expedit draw --config-file configs/embedded/dinov2_mask2former_budget_50.yaml
     """
     option = parser.add_argument
     option(
@@ -172,7 +172,7 @@ def export(parser: argparse.ArgumentParser) -> None:
     Examples::
 
         # any height and width; compared with PyTorch at the size given and at another one
-        expedit export --config-file configs/embedded/segmenter_a4_16x16.yaml \
+        expedit export --config-file configs/embedded/small_segmenter_expedit_16x16.yaml \
             --output segmenter.onnx --check
 
         # a LazyConfig; ViTDet takes one size
@@ -180,8 +180,8 @@ def export(parser: argparse.ArgumentParser) -> None:
             --output backbone.onnx train.init_checkpoint=my_model.pth
 
         # PyTorch and ONNX Runtime, plain and with Expedit, timed in turns
-        expedit export --config-file configs/embedded/dpt_a4_16x16.yaml --size 256x256 \
-            --output dpt.onnx --benchmark 20
+        expedit export --config-file configs/embedded/small_segmenter_budget_50.yaml \
+            --size 256x256 --fixed --output segmenter.onnx --benchmark 20
     """
     option = parser.add_argument
     option("--output", required=True, metavar="FILE", help="the file to write")

@@ -19,7 +19,7 @@ __all__ = [
     "height_width",
 ]
 
-EMBEDDED = "configs/embedded/segmenter.yaml"
+EMBEDDED = "configs/embedded/small_segmenter.yaml"
 
 
 class ToolParser(argparse.ArgumentParser):
@@ -133,7 +133,7 @@ def add_measuring_options(parser: argparse.ArgumentParser, output: str) -> None:
         help="a ViT of another library, whose features are compared: hf:NAME or hf:FOLDER, "
         "timm:NAME, torchvision:NAME, sam:FILE",
     )
-    add_config_options(parser, "YAML or LazyConfig (embedded Segmenter)", EMBEDDED, model)
+    add_config_options(parser, "YAML or LazyConfig (the small Segmenter)", EMBEDDED, model)
     option(
         "--size",
         type=height_width,

@@ -35,8 +35,8 @@ def config_file(name: str | Path) -> Path:
 
     Args:
         name: path of a file; or a name from the root of this repository
-            (``configs/embedded/segmenter.yaml``, ``projects/DPT/configs/dpt_large_midas.yaml``),
-            or from its ``configs`` (``embedded/segmenter.yaml``).
+            (``configs/embedded/dinov2_dpt.yaml``, ``projects/DPT/configs/dpt_large_midas.yaml``),
+            or from its ``configs`` (``embedded/dinov2_dpt.yaml``).
 
     Raises:
         FileNotFoundError: if there is none of this name.

@@ -20,7 +20,7 @@ from expedit_d2.api import is_expedited
 from expedit_d2.backbones import add_timm_config
 from expedit_d2.backbones.timm_vit import TimmNet, create_timm_vit
 from expedit_d2.projects import Mask2Former, get_cfg
-from support.repository import ROOT
+from support.repository import MASK2FORMER
 from support.tensors import IDENTITY, error, perturbed
 
 CONFIGS = Path(Mask2Former.__file__).parent / "configs"
@@ -413,7 +413,7 @@ def test_large_configs_fit_the_head(size):
 @pytest.mark.parametrize("name", ["vit_small_patch14_reg4_dinov2", "vit_small_patch16_dinov3"])
 def test_mask2former(name):
     cfg = get_cfg()
-    cfg.merge_from_file(str(ROOT / "configs/embedded/mask2former.yaml"))
+    cfg.merge_from_file(MASK2FORMER)
     ours = config(name, EXPEDIT, OUT_FEATURES=["res2", "res3", "res4", "res5"])
     cfg.MODEL.TIMM, cfg.MODEL.EXPEDIT = ours.MODEL.TIMM, ours.MODEL.EXPEDIT
     cfg.MODEL.BACKBONE.NAME, cfg.MODEL.DEVICE = "build_timm_vit_backbone", "cpu"

@@ -20,7 +20,7 @@ from expedit_d2.data import register_by_path
 from expedit_d2.data.content import file_digest
 from expedit_d2.files.shipped import CODE
 from support.detector import LAZY
-from support.repository import EMBEDDED, load_tool
+from support.repository import VITDET, load_tool
 
 pytestmark = pytest.mark.slow
 
@@ -54,11 +54,11 @@ def patch_code(monkeypatch, copied_code):
 @pytest.mark.parametrize("place", PLACES)
 def test_changed_code_is_other_code(copied_code, tiny_opts, monkeypatch, place):
     patch_code(monkeypatch, copied_code)
-    before = load_workload(EMBEDDED, tiny_opts).fingerprint
-    assert load_workload(EMBEDDED, tiny_opts).fingerprint == before
+    before = load_workload(VITDET, tiny_opts).fingerprint
+    assert load_workload(VITDET, tiny_opts).fingerprint == before
     file = copied_code / place
     file.write_text(file.read_text() + "\n# changed\n")
-    assert load_workload(EMBEDDED, tiny_opts).fingerprint != before
+    assert load_workload(VITDET, tiny_opts).fingerprint != before
 
 
 def test_every_python_file_counts(copied_code):
@@ -169,7 +169,7 @@ def compared(confident_opts, tiny_data, tmp_path):
     def run(opts=(), *options):
         output = tmp_path / "compared"
         quick = ["--timed", "0", "--pictures", "0", "--output", str(output)]
-        options = ["--config-file", EMBEDDED, "--setting", "alpha=1 ratio=0.5", *quick, *options]
+        options = ["--config-file", VITDET, "--setting", "alpha=1 ratio=0.5", *quick, *options]
         lines = output / "results.jsonl"
         before = len(lines.read_text().splitlines()) if lines.is_file() else 0
         load_tool("compare").run([*options, "--", *confident_opts, *opts])
@@ -183,7 +183,7 @@ def found_instances(opts, folder: Path) -> dict:
     """What the tiny detector itself finds, as COCO annotations, so that its AP is not 0."""
     content = {"images": [], "annotations": []}
     content["categories"] = [{"id": i, "name": str(i)} for i in range(6)]
-    workload = load_workload(EMBEDDED, opts)
+    workload = load_workload(VITDET, opts)
     folder.mkdir()
     for number, (item,) in enumerate(workload.images()):
         name = Path(item["file_name"]).name

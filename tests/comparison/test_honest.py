@@ -6,6 +6,7 @@ from dataclasses import asdict, replace
 import numpy as np
 import pytest
 import torch
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from PIL import Image
 
 from expedit_d2.analysis.flops import Flops
@@ -26,10 +27,12 @@ from expedit_d2.comparison import (
     tune,
 )
 from expedit_d2.comparison import session as session_module
+from expedit_d2.data import register_collage
 from expedit_d2.report import best_row, headline, headline_row, write_report
 from expedit_d2.report.summary import tradeoffs
 from expedit_d2.settings import Settings
-from support.repository import EMBEDDED, ROOT, load_tool
+from support.random_weights import write_random_weights
+from support.repository import DPT, MASK2FORMER, SEGMENTER, VITDET, load_tool
 
 pytestmark = pytest.mark.slow
 
@@ -97,7 +100,7 @@ def test_a_headline_needs_agreement_as_well_as_the_metric():
 
 def test_a_detector_that_finds_nothing_is_no_success(tiny_opts, tmp_path, capsys):
     """The tiny detector with random weights: no score reaches 0.5."""
-    options = ["--config-file", EMBEDDED, "--first", "2", "--timed", "0", "--pictures", "0"]
+    options = ["--config-file", VITDET, "--first", "2", "--timed", "0", "--pictures", "0"]
     options += ["--output", str(tmp_path), "--setting", "half: alpha=1 ratio=0.5"]
     load_tool("compare").run([*options, "--", *tiny_opts])
     printed = capsys.readouterr().out
@@ -121,31 +124,37 @@ def test_a_detector_that_finds_nothing_is_no_success(tiny_opts, tmp_path, capsys
     ],
 )
 def test_no_tuning_for_what_is_undefined(tiny_opts, tmp_path, target, words):
-    options = ["--config-file", EMBEDDED, "--timed", "0", "--sweep", "2", "--batch", "1"]
+    options = ["--config-file", VITDET, "--timed", "0", "--sweep", "2", "--batch", "1"]
     with pytest.raises(SystemExit, match=f"^tune.py: {words}"):
         load_tool("tune").run([*options, "--output", str(tmp_path), *target, "--", *tiny_opts])
 
 
 # --- not finite --------------------------------------------------------------------------------
 
-KINDS = {"vitdet": "instances", "segmenter": "semantic", "dpt": "depth", "mask2former": "panoptic"}
+KINDS = {VITDET: "instances", SEGMENTER: "semantic", DPT: "depth", MASK2FORMER: "panoptic"}
 
 
-@pytest.fixture(scope="module", params=KINDS)
-def broken(request):
-    """An embedded model whose heads are NaN, and its kind of output."""
+@pytest.fixture(scope="module", params=KINDS, ids=KINDS.values())
+def broken(request, rendered_scenes, tmp_path_factory):
+    """A model whose heads are NaN, and its kind of output."""
+    weights = write_random_weights(request.param, tmp_path_factory.mktemp("broken") / "random.pth")
+    register_collage(rendered_scenes.parent, {"train": 4, "val": 4}, (64, 64), name="broken")
     opts = ["MODEL.DEVICE", "cpu", "DATALOADER.NUM_WORKERS", "0"]
-    workload = load_workload(ROOT / "configs" / "embedded" / f"{request.param}.yaml", opts, limit=2)
+    opts += ["MODEL.WEIGHTS", str(weights), "DATASETS.TEST", "('broken_val',)"]
+    workload = load_workload(request.param, opts, limit=2)
     with torch.no_grad():
         for name, parameter in workload.model.named_parameters():
             if not name.startswith(("backbone.", "encoder.")):
                 parameter.fill_(float("nan"))
-    return workload, KINDS[request.param]
+    yield workload, KINDS[request.param]
+    for name in ("broken_train", "broken_val"):
+        DatasetCatalog.remove(name)
+        MetadataCatalog.remove(name)
 
 
 def test_outputs_of_nan_agree_with_nothing(broken):
     workload, kind = broken
-    found = compare(workload, {"half": Settings(alpha=2, ratio=0.5)}, QUIET)
+    found = compare(workload, {"half": Settings(alpha=1, ratio=0.5)}, QUIET)
     for one in found.rows:
         assert one.not_finite == 2
         assert one.agreement[kind] == 0.0
@@ -158,7 +167,7 @@ def test_outputs_of_nan_agree_with_nothing(broken):
 def test_nothing_is_tuned_for_nan(broken):
     workload, _ = broken
     with pytest.raises(ValueError, match="nothing to tune for: The output of plain is not finite"):
-        tune(workload, {"half": Settings(alpha=2, ratio=0.5)}, Target(agreement=1), options=QUIET)
+        tune(workload, {"half": Settings(alpha=1, ratio=0.5)}, Target(agreement=1), options=QUIET)
 
 
 @pytest.fixture
@@ -179,7 +188,7 @@ def broken_when_reduced(confident_opts, monkeypatch):
         return twin, resolved
 
     monkeypatch.setattr(session_module, "_expedited", expedited)
-    return load_workload(EMBEDDED, confident_opts)
+    return load_workload(VITDET, confident_opts)
 
 
 def test_a_row_that_is_not_finite_is_never_best(broken_when_reduced):
@@ -230,7 +239,7 @@ def test_a_setting_that_fails_on_an_image_costs_the_others_nothing(
 ):
     opts = [*confident_opts, *NARROW]
     settings = ["--setting", "wide: alpha=2 grid=5x5", "--setting", "half: alpha=1 ratio=0.5"]
-    options = ["--config-file", EMBEDDED, "--timed", "0", "--pictures", "0", *settings]
+    options = ["--config-file", VITDET, "--timed", "0", "--pictures", "0", *settings]
     options += ["--images", str(photos), "--output", str(tmp_path / "out"), "--", *opts]
     with pytest.raises(SystemExit) as stopped:
         load_tool("compare").run(options)
@@ -246,7 +255,7 @@ def test_a_setting_that_fails_on_an_image_costs_the_others_nothing(
 
 
 def test_tuning_keeps_what_it_has_where_a_setting_fails_on_everything(confident_opts, photos):
-    workload = load_workload(EMBEDDED, [*confident_opts, *NARROW], images=str(photos))
+    workload = load_workload(VITDET, [*confident_opts, *NARROW], images=str(photos))
     tried = {"wide": Settings(alpha=1, grid=(5, 5), method="pool")}
     tuning = tune(workload, tried, Target(agreement=1e-6), 2, 2, QUIET)
     assert [r.name for r in tuning.front] == ["wide"]  # the first two images are wide enough
@@ -273,14 +282,14 @@ def test_what_is_wrong_is_said_before_anything_runs(
         pytest.fail("something was measured")
 
     monkeypatch.setattr(session_module.Session, "_run", run)
-    base = ["--config-file", EMBEDDED, "--output", str(tmp_path)]
+    base = ["--config-file", VITDET, "--output", str(tmp_path)]
     base += ["--setting", "half: alpha=1 ratio=0.5"]
     with pytest.raises(SystemExit, match=f"^compare.py: .*{words}"):
         load_tool("compare").run([*base, *options, "--", *tiny_opts])
 
 
 def test_every_setting_that_does_not_fit_is_named(confident_opts):
-    workload = load_workload(EMBEDDED, confident_opts)
+    workload = load_workload(VITDET, confident_opts)
     settings = {
         "one": Settings(alpha=7, ratio=0.5),
         "two": Settings(alpha=8, ratio=0.5),
@@ -294,8 +303,8 @@ def test_every_setting_that_does_not_fit_is_named(confident_opts):
     ("options", "words"),
     [
         (["--pictures", "-1"], "--pictures: must be .* 0 or more, got '-1'"),
-        (["--config-file", EMBEDDED], "--config-file needs --expedit"),
-        (["--config-file", EMBEDDED, "--expedit", EMBEDDED], "neither MODEL.EXPEDIT.ALPHA nor"),
+        (["--config-file", VITDET], "--config-file needs --expedit"),
+        (["--config-file", VITDET, "--expedit", VITDET], "neither MODEL.EXPEDIT.ALPHA nor"),
     ],
 )
 def test_the_demo_checks_first(tmp_path, options, words):
@@ -308,7 +317,7 @@ def test_the_demo_checks_first(tmp_path, options, words):
 
 def test_one_paired_measurement_gives_speedup_and_fps(confident_opts):
     found = compare(
-        load_workload(EMBEDDED, confident_opts, limit=3),
+        load_workload(VITDET, confident_opts, limit=3),
         {"half": HALF, "late": Settings(alpha=2, ratio=0.5)},
         Options(timed_images=3, batch=2, progress=False),
     )
@@ -361,7 +370,7 @@ def test_a_wide_spread_is_said_and_not_on_the_front(tmp_path):
 def test_what_a_budget_chose_is_shown_everywhere(confident_opts, tmp_path, capsys, monkeypatch):
     tool, output = load_tool("compare"), tmp_path / "out"
     opts = ["--", *confident_opts]
-    options = ["--config-file", EMBEDDED, "--first", "2", "--timed", "0", "--pictures", "1"]
+    options = ["--config-file", VITDET, "--first", "2", "--timed", "0", "--pictures", "1"]
     options += ["--output", str(output), "--setting", "mine: budget=0.9", "--setting", "budget=0.8"]
     tool.run([*options, *opts])
     stored = Comparison.from_json((output / "vitdet.json").read_text())
@@ -379,7 +388,7 @@ def test_what_a_budget_chose_is_shown_everywhere(confident_opts, tmp_path, capsy
     # Tuning: printed, and in the file that it writes.
     tool = load_tool("tune")
     monkeypatch.setattr(tool, "candidates", lambda spec: {"mine": Settings(budget=0.9)})
-    options = ["--config-file", EMBEDDED, "--timed", "0", "--sweep", "2"]
+    options = ["--config-file", VITDET, "--timed", "0", "--sweep", "2"]
     tool.run([*options, "--output", str(output), "--agreement", "1e-6", *opts])
     assert f"budget=0.9 -> {chosen}" in capsys.readouterr().out
     (file,) = output.glob("*_tuned.yaml")

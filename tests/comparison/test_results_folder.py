@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from expedit_d2.comparison import Comparison, Store, table_stem
-from support.repository import EMBEDDED, load_tool
+from support.repository import VITDET, load_tool
 
 pytestmark = pytest.mark.slow
 
@@ -35,7 +35,7 @@ def output(tmp_path):
 def run(confident_opts, output):
     """The tool, on two images of a tiny detector."""
 
-    def run(*options, config=EMBEDDED):
+    def run(*options, config=VITDET):
         quick = ["--timed", "0", "--first", "2", "--pictures", "0", "--output", str(output)]
         load_tool("compare").run(
             ["--config-file", str(config), *quick, *options, "--", *confident_opts]
@@ -137,12 +137,12 @@ def test_a_folder_that_is_a_file_is_refused(run, output):
 def test_two_configs_of_one_name_keep_their_tables(run, output, tmp_path, capsys):
     config = tmp_path / "other" / "vitdet.yaml"
     config.parent.mkdir()
-    config.write_text(f"_BASE_: {EMBEDDED}\nINPUT:\n  FORMAT: BGR\n")
+    config.write_text(f"_BASE_: {VITDET}\nINPUT:\n  FORMAT: BGR\n")
     first = run(*HALF)
     run(*HALF, config=config)
     assert Comparison.from_json((output / "vitdet.json").read_text()) == first
     second = Comparison.from_json((output / "vitdet-2.json").read_text())
-    assert second.config_file == str(config) and first.config_file == EMBEDDED
+    assert second.config_file == str(config) and first.config_file == VITDET
     assert "vitdet-2.html" in capsys.readouterr().out
     # Each finds its own again.
     run(*HALF, config=config)

@@ -24,7 +24,7 @@ from expedit_d2.comparison import (
 from expedit_d2.comparison import session as session_module
 from expedit_d2.projects import load_cfg
 from expedit_d2.settings import Settings
-from support.repository import EMBEDDED
+from support.repository import VITDET
 
 pytestmark = pytest.mark.slow
 
@@ -38,7 +38,7 @@ SETTINGS = {
 
 @pytest.fixture
 def workload(confident_opts):
-    return load_workload(EMBEDDED, confident_opts)
+    return load_workload(VITDET, confident_opts)
 
 
 @pytest.fixture
@@ -114,7 +114,7 @@ def test_nothing_finished_is_run_again(workload, tiny_opts, tmp_path, forwards):
     ]
     # As a new process would: everything from the files.
     forwards.clear()
-    again = load_workload(EMBEDDED, [*tiny_opts, "OUTPUT_DIR", str(tmp_path / "elsewhere")])
+    again = load_workload(VITDET, [*tiny_opts, "OUTPUT_DIR", str(tmp_path / "elsewhere")])
     second = compare(again, SETTINGS, options, Store(tmp_path / "store"))
     assert forwards == []
     assert second.rows == first.rows
@@ -129,11 +129,11 @@ def test_nothing_finished_is_run_again(workload, tiny_opts, tmp_path, forwards):
 
 
 def test_what_results_depend_on_is_in_their_key(workload, tiny_opts):
-    same = load_workload(EMBEDDED, [*tiny_opts, "MODEL.EXPEDIT.ALPHA", "1"])
+    same = load_workload(VITDET, [*tiny_opts, "MODEL.EXPEDIT.ALPHA", "1"])
     assert same.fingerprint == workload.fingerprint
     others = [
-        load_workload(EMBEDDED, [*tiny_opts, "INPUT.MIN_SIZE_TEST", "56"]),
-        load_workload(EMBEDDED, tiny_opts, limit=3),
+        load_workload(VITDET, [*tiny_opts, "INPUT.MIN_SIZE_TEST", "56"]),
+        load_workload(VITDET, tiny_opts, limit=3),
         replace(workload, dataset="another"),
         replace(workload, make_evaluator=None),
     ]
@@ -209,15 +209,15 @@ def test_results_that_were_cut_off_are_computed_again(tmp_path):
 def test_images_without_labels(tiny_opts, tiny_data, tmp_path):
     files = [record["file_name"] for record in DatasetCatalog.get(tiny_data[1])]
     folder = files[0].rsplit("/", 1)[0]
-    workload = load_workload(EMBEDDED, tiny_opts, images=folder)
+    workload = load_workload(VITDET, tiny_opts, images=folder)
     half = {"half": SETTINGS["half"]}
     bare = compare(workload, half, QUIET)
-    labelled = compare(load_workload(EMBEDDED, tiny_opts), half, QUIET)
+    labelled = compare(load_workload(VITDET, tiny_opts), half, QUIET)
     assert (bare.images, bare.plain.metrics) == (4, {})
     assert [r.agreement for r in bare.rows] == [r.agreement for r in labelled.rows]
     assert [r.flops for r in bare.rows] == [r.flops for r in labelled.rows]
-    assert len(load_workload(EMBEDDED, tiny_opts, images=f"{folder}/*.png", limit=3)) == 3
-    assert len(load_workload(EMBEDDED, tiny_opts, images=files[0])) == 1
+    assert len(load_workload(VITDET, tiny_opts, images=f"{folder}/*.png", limit=3)) == 3
+    assert len(load_workload(VITDET, tiny_opts, images=files[0])) == 1
     with pytest.raises(FileNotFoundError, match="no images at .*none"):
         register_images(str(tmp_path / "none"))
     with pytest.raises(FileNotFoundError, match="no images at"):
@@ -225,11 +225,11 @@ def test_images_without_labels(tiny_opts, tiny_data, tmp_path):
 
 
 def test_first_images_have_agreement_alone(tiny_opts):
-    first = compare(load_workload(EMBEDDED, tiny_opts, limit=2), {}, QUIET)
+    first = compare(load_workload(VITDET, tiny_opts, limit=2), {}, QUIET)
     assert (first.images, first.plain.metrics) == (2, {})
-    assert compare(load_workload(EMBEDDED, tiny_opts, limit=4), {}, QUIET).plain.metrics
+    assert compare(load_workload(VITDET, tiny_opts, limit=4), {}, QUIET).plain.metrics
     with pytest.raises(ValueError, match="at least one image .* got 0"):
-        load_workload(EMBEDDED, tiny_opts, limit=0)
+        load_workload(VITDET, tiny_opts, limit=0)
 
 
 def test_what_cannot_be_compared_fails_at_once(workload, forwards):
@@ -250,5 +250,5 @@ def test_settings_of_the_config_do_not_reach_the_plain_model(tiny_opts):
 
     opts = ["MODEL.EXPEDIT.ENABLED", "True", "MODEL.EXPEDIT.ALPHA", "1"]
     opts = [*tiny_opts, *opts, "MODEL.EXPEDIT.RATIO", "0.5"]
-    assert load_cfg(EMBEDDED, opts).MODEL.EXPEDIT.ENABLED
-    assert not is_expedited(load_workload(EMBEDDED, opts).model)
+    assert load_cfg(VITDET, opts).MODEL.EXPEDIT.ENABLED
+    assert not is_expedited(load_workload(VITDET, opts).model)

@@ -28,11 +28,10 @@ from expedit_d2.data import register_collage
 from expedit_d2.projects import load_cfg, trainer_of
 from expedit_d2.settings import Settings
 from support.detector import LAZY, make_confident
-from support.repository import ROOT, load_tool
+from support.repository import ROOT, SEGMENTER, VITDET, load_tool
 
 pytestmark = pytest.mark.slow
 
-SEGMENTER = str(ROOT / "configs" / "embedded" / "segmenter.yaml")
 QUIET = Options(timed_images=0, progress=False)
 
 #: Few enough to try all of them, and from hardly anything to nearly everything.
@@ -47,7 +46,7 @@ FEW = dict(
 
 @pytest.fixture(scope="module")
 def segmenter_opts(tmp_path_factory):
-    """The embedded Segmenter, shrunken, with random weights in which nothing is zero."""
+    """The small Segmenter, shrunken, with random weights in which nothing is zero."""
     folder = tmp_path_factory.mktemp("tune")
     register_collage(folder, {"train": 4, "val": 4}, (64, 64), name="tune")
     sizes = {"img_size": 64, "patch_size": 8, "embed_dim": 48, "depth": 4, "num_heads": 3}
@@ -217,9 +216,7 @@ def test_candidates_of_each_family(workload, tiny_opts):
     assert all(0 <= alpha < 4 for s in found.values() for alpha in s.alphas)
     assert {s.scope for s in found.values()} == {"map"}  # there are no windows
     assert all(parse_setting(name) == (name, settings) for name, settings in found.items())
-    windowed = find_transformer(
-        load_workload(str(ROOT / "configs/embedded/vitdet.yaml"), tiny_opts).model
-    )
+    windowed = find_transformer(load_workload(VITDET, tiny_opts).model)
     found = candidates(windowed).values()
     assert {s.scope for s in found if s.alphas} == {"map", "window"}
     assert [s for s in found if s.method == "merge"]
@@ -292,7 +289,7 @@ def test_target_in_words():
         "budget=0.5",
     ],
 )
-@pytest.mark.parametrize("base", ["segmenter.yaml", "segmenter_published_a4_16x16.yaml"])
+@pytest.mark.parametrize("base", ["small_segmenter.yaml", "small_segmenter_published_16x16.yaml"])
 def test_the_written_config_has_the_settings_and_the_overrides(text, base, tmp_path):
     _, settings = parse_setting(text)
     opts = ["INPUT.MIN_SIZE_TEST", "64", "DATASETS.TEST", "('a', 'b')", "MODEL.EXPEDIT.ALPHA", "3"]
@@ -315,10 +312,10 @@ def test_tool_finds_a_setting_that_train_net_runs(segmenter_opts, tmp_path, caps
     tool.run([*options, "--agreement", "70", "--", *segmenter_opts])
     printed = capsys.readouterr().out
     assert "For agreement at least 70 %: " in printed and "On everything" in printed
-    confirmed = Comparison.from_json((output / "segmenter.json").read_text())
-    sweep = Comparison.from_json((output / "segmenter_sweep.json").read_text())
+    confirmed = Comparison.from_json((output / "small_segmenter.json").read_text())
+    sweep = Comparison.from_json((output / "small_segmenter_sweep.json").read_text())
     assert len(sweep.rows) == 1 + len(FEW) and sweep.images == 2 and confirmed.images == 4
-    config = output / "segmenter_tuned.yaml"
+    config = output / "small_segmenter_tuned.yaml"
     best = next(row for row in confirmed.rows if row.settings == setting_of(config))
     assert best.lowest_agreement >= 70
     results = {}

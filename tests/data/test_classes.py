@@ -9,14 +9,14 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from expedit_d2.data import register_by_path
 from expedit_d2.projects import trainer_of
 from support.detector import train_net
-from support.repository import EMBEDDED
+from support.repository import VITDET
 from support.small_data import put, tiny_config
 
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("catalogs")]
 
 
 def test_a_detector_on_other_classes_is_refused_before_inference(tiny_opts, coco, fails):
-    arguments = ["--eval-only", "--config-file", EMBEDDED, *tiny_opts]
+    arguments = ["--eval-only", "--config-file", VITDET, *tiny_opts]
     name = coco()
     message = fails(train_net, *arguments, "DATASETS.TEST", f"('{name}',)")
     expected = "has 2 classes, but the model has 6 (MODEL.ROI_HEADS.NUM_CLASSES)"
@@ -88,7 +88,7 @@ def test_a_model_may_know_more_classes_than_the_largest_id(labels):
 
 
 def test_labels_of_another_kind_are_refused(labels, coco, tiny_data, tiny_opts, fails):
-    arguments = ["--eval-only", "--config-file", EMBEDDED, *tiny_opts]
+    arguments = ["--eval-only", "--config-file", VITDET, *tiny_opts]
     message = fails(train_net, *arguments, "DATASETS.TEST", f"('{labels}',)")
     assert "has no instances" in message and "COCO instance file" in message
     name = coco()

@@ -13,8 +13,8 @@ from pycocotools import mask as mask_util
 
 from expedit_d2.data import register_by_path
 from expedit_d2.data.coco_checks import run_lengths
-from support.detector import TINY, train_net
-from support.repository import EMBEDDED
+from support.detector import train_net
+from support.repository import VITDET
 from support.small_data import box_mask, compressed, put
 
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("catalogs")]
@@ -89,7 +89,7 @@ def test_broken_instance_files(coco, change, message):
 
 def test_a_broken_file_ends_a_tool_with_its_sentence(coco, fails):
     name = coco(BROKEN["unknown image"][0])
-    arguments = ["--eval-only", "--config-file", EMBEDDED, *TINY]
+    arguments = ["--eval-only", "--config-file", VITDET]
     message = fails(train_net, *arguments, "DATASETS.TEST", f"('{name}',)")
     assert message.startswith("train_net.py: DATASETS.TEST") and "of image 99" in message
 

@@ -16,7 +16,7 @@ from expedit_d2.data.images import MAX_PIXELS, DataError, load_labels, read_imag
 from expedit_d2.data.mapper import CheckedMapper
 from expedit_d2.projects import trainer_of
 from support.detector import train_net
-from support.repository import EMBEDDED, load_tool
+from support.repository import VITDET, load_tool
 from support.small_data import tiny_config
 
 draw = load_tool("draw")
@@ -145,7 +145,7 @@ def test_an_unreadable_image_is_named_or_skipped(
     file = Path(DatasetCatalog.get(tiny_data[1])[1]["file_name"])
     good = file.read_bytes()
     spoil(file)
-    arguments = ["--config-file", EMBEDDED, *tiny_opts]
+    arguments = ["--config-file", VITDET, *tiny_opts]
     message = fails(train_net, "--eval-only", *arguments)
     assert str(file) in message
     assert "cannot be read as an image" in message or "32-bit pixels" in message
@@ -169,7 +169,7 @@ def test_no_readable_image_at_all(tmp_path, tiny_opts, fails):
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad" / "a.jpg").write_text("hello")
     expedit = ["MODEL.EXPEDIT.ALPHA", "1", "MODEL.EXPEDIT.RATIO", "0.5"]
-    arguments = ["--config-file", EMBEDDED, *tiny_opts, *expedit]
+    arguments = ["--config-file", VITDET, *tiny_opts, *expedit]
     message = fails(draw, "--images", tmp_path / "bad", *arguments)
     assert "no image at " in message and "can be read: " in message and "a.jpg" in message
     with pytest.raises(ValueError, match="no image at .* can be read: .*a.jpg"):

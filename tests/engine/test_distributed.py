@@ -15,36 +15,28 @@ from expedit_d2.data import register_collage
 from expedit_d2.engine import launch
 from expedit_d2.evaluation import Agreement
 from expedit_d2.projects import load_cfg, trainer_of
-from support.detector import TINY
-from support.repository import EMBEDDED, ROOT
+from support.repository import DPT, ROOT, SEGMENTER, VITDET
 
 pytestmark = pytest.mark.slow
 
-SMALL_VIT = [
-    *("MODEL.DEVICE", "cpu"),
-    *("MODEL.TIMM.KWARGS.img_size", "64"),
-    *("MODEL.TIMM.KWARGS.embed_dim", "24"),
-    *("MODEL.TIMM.KWARGS.depth", "4"),
-    *("DATALOADER.NUM_WORKERS", "0"),
-    *("INPUT.MIN_SIZE_TEST", "64"),
+EXPEDIT = [
     *("MODEL.EXPEDIT.ENABLED", "True"),
     *("MODEL.EXPEDIT.ALPHA", "1"),
     *("MODEL.EXPEDIT.RATIO", "0.6"),
 ]
+SMALL = [
+    *("MODEL.DEVICE", "cpu"),
+    *("MODEL.TIMM.KWARGS.img_size", "64"),
+    *("MODEL.TIMM.KWARGS.embed_dim", "24"),
+    *("MODEL.TIMM.KWARGS.depth", "4"),
+    *("MODEL.SEGMENTER.WINDOW_SIZE", "0"),
+    *("DATALOADER.NUM_WORKERS", "0"),
+    *("INPUT.MIN_SIZE_TEST", "64"),
+]
 MODELS = {
-    "vitdet": (EMBEDDED, TINY),
-    "segmenter": (
-        str(ROOT / "configs" / "embedded" / "segmenter.yaml"),
-        [*SMALL_VIT, *("MODEL.SEGMENTER.WINDOW_SIZE", "0")],
-    ),
-    "dpt": (
-        str(ROOT / "configs" / "embedded" / "dpt.yaml"),
-        [
-            *SMALL_VIT,
-            *("MODEL.DPT.BLOCKS", "[0, 1, 2, 3]"),
-            *("MODEL.DPT.SIZE", "(64, 64)"),
-        ],
-    ),
+    "vitdet": (VITDET, []),
+    "segmenter": (SEGMENTER, [*SMALL, *EXPEDIT]),
+    "dpt": (DPT, EXPEDIT),
 }
 
 
@@ -99,7 +91,7 @@ def test_pictures_of_a_folder_are_drawn_by_two_processes(tmp_path):
     for name in ("b.png", "a.jpg", "c.JPG"):
         Image.new("RGB", (64, 64), "gray").save(photos / name)
     (photos / "notes.txt").write_text("no image", encoding="utf-8")
-    config = ROOT / "configs" / "embedded" / "segmenter_a4_16x16.yaml"
+    config = ROOT / "configs" / "embedded" / "small_segmenter_expedit_16x16.yaml"
     command = [sys.executable, ROOT / "tools" / "draw.py", "--num-gpus", "2"]
     command += ["--images", photos, "--output", pictures, "--config-file", config]
     command += ["MODEL.DEVICE", "cpu"]

@@ -17,7 +17,7 @@ from expedit_d2.engine import one_sentence
 from expedit_d2.engine.errors import explain
 from expedit_d2.engine.trainer import Trainer
 from expedit_d2.operators import TokenClustering
-from support.repository import EMBEDDED, ROOT, load_tool
+from support.repository import ROOT, VITDET, load_tool
 
 
 def sentence_of(action) -> str | None:
@@ -122,14 +122,14 @@ def test_one_sentence_and_status(capsys, monkeypatch):
 
 
 TOOLS = {
-    "train_net": (["--config-file", EMBEDDED], "no checkpoint"),
+    "train_net": (["--config-file", VITDET], "no checkpoint"),
     "compare": ([], "the same command goes on"),
     "tune": (["--keep", "99"], "the same command goes on"),
-    "draw": (["--config-file", EMBEDDED, "--output", "some/folder"], "some/folder"),
+    "draw": (["--config-file", VITDET, "--output", "some/folder"], "some/folder"),
     "demo": (["--output", "some/folder"], "some/folder"),
-    "export": (["--config-file", EMBEDDED, "--output", "x.onnx"], "nothing was written"),
+    "export": (["--config-file", VITDET, "--output", "x.onnx"], "nothing was written"),
     "paper_tables": ([], "what was done"),
-    "benchmark_backbone": (["--config-file", EMBEDDED], "nothing was written"),
+    "benchmark_backbone": (["--config-file", VITDET], "nothing was written"),
     "benchmark_operators": ([], "nothing was written"),
 }
 
@@ -156,7 +156,7 @@ def test_an_error_in_training_is_a_sentence_in_the_log_too(tiny_opts, capfd, mon
 
     train_net = load_tool("train_net")
     monkeypatch.setattr(Trainer, "run_step", fails)
-    command = ["--config-file", EMBEDDED, *tiny_opts, "SOLVER.MAX_ITER", "1"]
+    command = ["--config-file", VITDET, *tiny_opts, "SOLVER.MAX_ITER", "1"]
     error = ValueError("the image x.png cannot be read")
     with pytest.raises(SystemExit, match="x.png cannot be read") as stopped:
         train_net.run(command)
@@ -172,7 +172,7 @@ def test_an_error_in_training_is_a_sentence_in_the_log_too(tiny_opts, capfd, mon
 @pytest.mark.slow
 def test_one_sentence_of_several_processes():
     command = [sys.executable, str(ROOT / "tools" / "train_net.py"), "--eval-only"]
-    command += ["--num-gpus", "2", "--config-file", EMBEDDED, "MODEL.WEIGHTS", "none.pth"]
+    command += ["--num-gpus", "2", "--config-file", VITDET, "MODEL.WEIGHTS", "none.pth"]
     done = subprocess.run([*command, "MODEL.DEVICE", "cpu"], capture_output=True, text=True)
     assert done.returncode == 2
     assert (
@@ -206,7 +206,7 @@ def test_a_module_of_ones_own(tiny_opts, tiny_data, tmp_path, monkeypatch, capsy
     DatasetCatalog.get(tiny_data[1])  # its metadata
     (tmp_path / "models_of_ones_own.py").write_text(MODULE.replace("{name}", tiny_data[1]))
     (tmp_path / "my_config.yaml").write_text(
-        f"_BASE_: {EMBEDDED}\nMODEL: {{META_ARCHITECTURE: MyRCNN}}\n"
+        f"_BASE_: {VITDET}\nMODEL: {{META_ARCHITECTURE: MyRCNN}}\n"
     )
     config = ["--config-file", str(tmp_path / "my_config.yaml")]
     opts = [*tiny_opts, "DATASETS.TEST", "('my_images',)"]

@@ -14,7 +14,7 @@ from expedit_d2.comparison.tuning import Target
 from expedit_d2.engine.interrupt import check_interrupt, interruptible
 from expedit_d2.evaluation import Agreement
 from expedit_d2.settings import Settings
-from support.repository import EMBEDDED, load_tool
+from support.repository import VITDET, load_tool
 
 pytestmark = pytest.mark.slow
 
@@ -118,7 +118,7 @@ def press_at(monkeypatch, run: int, image: int) -> None:
 
 
 def test_comparing_ends_with_what_is_finished(confident_opts, monkeypatch):
-    workload = load_workload(EMBEDDED, confident_opts)
+    workload = load_workload(VITDET, confident_opts)
     press_at(monkeypatch, run=2, image=1)
     partial = compare(workload, SETTINGS, QUIET)
     assert [row.name for row in partial.rows] == ["plain"]
@@ -126,7 +126,7 @@ def test_comparing_ends_with_what_is_finished(confident_opts, monkeypatch):
 
 
 def test_tuning_ends_with_what_is_finished(confident_opts, monkeypatch, tmp_path):
-    workload = load_workload(EMBEDDED, confident_opts)
+    workload = load_workload(VITDET, confident_opts)
     with monkeypatch.context() as patch:
         press_at(patch, run=4, image=2)  # plain, plain and half in the sweep, late
         tuning = tune(workload, SETTINGS, Target(agreement=1), 3, 1, QUIET, Store(tmp_path))
@@ -138,7 +138,7 @@ def test_tuning_ends_with_what_is_finished(confident_opts, monkeypatch, tmp_path
 
 def test_the_tool_says_so_and_keeps_the_table(confident_opts, monkeypatch, tmp_path, capsys):
     press_at(monkeypatch, run=2, image=1)
-    options = ["--config-file", EMBEDDED, "--timed", "0", "--output", str(tmp_path)]
+    options = ["--config-file", VITDET, "--timed", "0", "--output", str(tmp_path)]
     options += ["--setting", "half: alpha=1 ratio=0.5", "--", *confident_opts]
     with pytest.raises(SystemExit) as stopped:
         load_tool("compare").run(options)
@@ -156,7 +156,7 @@ def test_ctrl_c_while_drawing_keeps_the_report(confident_opts, monkeypatch, tmp_
         check_interrupt()
 
     monkeypatch.setattr(tool, "draw_pictures", draw)
-    options = ["--config-file", EMBEDDED, "--timed", "0", "--first", "1", "--output", str(tmp_path)]
+    options = ["--config-file", VITDET, "--timed", "0", "--first", "1", "--output", str(tmp_path)]
     with pytest.raises(SystemExit) as stopped:
         tool.run([*options, "--setting", "alpha=1 ratio=0.5", "--", *confident_opts])
     assert stopped.value.code == 130 and "All of it" in capsys.readouterr().out

@@ -24,7 +24,7 @@ from expedit_d2.files import download as downloading
 from expedit_d2.files import read_weights
 from expedit_d2.projects import load_cfg
 from support.detector import LAZY, evaluate, fails, predictions
-from support.repository import EMBEDDED, load_tool
+from support.repository import VITDET, load_tool
 from support.segmenter import tiny_model, write_official
 
 
@@ -93,7 +93,7 @@ def test_official_weights_load_from_their_urls(tiny_opts, tmp_path, server):
     evaluate([*tiny_opts, "MODEL.WEIGHTS", zoo])
     assert predictions(tmp_path) == expected and expected
 
-    model = build_model(load_cfg(EMBEDDED, tiny_opts))
+    model = build_model(load_cfg(VITDET, tiny_opts))
     good = torch.load(tmp_path / "weights.pth")["model"]
     asked = len(server.asked)
     for path in (

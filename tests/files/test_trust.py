@@ -22,7 +22,7 @@ from expedit_d2.engine import (
 from expedit_d2.files import code_in_files, read_checkpoint, read_weights, runs_code
 from expedit_d2.projects import load_cfg
 from support.detector import LAZY, evaluate, fails, train_net
-from support.repository import EMBEDDED, ROOT, load_tool
+from support.repository import DPT, VITDET, load_tool
 from support.segmenter import write_official
 
 
@@ -66,7 +66,7 @@ def test_weights_to_start_training_from_run_no_code(tiny_opts, tmp_path, marker)
     (path, *_) = hostile(tmp_path, marker)
     opts = [*tiny_opts, "SOLVER.IMS_PER_BATCH", "2", "MODEL.WEIGHTS", str(path)]
     with pytest.raises(SystemExit, match="MODEL.WEIGHTS .*mkdir beside tensors"):
-        train_net.run(["--config-file", EMBEDDED, *opts])
+        train_net.run(["--config-file", VITDET, *opts])
 
 
 def test_resuming_runs_no_code(tiny_opts, tmp_path, marker):
@@ -74,7 +74,7 @@ def test_resuming_runs_no_code(tiny_opts, tmp_path, marker):
     output.mkdir()
     hostile(output, marker)[0].rename(output / "model_0000001.pth")
     (output / "last_checkpoint").write_text("model_0000001.pth")
-    train = ["--resume", "--config-file", EMBEDDED, *tiny_opts, "SOLVER.IMS_PER_BATCH", "2"]
+    train = ["--resume", "--config-file", VITDET, *tiny_opts, "SOLVER.IMS_PER_BATCH", "2"]
     with pytest.raises(SystemExit, match="--resume .*mkdir beside tensors"):
         train_net.run(train)
     (output / "model_0000001.pth").write_bytes(b"PK\x03\x04 torn")
@@ -102,7 +102,7 @@ def test_timm_checkpoints_run_no_code(tmp_path, marker):
 
 def test_tools_for_checkpoints_run_no_code(tmp_path, marker):
     target = tmp_path / "target.pth"
-    dpt = ["--config-file", str(ROOT / "configs" / "embedded" / "dpt.yaml")]
+    dpt = ["--config-file", DPT]
     for path in hostile(tmp_path, marker):
         for tool, options in (("slim_checkpoint", []), ("convert_dpt", dpt)):
             with pytest.raises(SystemExit, match=f"{tool}.py: .*mkdir beside tensors"):
@@ -120,7 +120,7 @@ def test_tools_for_checkpoints_run_no_code(tmp_path, marker):
 
 def test_configs_run_no_code(tiny_opts, tmp_path, marker):
     config = tmp_path / "bad.yaml"
-    config.write_text(f"_BASE_: {EMBEDDED}\nOUTPUT_DIR: !!python/object/apply:os.mkdir [{marker}]")
+    config.write_text(f"_BASE_: {VITDET}\nOUTPUT_DIR: !!python/object/apply:os.mkdir [{marker}]")
     above = tmp_path / "above.yaml"
     above.write_text("_BASE_: bad.yaml\n")
     for path in (config, above):
@@ -136,7 +136,7 @@ def test_configs_run_no_code(tiny_opts, tmp_path, marker):
 def test_the_flag_brings_the_old_way_back(tiny_opts, tmp_path, monkeypatch):
     monkeypatch.delenv("EXPEDIT_RUN_CODE_IN_FILES", raising=False)
     weights = torch.load(tmp_path / "weights.pth")["model"]
-    model = build_model(load_cfg(EMBEDDED, tiny_opts))
+    model = build_model(load_cfg(VITDET, tiny_opts))
     files = hostile(tmp_path, tmp_path / "ran", weights)
     for path in files:
         with code_in_files(True):
@@ -151,7 +151,7 @@ def test_the_flag_brings_the_old_way_back(tiny_opts, tmp_path, monkeypatch):
     assert (tmp_path / "ran").is_dir()
     read_weights(target, "key")
     config = tmp_path / "eval.yaml"
-    config.write_text(f'_BASE_: {EMBEDDED}\nTEST:\n  EVAL_PERIOD: !!python/object/apply:eval ["7"]')
+    config.write_text(f'_BASE_: {VITDET}\nTEST:\n  EVAL_PERIOD: !!python/object/apply:eval ["7"]')
     monkeypatch.setenv("EXPEDIT_RUN_CODE_IN_FILES", "1")
     assert load_cfg(config).TEST.EVAL_PERIOD == 7
 
@@ -174,7 +174,7 @@ def test_every_tool_with_a_config_has_the_flag(tmp_path, tool, arguments, monkey
     ran, config = tmp_path / "ran", tmp_path / "bad.yaml"
     # It makes a folder, and nothing of the output folder: the tool ends there.
     tag = f"!!python/object/apply:os.makedirs [{ran}, 511, true]"
-    config.write_text(f"_BASE_: {EMBEDDED}\nOUTPUT_DIR: {tag}\n")
+    config.write_text(f"_BASE_: {VITDET}\nOUTPUT_DIR: {tag}\n")
     given = [word.replace("{d}", str(tmp_path)) for word in arguments]
     # Options that take several values must not take what follows.
     command = [*given[:2], "--config-file", str(config), *given[2:]]

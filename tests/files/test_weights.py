@@ -16,7 +16,7 @@ from expedit_d2.engine import frozen_weights, load_weights, slim_checkpoint
 from expedit_d2.files import read_weights
 from expedit_d2.projects import get_cfg, load_cfg, load_model
 from support.detector import fails, train_net
-from support.repository import EMBEDDED, ROOT, load_tool
+from support.repository import ROOT, VITDET, load_tool
 
 
 def test_files_that_are_no_weights(tiny_opts, tmp_path):
@@ -83,7 +83,7 @@ def test_weights_that_are_not_finite(value, tiny_opts, tmp_path):
     assert words in fails(tiny_opts)
     opts = [*tiny_opts, "SOLVER.IMS_PER_BATCH", "2"]
     with pytest.raises(SystemExit, match=words):  # to start training from, too
-        train_net.run(["--config-file", EMBEDDED, *opts])
+        train_net.run(["--config-file", VITDET, *opts])
     vit = create_timm_vit("vit_tiny_patch16_224", depth=2, embed_dim=24, num_heads=2)
     vit.blocks[1].norm1.bias.data[0] = value
     path = str(tmp_path / "vit.pth")
@@ -141,7 +141,7 @@ def test_surplus_that_real_checkpoints_have_is_taken(tiny_opts, tmp_path):
     }
     weights |= {"optimizer": {}, "ema_state": {"a": torch.zeros(1)}, "iteration": 3}
     torch.save(weights, tmp_path / "weights.pth")
-    load_model(load_cfg(EMBEDDED, tiny_opts))
+    load_model(load_cfg(VITDET, tiny_opts))
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,6 @@ import io
 import re
 from dataclasses import replace
 from html.parser import HTMLParser
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -31,7 +30,7 @@ from expedit_d2.report import (
 from expedit_d2.report.figures import Point, draw_tradeoff
 from expedit_d2.report.summary import tradeoffs
 from expedit_d2.settings import Settings
-from support.repository import EMBEDDED, load_tool
+from support.repository import SEGMENTER, VITDET, load_tool
 
 VOID = {"meta", "img", "br", "link", "input", "hr"}
 BASE = 0.2  # seconds of the plain model
@@ -362,7 +361,7 @@ def test_pictures_are_embedded_and_small(tmp_path):
 
 
 def test_pictures_are_drawn_from_a_model():
-    cfg = load_cfg(Path(EMBEDDED).with_name("segmenter.yaml"), ["MODEL.DEVICE", "cpu"])
+    cfg = load_cfg(SEGMENTER, ["MODEL.DEVICE", "cpu"])
     torch.manual_seed(0)
     pixels = torch.randint(0, 256, (3, 3, 256, 256), dtype=torch.uint8)
     items = [{"image": pixels[0], "file_name": "some/photo.jpg"}, *({"image": p} for p in pixels)]
@@ -378,7 +377,7 @@ def test_pictures_are_drawn_from_a_model():
 
 
 def test_the_image_that_agrees_least_is_drawn_beside_the_first_ones():
-    cfg = load_cfg(Path(EMBEDDED).with_name("segmenter.yaml"), ["MODEL.DEVICE", "cpu"])
+    cfg = load_cfg(SEGMENTER, ["MODEL.DEVICE", "cpu"])
     torch.manual_seed(0)
     pixels = torch.randint(0, 256, (3, 3, 256, 256), dtype=torch.uint8)
     items = [[{"image": p, "file_name": f"some/{n}.jpg"}] for n, p in enumerate(pixels)]
@@ -403,7 +402,7 @@ def test_panels_can_be_enlarged(tmp_path):
 @pytest.mark.slow
 def test_comparing_ends_with_a_report(confident_opts, tmp_path, capsys):
     options = ["--timed", "1", "--batch", "1", "--first", "2", "--output", str(tmp_path / "out")]
-    options += ["--config-file", EMBEDDED, "--setting", "half: alpha=1 ratio=0.5"]
+    options += ["--config-file", VITDET, "--setting", "half: alpha=1 ratio=0.5"]
     load_tool("compare").run([*options, "--pictures", "1", "--", *confident_opts])
     file = tmp_path / "out" / "vitdet.html"
     assert str(file) in capsys.readouterr().out

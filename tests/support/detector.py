@@ -1,4 +1,4 @@
-"""A tiny ViTDet, as YAML and as a LazyConfig, and its evaluation by tools/train_net.py."""
+"""A tiny ViTDet as a LazyConfig, its weights, and its evaluation by tools/train_net.py."""
 
 import json
 from pathlib import Path
@@ -6,30 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from support.repository import EMBEDDED, load_tool
+from support.repository import VITDET, load_tool
 
 train_net = load_tool("train_net")
-
-#: The embedded ViTDet, shrunken to 64 x 64 pixels and 8 x 8 tokens.
-TINY = [
-    *("MODEL.DEVICE", "cpu"),
-    *("MODEL.VIT.IMG_SIZE", "64"),
-    *("MODEL.VIT.PRETRAIN_IMG_SIZE", "64"),
-    *("MODEL.VIT.EMBED_DIM", "32"),
-    *("MODEL.VIT.DEPTH", "3"),
-    *("MODEL.VIT.NUM_HEADS", "2"),
-    *("MODEL.VIT.WINDOW_SIZE", "4"),
-    *("MODEL.VIT.WINDOW_BLOCK_INDEXES", "(0, 1)"),
-    *("MODEL.VIT.OUT_CHANNELS", "16"),
-    *("MODEL.ROI_BOX_HEAD.CONV_DIM", "16"),
-    *("MODEL.ROI_BOX_HEAD.FC_DIM", "16"),
-    *("MODEL.ROI_MASK_HEAD.CONV_DIM", "16"),
-    *("MODEL.ROI_HEADS.SCORE_THRESH_TEST", "0.0"),
-    *("INPUT.MIN_SIZE_TEST", "64"),
-    *("INPUT.MIN_SIZE_TRAIN", "(64,)"),
-    *("DATALOADER.NUM_WORKERS", "0"),
-    *("TEST.DETECTIONS_PER_IMAGE", "10"),
-]
 
 #: In a LazyConfig: the model of the official ViTDet, tiny.
 TINY_VITDET = """
@@ -89,11 +68,11 @@ def make_confident(weights: Path) -> None:
     torch.save(saved, weights)
 
 
-def evaluate(opts, *more, config=EMBEDDED):
+def evaluate(opts, *more, config=VITDET):
     train_net.run(["--eval-only", "--config-file", config, *more, *opts])
 
 
-def fails(opts, config=EMBEDDED):
+def fails(opts, config=VITDET):
     with pytest.raises(SystemExit) as stopped:
         evaluate(opts, config=config)
     message = str(stopped.value)

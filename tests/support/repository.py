@@ -6,7 +6,12 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-EMBEDDED = str(ROOT / "configs" / "embedded" / "vitdet.yaml")
+_TINY = ROOT / "tests" / "support" / "configs"
+
+#: Configs of tiny models, of which there are no weights.
+VITDET, DPT, MASK2FORMER = (str(_TINY / f"{n}.yaml") for n in ("vitdet", "dpt", "mask2former"))
+#: A small model with weights.
+SEGMENTER = str(ROOT / "configs" / "embedded" / "small_segmenter.yaml")
 
 
 #: Scripts of tools/ that only call a command, and its name.

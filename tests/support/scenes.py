@@ -21,40 +21,21 @@ from torch import nn
 
 from expedit_d2.projects import get_cfg
 from expedit_d2.projects.Mask2Former import MaskFormerTrainer
-from support.repository import ROOT
+from support.repository import MASK2FORMER
 
-CONFIG = ROOT / "configs/embedded/mask2former.yaml"
 TINY = {
-    "MODEL.DEVICE": "cpu",
-    "MODEL.VIT.IMG_SIZE": 64,
-    "MODEL.VIT.PRETRAIN_IMG_SIZE": 64,
-    "MODEL.VIT.EMBED_DIM": 48,
     "MODEL.VIT.DEPTH": 1,
-    "MODEL.VIT.WINDOW_BLOCK_INDEXES": [],
-    "MODEL.VIT.OUT_CHANNELS": 32,
-    "MODEL.SEM_SEG_HEAD.CONVS_DIM": 32,
-    "MODEL.SEM_SEG_HEAD.MASK_DIM": 32,
-    "MODEL.SEM_SEG_HEAD.TRANSFORMER_ENC_LAYERS": 1,
-    "MODEL.MASK_FORMER.HIDDEN_DIM": 32,
-    "MODEL.MASK_FORMER.NUM_OBJECT_QUERIES": 8,
-    "MODEL.MASK_FORMER.DIM_FEEDFORWARD": 64,
     "MODEL.MASK_FORMER.DEC_LAYERS": 3,
-    "MODEL.MASK_FORMER.TRAIN_NUM_POINTS": 256,
     "MODEL.MASK_FORMER.TEST.OBJECT_MASK_THRESHOLD": 0.0,
-    "INPUT.MIN_SIZE_TEST": 64,
-    "INPUT.MAX_SIZE_TEST": 128,
-    "INPUT.IMAGE_SIZE": 64,
     "INPUT.CROP.TYPE": "absolute",
     "INPUT.CROP.SIZE": [48, 48],
-    "DATALOADER.NUM_WORKERS": 0,
-    "SOLVER.IMS_PER_BATCH": 2,
 }
 OUTPUTS = ("PANOPTIC", "INSTANCE", "SEMANTIC")
 
 
 def config(name: str, classes: int, output: Path, outputs: Sequence[str] = OUTPUTS) -> CfgNode:
     cfg = get_cfg()
-    cfg.merge_from_file(str(CONFIG))
+    cfg.merge_from_file(MASK2FORMER)
     for key, value in TINY.items():
         cfg.merge_from_list([key, value])
     cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES = classes

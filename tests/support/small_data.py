@@ -8,7 +8,9 @@ import numpy as np
 from pycocotools import mask as mask_util
 
 from expedit_d2.projects import get_cfg
-from support.repository import ROOT
+from support.repository import MASK2FORMER, SEGMENTER, VITDET
+
+CONFIGS = {"mask2former": MASK2FORMER, "segmenter": SEGMENTER, "vitdet": VITDET}
 
 
 def box_mask(height: int = 20, width: int = 30) -> np.ndarray:
@@ -44,9 +46,9 @@ def put(key: str, value: Any, where: str = "annotations", index: int = 1):
 
 
 def tiny_config(name: str, dataset: str, **values: Any):
-    """An embedded model's config, tested and trained on a data set."""
+    """A small model's config, tested and trained on a data set."""
     cfg = get_cfg()
-    cfg.merge_from_file(str(ROOT / "configs" / "embedded" / f"{name}.yaml"))
+    cfg.merge_from_file(CONFIGS[name])
     cfg.MODEL.DEVICE = "cpu"
     cfg.DATASETS.TEST = cfg.DATASETS.TRAIN = (dataset,)
     for key, value in values.items():

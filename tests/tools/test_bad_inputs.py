@@ -6,14 +6,12 @@ import pytest
 import torch
 from detectron2.config import LazyConfig, instantiate
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.modeling import build_model
 
 from expedit_d2.data import register_collage
-from expedit_d2.projects import get_cfg
-from support.detector import LAZY, TINY
-from support.repository import EMBEDDED, ROOT, load_tool
+from support.detector import LAZY
+from support.random_weights import write_random_weights
+from support.repository import ROOT, SEGMENTER, VITDET, load_tool
 
-SEGMENTER = str(ROOT / "configs" / "embedded" / "segmenter.yaml")
 HALF = "alpha=1 ratio=0.5"
 EXPEDIT = "MODEL.EXPEDIT.ALPHA 1 MODEL.EXPEDIT.RATIO 0.5"
 
@@ -25,21 +23,21 @@ FILES = {
     "cut.yaml": "MODEL:\n  EXPEDIT: {ALPHA: 1, RA",
     "cut_section.yaml": "MODEL:\n  EXPED",
     "tabs.yaml": "MODEL:\n\tWEIGHTS: x\n",
-    "twice.yaml": f"_BASE_: {EMBEDDED}\nMODEL:\n  MASK_ON: True\n  MASK_ON: False\n",
-    "number_key.yaml": f"_BASE_: {EMBEDDED}\nMODEL:\n  5: True\n",
+    "twice.yaml": f"_BASE_: {VITDET}\nMODEL:\n  MASK_ON: True\n  MASK_ON: False\n",
+    "number_key.yaml": f"_BASE_: {VITDET}\nMODEL:\n  5: True\n",
     "self.yaml": "_BASE_: self.yaml\n",
     "loop_a.yaml": "_BASE_: loop_b.yaml\n",
     "loop_b.yaml": "_BASE_: loop_a.yaml\n",
     "inside.yaml": "MODEL: &model\n  EXPEDIT: *model\n",
     "lost.yaml": "MODEL:\n  MASK_ON: True\n_BASE_: nowhere.yaml\n",
     "base_number.yaml": "_BASE_: {a: 1}\n",
-    "unknown.yaml": f"_BASE_: {EMBEDDED}\nMODEL:\n  EXPEDIT:\n    ALFA: 4\n",
+    "unknown.yaml": f"_BASE_: {VITDET}\nMODEL:\n  EXPEDIT:\n    ALFA: 4\n",
     "on_unknown.yaml": "_BASE_: unknown.yaml\nMODEL: {MASK_ON: True}\n",
-    "types.yaml": f"_BASE_: {EMBEDDED}\nMODEL:\n  ROI_HEADS:\n    NUM_CLASSES: many\n",
-    "nothing.yaml": f"_BASE_: {EMBEDDED}\nMODEL:\n  WEIGHTS:\n",
-    "tiny.yaml": f"_BASE_: {EMBEDDED}\n",
-    "tiny_half.yaml": f"_BASE_: {EMBEDDED}\nMODEL:\n  EXPEDIT: {{ALPHA: 1, RATIO: 0.5}}\n",
-    "tiny_plain.yaml": f"_BASE_: {EMBEDDED}\n",
+    "types.yaml": f"_BASE_: {VITDET}\nMODEL:\n  ROI_HEADS:\n    NUM_CLASSES: many\n",
+    "nothing.yaml": f"_BASE_: {VITDET}\nMODEL:\n  WEIGHTS:\n",
+    "tiny.yaml": f"_BASE_: {VITDET}\n",
+    "tiny_half.yaml": f"_BASE_: {VITDET}\nMODEL:\n  EXPEDIT: {{ALPHA: 1, RATIO: 0.5}}\n",
+    "tiny_plain.yaml": f"_BASE_: {VITDET}\n",
     "broken.py": "model = dict(\ntrain = 3\n",
     "fails.py": "import torch\nmodel = torch.no_such_thing()\n",
     "needs.py": "import no_such_package\nmodel = dict()\n",
@@ -65,10 +63,7 @@ def places(tmp_path_factory):
     (folder / "no_images").mkdir()
     data = folder.name
     register_collage(root=folder, counts={"train": 2, "val": 2}, size=(64, 64), name=data)
-    cfg = get_cfg()
-    cfg.merge_from_file(EMBEDDED)
-    cfg.merge_from_list(TINY)
-    torch.save({"model": build_model(cfg).state_dict()}, folder / "weights.pth")
+    write_random_weights(VITDET, folder / "weights.pth")
     (folder / "vitdet.py").write_text(
         LAZY.replace("{name}", f"{data}_val").replace("{output}", str(folder / "out"))
     )
@@ -76,10 +71,9 @@ def places(tmp_path_factory):
     torch.save({"model": model.state_dict()}, folder / "lazy.pth")
     words = {
         "d": str(folder),
-        "vitdet": EMBEDDED,
+        "vitdet": VITDET,
         "segmenter": SEGMENTER,
         "tiny": [
-            *TINY,
             *("MODEL.WEIGHTS", str(folder / "weights.pth")),
             *("DATASETS.TRAIN", f"('{data}_train',)"),
             *("DATASETS.TEST", f"('{data}_val',)"),

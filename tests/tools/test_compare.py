@@ -13,14 +13,14 @@ from expedit_d2.comparison import run as run_module
 from expedit_d2.comparison import session as session_module
 from expedit_d2.settings import Settings
 from support.detector import LAZY
-from support.repository import EMBEDDED, load_tool
+from support.repository import VITDET, load_tool
 
 pytestmark = pytest.mark.slow
 
 compare = load_tool("compare")
 
 HALF = (
-    f"_BASE_: {EMBEDDED}\nMODEL:\n  EXPEDIT:\n    ENABLED: True\n    ALPHA: 1\n"
+    f"_BASE_: {VITDET}\nMODEL:\n  EXPEDIT:\n    ENABLED: True\n    ALPHA: 1\n"
     "    GRID: [2, 2]\n    SCOPE: window\n"
 )
 
@@ -41,7 +41,7 @@ def test_table_of_settings_from_the_command_line_and_from_configs(
     config = tmp_path / "vitdet_a1_2x2.yaml"
     config.write_text(HALF)
     settings = ["--setting", "alpha=1 ratio=0.5", "--setting", "late: alpha=2 ratio=0.5"]
-    run(output, "--config-file", EMBEDDED, *settings, "--expedit", str(config), opts=tiny_opts)
+    run(output, "--config-file", VITDET, *settings, "--expedit", str(config), opts=tiny_opts)
     printed = capsys.readouterr().out
     names = ["plain", "alpha=1 ratio=0.5", "late", "a1_2x2"]
     assert all(name in printed for name in (*names, "mask AP", "speed-up", "vitdet.md"))
@@ -53,9 +53,9 @@ def test_table_of_settings_from_the_command_line_and_from_configs(
 
 
 def test_settings_beside_the_config_and_its_own(tiny_opts, output, tmp_path):
-    (tmp_path / "mine.yaml").write_text(f"_BASE_: {EMBEDDED}\n")
+    (tmp_path / "mine.yaml").write_text(f"_BASE_: {VITDET}\n")
     (tmp_path / "mine_small.yaml").write_text(HALF)
-    (tmp_path / "mine_other_size.yaml").write_text(f"_BASE_: {EMBEDDED}\n")
+    (tmp_path / "mine_other_size.yaml").write_text(f"_BASE_: {VITDET}\n")
     own = ["MODEL.EXPEDIT.ALPHA", "2", "MODEL.EXPEDIT.RATIO", "0.5"]
     config = str(tmp_path / "mine.yaml")
     run(output, "--config-file", config, "--first", "1", opts=tiny_opts)
@@ -69,7 +69,7 @@ def test_settings_beside_the_config_and_its_own(tiny_opts, output, tmp_path):
 
 def test_the_default_is_embedded():
     args = compare.parse_arguments([])
-    assert {"a3_20x20", "a4_16x16"} <= set(compare.all_settings(args))
+    assert {"budget_50", "expedit_16x16"} <= set(compare.all_settings(args))
 
 
 def test_images_and_a_lazy_config(tiny_data, output, tmp_path, capsys):
@@ -98,7 +98,7 @@ def test_images_and_a_lazy_config(tiny_data, output, tmp_path, capsys):
 
 
 def test_interruption_is_told_and_ends_with_130(tiny_opts, output, monkeypatch, capsys):
-    options = ["--config-file", EMBEDDED, "--first", "2", "--setting", "alpha=1 ratio=0.5"]
+    options = ["--config-file", VITDET, "--first", "2", "--setting", "alpha=1 ratio=0.5"]
 
     class Interrupted(session_module.Session):
         def _evaluate(self, name, model):
@@ -133,12 +133,12 @@ def test_interruption_is_told_and_ends_with_130(tiny_opts, output, monkeypatch, 
         (["--setting", "alpha=9 ratio=0.5"], "ALPHA must be in 0 to 2"),
         (["--timed", "-1"], "--timed: must be a whole number, 0 or more, got '-1'"),
         (["--images", "nowhere/*.jpg", "--setting", "alpha=1 ratio=0.5"], "no images at 'nowhere"),
-        (["--expedit", EMBEDDED], "neither MODEL.EXPEDIT.ALPHA nor"),
+        (["--expedit", VITDET], "neither MODEL.EXPEDIT.ALPHA nor"),
     ],
 )
 def test_one_sentence_for_what_is_wrong(options, words, tiny_opts, output):
     with pytest.raises(SystemExit, match=f"^compare.py: .*{words}"):
-        run(output, "--config-file", EMBEDDED, *options, opts=tiny_opts)
+        run(output, "--config-file", VITDET, *options, opts=tiny_opts)
 
 
 def test_demo_writes_its_table_and_picture(tiny_opts, tmp_path, capsys):
@@ -147,7 +147,7 @@ def test_demo_writes_its_table_and_picture(tiny_opts, tmp_path, capsys):
     setting.write_text(HALF)
     output = tmp_path / "demo"
     options = ["--timed", "2", "--pictures", "1", "--output", str(output)]
-    options += ["--config-file", EMBEDDED, "--expedit"]
+    options += ["--config-file", VITDET, "--expedit"]
     demo.run([*options, str(setting), "--", *tiny_opts])
     table = (output / "tables.md").read_text()
     assert table.startswith("vitdet\n") and "| plain" in " ".join(table.split())

@@ -232,13 +232,13 @@ import projects.mine
 import expedit_d2
 from expedit_d2.projects import load_cfg
 from expedit_d2.projects.Mask2Former import add_maskformer2_config
-for name in ("embedded/segmenter.yaml", "configs/embedded/segmenter.yaml"):
+for name in ("embedded/small_segmenter.yaml", "configs/embedded/small_segmenter.yaml"):
     print(load_cfg(name, ["MODEL.DEVICE", "cpu"]).MODEL.WEIGHTS)
-print(expedit_d2.config_file("embedded/dpt.yaml"))
+print(expedit_d2.config_file("embedded/dinov2_dpt.yaml"))
 print(load_cfg("projects/DPT/configs/dpt_large_midas.yaml").MODEL.META_ARCHITECTURE)
 """
-    weights = site / "expedit_d2" / "projects" / "Segmenter" / "weights" / "segmenter_collage.pth"
-    config = site / "expedit_d2" / "configs" / "embedded" / "dpt.yaml"
+    weights = site / "expedit_d2/projects/Segmenter/weights/small_segmenter_collage.pth"
+    config = site / "expedit_d2" / "configs" / "embedded" / "dinov2_dpt.yaml"
     assert from_outside(site, tmp_path, code).split() == [*2 * [str(weights)], str(config), "DPT"]
 
 

@@ -8,7 +8,7 @@ import torch
 from detectron2.data import DatasetCatalog
 
 from support.detector import LAZY, evaluate, fails, predictions, train_net
-from support.repository import EMBEDDED, ROOT
+from support.repository import ROOT, VITDET
 
 pytestmark = pytest.mark.slow
 
@@ -40,7 +40,7 @@ def test_comparison_prints_one_table(tiny_opts, capsys):
 
 def test_training_resumes_where_it_stopped(tiny_opts, tmp_path):
     opts = [*tiny_opts, "SOLVER.IMS_PER_BATCH", "2", "SOLVER.CHECKPOINT_PERIOD", "2"]
-    train = ["--config-file", EMBEDDED, "--resume", *opts, "TEST.EVAL_PERIOD", "0"]
+    train = ["--config-file", VITDET, "--resume", *opts, "TEST.EVAL_PERIOD", "0"]
     train_net.run([*train, "SOLVER.MAX_ITER", "2"])
     first = torch.load(tmp_path / "output" / "model_0000001.pth", weights_only=False)
     assert first["iteration"] == 1

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
@@ -32,9 +30,8 @@ from expedit_d2.visualize import (
     side_by_side,
 )
 from expedit_d2.visualize.clusters import Reduction
-from support.repository import EMBEDDED, load_tool
+from support.repository import SEGMENTER, VITDET, load_tool
 
-SEGMENTER = Path(EMBEDDED).with_name("segmenter.yaml")
 GREY = np.full((32, 48, 3), 90, np.uint8)
 COLORS = [[250, 0, 0], [0, 250, 0], [0, 0, 250]]
 METADATA = Metadata(
@@ -319,7 +316,7 @@ def test_tool_draws_images_of_any_size(tiny_opts, tmp_path, capsys):
         Image.effect_noise(size, 80).convert("RGB").save(photos[-1])
     output = tmp_path / "pictures"
     setting = ["MODEL.EXPEDIT.ALPHA", "1", "MODEL.EXPEDIT.RATIO", "0.5"]
-    common = ["--config-file", EMBEDDED, "--output", str(output)]
+    common = ["--config-file", VITDET, "--output", str(output)]
     draw.run([*common, "--images", *map(str, photos), "--", *tiny_opts, *setting])
     assert sorted(p.name for p in output.iterdir()) == ["000_x.png", "001_x.png"]
     assert "2 pictures" in capsys.readouterr().out

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from expedit_d2.engine import load_weights
 from expedit_d2.projects import DPT, load_cfg
 from expedit_d2.projects.DPT.convert import convert_checkpoint, convert_state
-from support.repository import EMBEDDED, load_tool
+from support.repository import VITDET, load_tool
 
 CONFIGS = Path(DPT.__file__).parent / "configs"
 Shapes = dict[str, tuple[int, ...]]
@@ -271,7 +271,7 @@ def test_weights_of_the_encoder_are_not_fetched(config, source, tmp_path):
 def test_another_model_is_refused(config, state, source, tmp_path):
     tool, target = load_tool("convert_dpt"), tmp_path / "out.pth"
     with pytest.raises(SystemExit, match="META_ARCHITECTURE is 'GeneralizedRCNN', not 'DPT'"):
-        tool.run(["--config-file", EMBEDDED, str(source), str(target)])
+        tool.run(["--config-file", VITDET, str(source), str(target)])
     deeper = next(key for key in state if ".blocks.0." in key).replace(".blocks.0.", ".blocks.9.")
     torch.save(state | {deeper: torch.ones(1)}, source)
     with pytest.raises(SystemExit, match=f"{deeper} is not in the model; is this the right"):

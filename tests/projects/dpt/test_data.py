@@ -18,7 +18,7 @@ from expedit_d2.projects.DPT.data import load_depth_list, read_depth
 from expedit_d2.projects.DPT.data.datasets import depth_scale_of
 from expedit_d2.projects.DPT.data.mapper import bottom_crop
 from support.dpt import tiny_cfg
-from support.repository import ROOT, load_tool
+from support.repository import DPT, load_tool
 
 
 def scene(folder: Path, name: str, size=(40, 60), scale: float = 1000.0) -> tuple[str, str]:
@@ -194,34 +194,21 @@ def test_lists_by_path_are_evaluated(listed):
 
 
 def test_training_and_evaluation_on_the_embedded_data(tiny_data, tmp_path):
-    """From the embedded config: the tool trains; the weights are evaluated, plain and expedited."""
+    """The tool trains; the weights are evaluated, plain and expedited."""
     train, val = tiny_data
-    config = tmp_path / "tiny.yaml"
-    config.write_text(
-        f"_BASE_: {ROOT / 'configs' / 'embedded' / 'dpt.yaml'}\n"
-        "MODEL:\n  TIMM:\n    KWARGS: {img_size: 64, embed_dim: 24, depth: 4, num_heads: 2}\n"
-    )
     opts = [
-        *("MODEL.DEVICE", "cpu"),
-        *("MODEL.DPT.BLOCKS", "[0, 1, 2, 3]"),
-        *("MODEL.DPT.SIZE", "[64, 64]"),
-        *("INPUT.MIN_SIZE_TRAIN", "(64,)"),
-        *("INPUT.CROP.SIZE", "[64, 64]"),
-        *("SOLVER.IMS_PER_BATCH", "2"),
-        *("SOLVER.MAX_ITER", "3"),
-        *("DATALOADER.NUM_WORKERS", "0"),
         *("DATASETS.TRAIN", f"('{train}',)"),
         *("DATASETS.TEST", f"('{val}',)"),
         *("OUTPUT_DIR", str(tmp_path / "output")),
     ]
     tool = load_tool("train_net")
-    tool.run(["--config-file", str(config), *opts])
+    tool.run(["--config-file", DPT, *opts])
     weights = tmp_path / "output" / "model_final.pth"
     expedit = ["MODEL.EXPEDIT.ENABLED", "True", "MODEL.EXPEDIT.ALPHA", "1"]
     opts += ["MODEL.WEIGHTS", str(weights), "MODEL.EXPEDIT.RATIO", "0.5"]
     results = {}
     for name, more in (("plain", []), ("expedit", expedit)):
-        cfg = load_cfg(config, [*opts, *more])
+        cfg = load_cfg(DPT, [*opts, *more])
         trainer = trainer_of(cfg)
         model = trainer.build_model(cfg)
         assert is_expedited(model) == bool(more)

@@ -16,7 +16,7 @@ from torch import nn
 
 from expedit_d2.projects import Mask2Former, get_cfg
 from expedit_d2.projects.Mask2Former import add_maskformer2_config
-from support.repository import ROOT
+from support.repository import MASK2FORMER
 
 CONFIGS = Path(Mask2Former.__file__).parent / "configs"
 PANOPTIC_R50 = CONFIGS / "coco/panoptic-segmentation/maskformer2_R50_bs16_50ep.yaml"
@@ -239,25 +239,8 @@ MetadataCatalog.get(METADATA).thing_dataset_id_to_contiguous_id = {1: 0, 2: 1}
 
 def tiny_config(**changes) -> CfgNode:
     """Two things (0, 1), two kinds of stuff (2, 3); 8 x 8 tokens of a 64 x 64 image."""
-    cfg = config(ROOT / "configs/embedded/mask2former.yaml")
-    tiny = {
-        "MODEL.DEVICE": "cpu",
-        "MODEL.VIT.IMG_SIZE": 64,
-        "MODEL.VIT.PRETRAIN_IMG_SIZE": 64,
-        "MODEL.VIT.EMBED_DIM": 48,
-        "MODEL.VIT.DEPTH": 2,
-        "MODEL.VIT.WINDOW_BLOCK_INDEXES": [],
-        "MODEL.VIT.OUT_CHANNELS": 32,
-        "MODEL.SEM_SEG_HEAD.NUM_CLASSES": 4,
-        "MODEL.SEM_SEG_HEAD.CONVS_DIM": 32,
-        "MODEL.SEM_SEG_HEAD.MASK_DIM": 32,
-        "MODEL.SEM_SEG_HEAD.TRANSFORMER_ENC_LAYERS": 1,
-        "MODEL.MASK_FORMER.HIDDEN_DIM": 32,
-        "MODEL.MASK_FORMER.NUM_OBJECT_QUERIES": 8,
-        "MODEL.MASK_FORMER.DIM_FEEDFORWARD": 64,
-        "MODEL.MASK_FORMER.TRAIN_NUM_POINTS": 256,
-        "DATASETS.TRAIN": [METADATA],
-    }
+    cfg = config(Path(MASK2FORMER))
+    tiny = {"MODEL.SEM_SEG_HEAD.NUM_CLASSES": 4, "DATASETS.TRAIN": [METADATA]}
     for key, value in (tiny | {k.replace("__", "."): v for k, v in changes.items()}).items():
         cfg.merge_from_list([key, value])
     return cfg
