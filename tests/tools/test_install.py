@@ -249,7 +249,7 @@ import sys
 sys.modules["detectron2"] = None  # cannot be imported then
 import timm, torch
 from expedit_d2 import config_file, expedite
-print(config_file("embedded/dpt.yaml").name)
+print(config_file("embedded/dinov2_dpt.yaml").name)
 vit = timm.create_model("vit_tiny_patch16_224", depth=2).eval()
 with torch.no_grad(), expedite(vit, 1, grid=(4, 4)):
     print(vit(torch.zeros(1, 3, 224, 224)).shape[1])
@@ -262,7 +262,7 @@ for arguments in (["compare"], ["compare", "--first", "0"]):
         print(left.code)
 """
     lines = from_outside(site, tmp_path, code).splitlines()
-    assert lines[:2] == ["dpt.yaml", "1000"]
+    assert lines[:2] == ["dinov2_dpt.yaml", "1000"]
     assert lines[2].startswith("expedit compare: Detectron2 is not installed, ")
     assert lines[4].startswith("expedit compare: argument --first: must be a whole number")
     assert lines[3] == lines[5] == "2" and len(lines) == 6
