@@ -1,1 +1,1 @@
-"""Measurements: FLOPs, time, and what they are compared with."""
+"""Measurements: FLOPs, time, memory and kernel launches."""

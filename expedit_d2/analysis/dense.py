@@ -1,9 +1,9 @@
-"""The two operators in dense form, as the published code computes them: what ours is timed against.
+"""The two operators in dense form, as in the published code: a baseline for timing.
 
-Every token meets every cluster: distances by expanding the square, an (h * w) x (H * W) affinity
-in which a large distance stands for the window, and a reconstruction by a matrix product with
-weights of which all but k a token are zero. Same results as `expedit_d2.operators` where nothing
-overflows, underflows or ties; not meant for use.
+All pairs of tokens and clusters are computed: distances by expanding the square, an (h * w) x (H *
+W) affinity whose entries outside the window are masked by a large distance, and a reconstruction by
+a matrix product in which all but k weights of a token are zero. The results equal those of
+`expedit_d2.operators` unless something overflows, underflows or ties.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 
 __all__ = ["dense_clustering", "dense_reconstruction"]
 
-# The published code has 1e16 here, which fp16 cannot hold; the largest number of the type does.
+# From the published code. fp16 cannot represent it, so it is limited to the dtype's maximum.
 _FAR = 1e16
 
 
@@ -27,8 +27,8 @@ def _distances(a: Tensor, b: Tensor) -> Tensor:
 def _outside(
     size: tuple[int, int], grid: tuple[int, int], window: int, device: torch.device
 ) -> Tensor:
-    """(h * w, H * W) True where the cluster is not in the window of the token's home cell."""
-    # Integer labels: the published ones have the type of the features, in which they may round.
+    """(h * w, H * W), True where the cluster is outside of the window around the token's cell."""
+    # Integers: the published code has labels of the features' dtype, in which they may round.
     home_row = torch.arange(size[0], device=device) * grid[0] // size[0]
     home_col = torch.arange(size[1], device=device) * grid[1] // size[1]
     rows = (torch.arange(grid[0], device=device)[:, None] - home_row).abs() > window // 2
@@ -41,7 +41,7 @@ def dense_clustering(
 ) -> Tensor:
     """Clusters (B, h, w, C) of a token map (B, H, W, C).
 
-    Without the distance matrix that the published code computes after the last iteration.
+    Omits the distance matrix that the published code computes after the last iteration.
     """
     x = tokens.flatten(1, 2)
     clusters = F.adaptive_avg_pool2d(tokens.permute(0, 3, 1, 2), grid).flatten(2).transpose(1, 2)

@@ -1,8 +1,8 @@
-"""FLOPs by fvcore, for every operator that costs, broken down into the parts of an expedited model.
+"""FLOPs by fvcore, with handles for operators that it lacks, by part of an expedited model.
 
-One FLOP is one fused multiply-add. As fvcore does, element-wise work (softmax, GELU, additions,
-masks, sorting) is not counted; products, convolutions, norms and interpolation are. "Flop" is not
-a well-defined concept: compare numbers of one tool with each other.
+One FLOP is one fused multiply-add. As in fvcore, element-wise operators (softmax, GELU, additions,
+masks, sorting) are not counted; products, convolutions, norms and interpolation are. "Flop" is not
+a well-defined concept: compare only numbers of the same tool.
 """
 
 from __future__ import annotations
@@ -27,20 +27,20 @@ Handle = Callable[[list[Any], list[Any]], float]
 
 
 def _attention(inputs: list[Any], outputs: list[Any]) -> float:
-    """q k^T and the product with v; leading axes are batch and heads."""
+    """The products with k and v; leading axes are batch and heads."""
     query, value, out = get_shape(inputs[0]), get_shape(inputs[2]), get_shape(outputs[0])
     queries, keys = prod(query[:-1]), value[-2]
     return queries * keys * (query[-1] + out[-1])
 
 
 def _native_attention(inputs: list[Any], outputs: list[Any]) -> float:
-    """``nn.MultiheadAttention`` in one kernel: its projections and its products."""
+    """Fused ``nn.MultiheadAttention``: projections and attention."""
     batch, tokens, channels = get_shape(outputs[0])
     return batch * tokens * channels * (4 * channels + 2 * tokens)
 
 
 def _einsum(inputs: list[Any], outputs: list[Any]) -> float:
-    """A product of two tensors: one multiply-add for every combination of indices."""
+    """Product of two tensors: one multiply-add per combination of indices."""
     equation = inputs[0].toIValue()
     shapes = [get_shape(v) for v in inputs[1].node().inputs()]
     sides = equation.replace(" ", "").split("->")[0].split(",")
@@ -55,32 +55,32 @@ def _einsum(inputs: list[Any], outputs: list[Any]) -> float:
 
 
 def _embedding_bag(inputs: list[Any], outputs: list[Any]) -> float:
-    """A weighted sum of rows: one multiply-add for each index and channel."""
+    """Weighted sum of rows: one multiply-add per index and channel."""
     return prod(get_shape(inputs[1])) * get_shape(outputs[0])[-1]
 
 
 def _index_add(inputs: list[Any], outputs: list[Any]) -> float:
-    """One addition for each element of the source."""
+    """One addition per element of the source."""
     return prod(get_shape(inputs[3]))
 
 
 def _scatter_add(inputs: list[Any], outputs: list[Any]) -> float:
-    """One addition for each index."""
+    """One addition per index."""
     return prod(get_shape(inputs[2]))
 
 
 def _baddbmm(inputs: list[Any], outputs: list[Any]) -> float:
-    """A batched product; what is added to it comes with it."""
+    """Batched product; the addition is part of the multiply-adds."""
     batch, rows, inner = get_shape(inputs[1])
     return batch * rows * inner * get_shape(inputs[2])[-1]
 
 
 def _cdist(inputs: list[Any], outputs: list[Any]) -> float:
-    """Distances of all pairs: one multiply-add for each channel of each."""
+    """Distances of all pairs: one multiply-add per pair and channel."""
     return prod(get_shape(outputs[0])) * get_shape(inputs[0])[-1]
 
 
-#: What fvcore misses. In one table, so that a reader sees what is counted.
+#: Operators that fvcore does not count.
 HANDLES: dict[str, Handle] = {
     "aten::scaled_dot_product_attention": _attention,
     "aten::_native_multi_head_attention": _native_attention,
@@ -96,17 +96,17 @@ HANDLES: dict[str, Handle] = {
     "aten::linalg_vector_norm": elementwise_flop_counter(1, 0),
     "aten::_adaptive_avg_pool2d": elementwise_flop_counter(1, 0),
     "aten::upsample_bicubic2d": elementwise_flop_counter(0, 16),
-    # Enlarging; shrinking reads more entries, so this is a lower bound.
+    # For upsampling; downsampling reads more entries, so this is a lower bound.
     "aten::_upsample_bicubic2d_aa": elementwise_flop_counter(0, 16),
     "aten::avg_pool2d": elementwise_flop_counter(1, 0),
-    # Bilinear; the number of samples a bin follows the box, so this is a lower bound.
+    # One bilinear sample per bin; the number depends on the box, so this is a lower bound.
     "torchvision::roi_align": elementwise_flop_counter(0, 4),
 }
 
 _RESIZING = ("upsample_bicubic2d", "_upsample_bicubic2d_aa", "upsample_bilinear2d")
 
-# Without products: element-wise, comparing, moving. Not counted, as in fvcore; anything that is
-# in neither table is reported as uncounted.
+# Element-wise operators, comparisons and copies: not counted, as in fvcore. An operator in neither
+# table is reported as uncounted.
 _FREE = frozenset(
     "abs add add_ addcdiv all alias amax any arange argmax argsort bitwise_and bitwise_or cat ceil "
     "broadcast_to clamp clamp_max clamp_min clone constant_pad_nd cumsum detach div div_ eq exp "
@@ -124,16 +124,16 @@ _FREE = frozenset(
 
 @dataclass(frozen=True)
 class Flops:
-    """FLOPs of one forward, in parts that add up to ``total``.
+    """FLOPs of one forward pass, in parts that add up to ``total``.
 
     Attributes:
-        embed: patches, positions and what else the transformer does outside its blocks.
-        before: blocks before alpha; all of them where nothing is reduced.
-        clustering: reducing the tokens.
+        embed: patch embedding, positions and the rest of the transformer outside its blocks.
+        before: blocks before alpha; all blocks if no tokens are reduced.
+        clustering: reduction of the tokens.
         after: blocks on the reduced tokens.
-        reconstruction: rebuilding the map.
+        reconstruction: reconstruction of the full map.
         head: everything outside the transformer.
-        uncounted: operators without a count, and how often they ran.
+        uncounted: number of calls of each operator that has no handle.
     """
 
     embed: float
@@ -146,12 +146,12 @@ class Flops:
 
     @property
     def transformer(self) -> float:
-        """All but the head: what reducing tokens can save on."""
+        """All but the head."""
         return self.total - self.head
 
     @property
     def blocks(self) -> float:
-        """The transformer's blocks, the two operators included."""
+        """The transformer's blocks, including reduction and reconstruction."""
         return self.transformer - self.embed
 
     @property
@@ -160,12 +160,12 @@ class Flops:
 
 
 def count_flops(model: nn.Module, inputs: Any) -> Flops:
-    """Count the FLOPs of one forward in evaluation mode.
+    """Count the FLOPs of one forward pass in evaluation mode.
 
     Args:
-        model: a Detectron2 model or backbone, or any module, with one supported transformer.
-            Where that has stages, ``after`` includes those after the reduced one.
-        inputs: what ``model(inputs)`` takes: a tensor, or Detectron2's list of dicts.
+        model: a Detectron2 model or backbone, or any module, with one supported transformer. If
+            that has stages, ``after`` includes the stages after the reduced one.
+        inputs: input of the model: a tensor, or Detectron2's list of dicts.
 
     Raises:
         ValueError: if the model has no supported transformer.
@@ -179,7 +179,7 @@ def count_flops(model: nn.Module, inputs: Any) -> Flops:
             analysis = FlopCountAnalysis(model, (inputs,) if torch.is_tensor(inputs) else inputs)
             analysis.set_op_handle(**HANDLES)
             analysis.set_op_handle(**{f"aten::{name}": None for name in _FREE})
-            # Detectron2's scripted helpers: box formats and indices.
+            # Scripted helpers of Detectron2: box formats and indices.
             analysis.set_op_handle("prim::CallFunction", None)
             analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
             analysis.tracer_warnings("none")
@@ -188,14 +188,14 @@ def count_flops(model: nn.Module, inputs: Any) -> Flops:
             uncounted = dict(analysis.unsupported_ops())
     finally:
         model.train(training)
-    # Detectron2 wraps the model, as ``model``.
+    # Detectron2's analysis wraps the model as ``model``.
     names = {id(m): f"model.{name}".removesuffix(".") for name, m in model.named_modules()}
 
     def total(module: nn.Module) -> float:
         return float(totals[names[id(module)]])
 
     def own_operators(module: nn.Module) -> Counter[str]:
-        """By operator, what a module does outside its children."""
+        """FLOPs by operator of a module without its children."""
         own = Counter(operators[names[id(module)]])
         for child in module.children():
             own.subtract(operators[names[id(child)]])
@@ -217,8 +217,8 @@ def count_flops(model: nn.Module, inputs: Any) -> Flops:
         for child in part.owner.children()
         if child is not part.blocks
     ]
-    # What the transformer does outside its parts is resizing positions, and the attention of
-    # blocks on reduced tokens, which the hook runs.
+    # Outside its children, the transformer resizes positions, and the hook computes the attention
+    # of blocks on reduced tokens.
     resizing = sum(own_operators(owner)[name] for name in _RESIZING)
     inside = sum(total(child) for child in others) + resizing
     around = total(spec.whole) - total(owner)

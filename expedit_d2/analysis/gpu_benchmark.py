@@ -1,8 +1,8 @@
-"""Speed of expedited backbones on a GPU, within a limit of time: the most important first.
+"""Speed of expedited backbones on a GPU within a time limit, in order of importance.
 
-A *unit* is a model at a batch size and a type, eager or compiled, with settings that are timed in
-turns with the plain model. Compiling takes long, so a compiled unit has a single setting. Units are
-ordered by what is asked most; each is written as it is finished.
+A *unit* is a model at a batch size and dtype, eager or compiled, with settings that are timed
+interleaved with the plain model. Compilation is slow, so a compiled unit has a single setting. The
+results of each unit are written when it finishes.
 """
 
 from __future__ import annotations
@@ -53,28 +53,28 @@ PUBLISHED = {
     "residual": False,
     "neighbor_window": 0,
 }
-# The most important first.
+# In order of importance.
 BATCHES = (1, 8, 32)
 PRECISIONS = (*DTYPES[1:], DTYPES[0])
 
-# Seconds for one unit's timed rounds, and the number of rounds.
+# Seconds for the timed rounds of a unit, and limits for their number.
 _SECONDS = 4.0
 _ROUNDS = (3, 20)
 
 
 def settings() -> dict[str, dict[str, Any]]:
-    """What is compared with the plain model, by name, the most important first."""
-    named = {}
+    """Settings to compare with the plain model, by name, in order of importance."""
+    by_name = {}
     for budget in BUDGETS:
         for method in sorted(METHOD_REGISTRY, key=lambda name: name != "merge"):
-            named[f"{method} {budget}"] = {"budget": budget, "method": method}
-        named[f"published {budget}"] = {"budget": budget, **PUBLISHED}
-    return named
+            by_name[f"{method} {budget}"] = {"budget": budget, "method": method}
+        by_name[f"published {budget}"] = {"budget": budget, **PUBLISHED}
+    return by_name
 
 
 @dataclass(frozen=True)
 class Unit:
-    """What is timed in turns: the plain model and ``names`` of `settings`."""
+    """The plain model and the `settings` called ``names``, timed interleaved."""
 
     model: str
     batch: int
@@ -95,13 +95,11 @@ def plan(
     names: Sequence[str] | None = None,
     modes: Sequence[bool] = (False, True),
 ) -> list[Unit]:
-    """All units, the most important first.
-
-    How far down each of its properties is in its list says how unimportant a unit is.
+    """All units in order of importance: the sum of the positions of its properties in their lists.
 
     Args:
-        models, batches, dtypes, names: the most important first.
-        modes: whether compiled.
+        models, batches, dtypes, names: in order of importance.
+        modes: False for eager, True for compiled.
     """
     names = tuple(settings() if names is None else names)
     ranked = []
@@ -117,7 +115,7 @@ def plan(
 
 
 def _shared_copy(model: nn.Module) -> nn.Module:
-    """A copy with the same weights, not with copies of them."""
+    """A copy of the model that shares its weights."""
     tensors = (*model.parameters(), *model.buffers())
     return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
 
@@ -125,7 +123,7 @@ def _shared_copy(model: nn.Module) -> nn.Module:
 def _prepared(
     entry: BenchmarkModel, model: nn.Module, names: Sequence[str]
 ) -> tuple[dict[str, nn.Module], dict[str, str]]:
-    """The plain model and expedited ones by name, and why others cannot be."""
+    """The plain and the expedited models by name, and the errors of settings that are refused."""
     models, refused = {PLAIN: model}, {}
     for name in names:
         expedited = _shared_copy(model)
@@ -141,7 +139,7 @@ def _attention(query: Shape, key: Shape, value: Shape, *_: Any, **__: Any) -> in
     return sdpa_flop_count(query, key, value)
 
 
-# The kernel of the CPU, which torch does not count as it does those of GPUs.
+# The attention kernel of the CPU, which torch counts only on GPUs.
 _MORE_FLOPS = {cpu_attention(): _attention}
 
 
@@ -159,10 +157,10 @@ def _first(out: Any) -> Tensor:
 def measure(entry: BenchmarkModel, unit: Unit, device: torch.device) -> Iterator[dict[str, Any]]:
     """Rows of one unit, the plain model's first.
 
-    Each says what it is of, and either ``seconds`` (median, low and high), ``speed_up`` over the
-    plain model, ``gflops``, ``gflops_ratio`` (plain through this: what arithmetic alone would
-    give), ``memory`` in bytes and, where not compiled, ``launches``; or ``error``, the reason why
-    there are none.
+    A row has the properties of the unit, ``name``, and either ``seconds`` (median, low and high),
+    ``speed_up`` over the plain model, ``gflops``, ``gflops_ratio`` (of the plain model to this: the
+    speed-up expected from arithmetic alone), ``memory`` in bytes and, unless compiled,
+    ``launches``; or ``error``.
     """
     head = {name: value for name, value in asdict(unit).items() if name != "names"}
     torch.manual_seed(0)
@@ -171,7 +169,7 @@ def measure(entry: BenchmarkModel, unit: Unit, device: torch.device) -> Iterator
     x = torch.randn(unit.batch, 3, entry.size, entry.size, device=device)
     x = x.to(getattr(torch, unit.dtype))
     if unit.compiled:
-        torch.compiler.reset()  # what earlier units compiled
+        torch.compiler.reset()
     rows: dict[str, dict[str, Any]] = {}
     calls: dict[str, Callable[[], object]] = {}
     for name, model in models.items():
@@ -186,7 +184,7 @@ def measure(entry: BenchmarkModel, unit: Unit, device: torch.device) -> Iterator
             if not unit.compiled:
                 rows[name]["launches"] = count_launches(model, x).total()
             calls[name] = call
-        except Exception as error:  # one setting that fails must not cost the others
+        except Exception as error:  # one failing setting must not stop the others
             refused[name] = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
     times = {}
     if PLAIN in calls:
@@ -216,10 +214,10 @@ def measure(entry: BenchmarkModel, unit: Unit, device: torch.device) -> Iterator
 def check(
     label: str, entry: BenchmarkModel, device: torch.device, names: Sequence[str] | None = None
 ) -> Iterator[dict[str, Any]]:
-    """How far the outputs on a device are from those on the CPU, both in fp32.
+    """Compare the outputs on a device with those on the CPU, both in fp32.
 
-    ``error`` is that of all but the worst hundredth of the tokens, relative to their lengths: where
-    two clusters are equally near, another one may be taken on another device.
+    ``deviation`` is the 99th percentile of the relative error of the tokens: if two clusters are
+    equally near, devices may choose differently.
     """
     torch.manual_seed(0)
     model = entry.build().eval()
@@ -227,9 +225,9 @@ def check(
     models, _ = _prepared(entry, model, tuple(settings() if names is None else names))
     for name, model in models.items():
         expected = _first(model(x)).double()
-        found = _first(copy.deepcopy(model).to(device)(x.to(device))).double().cpu()
+        actual = _first(copy.deepcopy(model).to(device)(x.to(device))).double().cpu()
         axis = 1 if expected.dim() == 4 else -1
-        errors = (found - expected).norm(dim=axis) / expected.norm(dim=axis)
+        errors = (actual - expected).norm(dim=axis) / expected.norm(dim=axis)
         yield {"model": label, "name": name, "deviation": errors.flatten().quantile(0.99).item()}
 
 

@@ -1,4 +1,4 @@
-"""Backbones whose speed on a GPU is worth knowing, with random weights: speed is that of any."""
+"""Backbones to time on a GPU, with random weights."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ __all__ = ["MODELS", "SMALL_MODELS", "BenchmarkModel"]
 
 @dataclass(frozen=True)
 class BenchmarkModel:
-    """A backbone and the images it is given.
+    """A backbone and the size of its images.
 
     Attributes:
-        build: makes it.
-        size: side of the square images.
-        depth: number of blocks; the output of the last one is read.
-        needs: package without which it cannot be built.
+        build: constructor.
+        size: side of the square images in pixels.
+        depth: number of blocks; the output of the last one is used.
+        needs: package that it requires.
     """
 
     build: Callable[[], nn.Module]
@@ -51,9 +51,9 @@ def _timm(name: str, **kwargs: object) -> nn.Module:
 
 
 def _vitdet(
-    dim: int, heads: int, everywhere: tuple[int, ...], size: int, depth: int, window: int
+    dim: int, heads: int, global_blocks: tuple[int, ...], size: int, depth: int, window: int
 ) -> nn.Module:
-    """ViTDet's ViT; ``everywhere`` lists the blocks with global attention."""
+    """ViTDet's ViT."""
     from detectron2.modeling import ViT
 
     return ViT(
@@ -63,7 +63,7 @@ def _vitdet(
         depth=depth,
         num_heads=heads,
         window_size=window,
-        window_block_indexes=[index for index in range(depth) if index not in everywhere],
+        window_block_indexes=[index for index in range(depth) if index not in global_blocks],
         use_rel_pos=True,
     )
 
@@ -73,13 +73,13 @@ def _of_timm(name: str, size: int, depth: int, **kwargs: object) -> BenchmarkMod
 
 
 def _of_vitdet(
-    dim: int, heads: int, everywhere: tuple[int, ...], size: int, depth: int, window: int = 14
+    dim: int, heads: int, global_blocks: tuple[int, ...], size: int, depth: int, window: int = 14
 ) -> BenchmarkModel:
-    build = partial(_vitdet, dim, heads, everywhere, size, depth, window)
+    build = partial(_vitdet, dim, heads, global_blocks, size, depth, window)
     return BenchmarkModel(build, size, depth, "detectron2")
 
 
-#: The most important first.
+#: In order of importance.
 MODELS = {
     "Segmenter ViT-L/16, 640": _of_timm("vit_large_patch16_384", 640, 24),
     "ViTDet-L, 1024": _of_vitdet(1024, 16, (5, 11, 17, 23), 1024, 24),
@@ -90,7 +90,7 @@ MODELS = {
 
 _TINY = {"embed_dim": 64, "num_heads": 2}
 
-#: One of each family, for processors and for comparing devices.
+#: One of each family, for CPUs and for comparing devices.
 SMALL_MODELS = {
     "Segmenter, small": _of_timm("vit_large_patch16_384", 160, 4, **_TINY),
     "ViTDet, small": _of_vitdet(64, 2, (1, 3), 160, 4, window=5),

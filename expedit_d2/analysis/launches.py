@@ -1,10 +1,9 @@
-"""Kernel launches of a forward pass: what a GPU is asked to do, however small each thing is.
+"""Kernel launches of a forward pass.
 
-On a GPU a small kernel takes some microseconds whatever it computes, so a pass of many small ones
-can be slower than one with more arithmetic. Operators are counted as PyTorch's dispatcher hands
-them out, on any device: one launch each, but for those that only look at memory in another way or
-reserve it. Some operators are several kernels on a GPU (a sort, a softmax over many numbers), and
-a compiler fuses some, so this is a measure to compare with, not a number of a profiler's.
+On a GPU even a tiny kernel takes some microseconds, so many small kernels can be slower than more
+arithmetic in fewer. Operators are counted as PyTorch dispatches them, on any device: one launch
+each, except for views and allocations. Some operators launch several kernels (a sort, a large
+softmax) and a compiler fuses some, so this number is for comparisons and differs from a profiler's.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from ..compat import TorchDispatchMode, schema_of
 
 __all__ = ["count_launches"]
 
-# Beside views, which say so in their schema.
+# In addition to views, which are recognised by their schema.
 _FREE = frozenset(
     {
         "aten::_reshape_alias",
@@ -53,13 +52,13 @@ class _Counting(TorchDispatchMode):
 
 @torch.no_grad()
 def count_launches(model: nn.Module, *inputs: Any) -> Counter[str]:
-    """Launches of one forward pass, by operator; ``.total()`` is their number.
+    """Launches of one forward pass, by operator; ``.total()`` is their sum.
 
-    The model runs once before, so that what it computes once and keeps is not counted.
+    The model runs once before, so that values it caches are not counted.
 
     Args:
         model: any model.
-        *inputs: what it is called with.
+        *inputs: its inputs.
     """
     model(*inputs)
     with _Counting() as counting:

@@ -1,11 +1,11 @@
-"""Peak memory of a call, on the CPU as on a GPU."""
+"""Peak memory of a call, on the CPU or a GPU."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable
 
-# The profiler, here for the memory alone, reports on the GPU that it does not find.
+# Keep the profiler from logging that it finds no GPU.
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 
 import torch  # noqa: E402
@@ -14,9 +14,9 @@ __all__ = ["peak_memory"]
 
 
 def peak_memory(call: Callable[[], object], device: torch.device) -> int:
-    """Bytes that a call has allocated at once, beyond what was there before.
+    """Most bytes allocated at once during a call, beyond those allocated before it.
 
-    On the CPU, what a kernel takes and gives back itself is not seen.
+    On the CPU, temporary memory inside a kernel is not counted.
     """
     if device.type == "cuda":
         torch.cuda.synchronize()

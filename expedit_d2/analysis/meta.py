@@ -24,10 +24,10 @@ def _as_product(
     dilation: tuple[int, int] = (1, 1),
     groups: int = 1,
 ) -> Tensor:
-    """A convolution as one product with as many multiply-adds; the bias, not counted, is left out.
+    """A convolution as a product with the same multiply-adds, without the bias (not counted).
 
     Raises:
-        ValueError: for one with dilation or groups.
+        ValueError: for dilation or groups.
     """
     if tuple(dilation) != (1, 1) or groups != 1:
         raise ValueError(f"cannot count a convolution with dilation {dilation}, {groups} groups")
@@ -39,9 +39,9 @@ def _as_product(
 
 
 class _ConvolutionsAsProducts(TorchFunctionMode):
-    """While torch.jit traces, sizes are tensors, which convolutions on the meta device do not take.
+    """Replaces convolutions, which do not take the tensor sizes of torch.jit's tracing.
 
-    That is PyTorch 2.14's ``_meta_registrations.meta_conv``; products and views do take them.
+    See PyTorch 2.14's ``_meta_registrations.meta_conv``; products and views do take them.
     """
 
     def __torch_function__(
@@ -53,9 +53,9 @@ class _ConvolutionsAsProducts(TorchFunctionMode):
 
 @contextlib.contextmanager
 def traceable() -> Iterator[None]:
-    """Let torch.jit trace models on the meta device; results have the right shapes, nothing else.
+    """Let torch.jit trace models on the meta device; only the shapes of the results are right.
 
-    Autocast does not know that device, not even to be switched off for it.
+    Autocast is replaced because it does not support that device, even when disabled.
     """
     no_autocast = mock.patch.object(torch, "autocast", lambda *_, **__: contextlib.nullcontext())
     with no_autocast, _ConvolutionsAsProducts():

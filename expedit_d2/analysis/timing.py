@@ -1,4 +1,4 @@
-"""Wall-clock time of things that are to be compared, taken in one interleaved run."""
+"""Interleaved timing of functions that are compared with each other."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ __all__ = [
     "synchronize",
 ]
 
-#: A middle half that is wider than this share of its median is a wide spread.
+#: Interquartile ranges above this share of the median are called wide.
 WIDE = 0.2
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds a call takes: the median and the middle half of the repeats."""
+    """Seconds of a call: median and quartiles of the repeats."""
 
     median: float
     low: float
@@ -42,16 +42,13 @@ class Timing:
         return f"{1e3 * self.median:.1f} ({1e3 * self.low:.1f}-{1e3 * self.high:.1f}) ms"
 
     def scaled(self, factor: float) -> Timing:
-        """The time of ``factor`` such calls."""
+        """Time of ``factor`` such calls."""
         return Timing(self.median * factor, self.low * factor, self.high * factor)
 
 
 @dataclass(frozen=True)
 class Ratio:
-    """How many times faster one thing is than another.
-
-    Of the ratios in the rounds that both were timed in: the median and the middle half.
-    """
+    """Speed-up of one function over another: median and quartiles of the ratios of each round."""
 
     median: float
     low: float
@@ -60,12 +57,12 @@ class Ratio:
     @classmethod
     def of(cls, slow: Sequence[float], fast: Sequence[float]) -> Ratio:
         """From the seconds of each round."""
-        found = summarize([a / b for a, b in zip(slow, fast, strict=True)])
-        return cls(found.median, found.low, found.high)
+        ratios = summarize([a / b for a, b in zip(slow, fast, strict=True)])
+        return cls(ratios.median, ratios.low, ratios.high)
 
     @property
     def is_wide(self) -> bool:
-        """Whether the rounds disagree so much, on a busy machine, that the median says little."""
+        """Whether the rounds vary too much, as on a busy machine, for the median to say much."""
         return self.high - self.low > WIDE * self.median
 
 
@@ -74,13 +71,13 @@ def _uses_gpu() -> bool:
 
 
 def synchronize() -> None:
-    """Wait for the GPU, if this process uses one: its work is only queued by a call."""
+    """Wait for queued kernels, if this process uses a GPU."""
     if _uses_gpu():
         torch.cuda.synchronize()
 
 
 def _elapsed(call: Callable[[], object], clock: Callable[[], float] | None) -> float:
-    """Seconds of a call, the work that it leaves in the GPU's queue included."""
+    """Seconds of a call, including the kernels that it queues."""
     synchronize()
     if clock is None and _uses_gpu():
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -90,14 +87,14 @@ def _elapsed(call: Callable[[], object], clock: Callable[[], float] | None) -> f
         synchronize()
         return start.elapsed_time(end) / 1e3
     now = clock or time.perf_counter
-    begun = now()
+    start = now()
     call()
     synchronize()
-    return now() - begun
+    return now() - start
 
 
 def summarize(seconds: Sequence[float]) -> Timing:
-    """Median and middle half of times."""
+    """Median and quartiles of times."""
     if len(seconds) == 1:
         return Timing(seconds[0], seconds[0], seconds[0])
     low, median, high = statistics.quantiles(seconds, n=4, method="inclusive")
@@ -112,22 +109,22 @@ def rounds(
     clock: Callable[[], float] | None = None,
     label: str = "timing in turns",
 ) -> dict[str, list[float]]:
-    """Time every function ``repeats`` times, in turns.
+    """Time functions interleaved: each once per round.
 
-    Taking turns lets a change of clock speed or another process fall on all of them alike; every
-    other round runs backwards, so that none always follows the same one.
+    So changes of clock speed and other processes affect all of them alike. Every other round runs
+    in reverse order, so that none always follows the same one.
 
     Args:
-        fns: what to call, by name.
+        fns: functions by name.
         repeats: timed rounds, at least 1.
-        warmup: rounds before these that are not timed.
+        warmup: untimed rounds before them.
         progress: show a progress bar.
-        clock: seconds; ``time.process_time`` on a CPU that others use too, with one thread. None:
-            wall-clock time, by CUDA events where this process uses a GPU.
+        clock: returns seconds, such as ``time.process_time`` on a shared CPU with one thread. None:
+            wall-clock time, or CUDA events if this process uses a GPU.
         label: of the progress bar.
 
     Returns:
-        The seconds of each function in each round, by its name.
+        The seconds of each round, by name.
 
     Raises:
         ValueError: for fewer than one repeat or a negative warm-up.
@@ -137,9 +134,8 @@ def rounds(
     seconds: dict[str, list[float]] = {name: [] for name in fns}
     names = list(fns)
     turns = range(-warmup, repeats)
-    # None: no bar where the output is a file.
-    hidden = None if progress else True
-    for turn in tqdm(turns, desc=label, unit="round", leave=False, disable=hidden):
+    disable = None if progress else True  # None: disabled unless in a terminal
+    for turn in tqdm(turns, desc=label, unit="round", leave=False, disable=disable):
         for name in names if turn % 2 == 0 else reversed(names):
             elapsed = _elapsed(fns[name], clock)
             if turn >= 0:
@@ -150,13 +146,13 @@ def rounds(
 def interleaved(
     fns: Mapping[str, Callable[[], object]], repeats: int, *args: Any, **kwargs: Any
 ) -> dict[str, Timing]:
-    """The same, summarized: the time of each function. Takes the arguments of `rounds`."""
+    """Time functions as `rounds` does, with its arguments, and summarize the rounds."""
     times = rounds(fns, repeats, *args, **kwargs)
     return {name: summarize(taken) for name, taken in times.items()}
 
 
 def processor(device: str) -> str:
-    """The name of the CPU, or of the GPU with ``"cuda"``: what numbers were taken on."""
+    """Name of the CPU, or of the GPU for ``"cuda"``."""
     if device == "cuda":
         return torch.cuda.get_device_name()
     info = Path("/proc/cpuinfo")

@@ -1,7 +1,7 @@
 """``D2ViT``: Detectron2's plain ViT with its simple feature pyramid, configured by ``MODEL.VIT``.
 
-ViTDet (Li et al., arXiv 2203.16527) ships with Detectron2 for LazyConfig only. This makes the very
-same modules available to YAML, with the same state-dict keys.
+Detectron2 ships ViTDet (Li et al., arXiv 2203.16527) for LazyConfig only. This makes the same
+modules available to YAML configs, with the same state-dict keys.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ __all__ = ["D2ViT", "add_vit_config"]
 
 # Arguments of Detectron2's ViT, in upper case; defaults are ViTDet-B.
 _VIT: dict[str, Any] = {
-    "IMG_SIZE": 1024,  # pixels; length of global relative-position tables, and what BUDGET is for
+    "IMG_SIZE": 1024,  # pixels; sets the global relative-position tables and the size BUDGET is for
     "PATCH_SIZE": 16,  # pixels
     "EMBED_DIM": 768,
     "DEPTH": 12,
@@ -34,7 +34,7 @@ _VIT: dict[str, Any] = {
     "USE_ABS_POS": True,
     "USE_REL_POS": True,
     "WINDOW_SIZE": 14,  # tokens along a side of an attention window
-    "WINDOW_BLOCK_INDEXES": [0, 1, 3, 4, 6, 7, 9, 10],  # the others attend globally
+    "WINDOW_BLOCK_INDEXES": [0, 1, 3, 4, 6, 7, 9, 10],  # the other blocks are global
     "RESIDUAL_BLOCK_INDEXES": [],
     "PRETRAIN_IMG_SIZE": 224,
     "PRETRAIN_USE_CLS_TOKEN": True,
@@ -43,15 +43,15 @@ _VIT: dict[str, Any] = {
 
 def add_vit_config(cfg: CfgNode) -> None:
     """Add ``MODEL.VIT``, the keys of the ``D2ViT`` backbone. Defaults are ViTDet-B."""
-    # Weights of a plain ViT to start from (MAE, DINOv2, …), in timm's names; LayerScale is folded
-    # into the layers before it.
+    # CHECKPOINT: weights of a plain ViT to start from (MAE, DINOv2, …), with timm's names;
+    # LayerScale is folded into the preceding layers.
     vit = {**_VIT, **PYRAMID, "CHECKPOINT": ""}
     add_keys(cfg, {"MODEL": {"VIT": vit, "BACKBONE": FEATURE_CACHE}})
 
 
 @BACKBONE_REGISTRY.register()
 class D2ViT(ViTPyramid):
-    """Plain ViT, with windows and relative positions, and simple feature pyramid."""
+    """Detectron2's ViT, with windows and relative positions, and the simple feature pyramid."""
 
     node = "MODEL.VIT"
 
@@ -63,7 +63,7 @@ class D2ViT(ViTPyramid):
             norm_layer=partial(nn.LayerNorm, eps=1e-6),
             **{key.lower(): vit[key] for key in _VIT},
         )
-        net.img_size = vit.IMG_SIZE  # Detectron2's ViT does not keep it, and BUDGET asks for it
+        net.img_size = vit.IMG_SIZE  # Detectron2's ViT does not store it, and BUDGET needs it
         if vit.CHECKPOINT:
             load_plain_weights(net, vit.CHECKPOINT)
         return {"net": net, **cls.pyramid_args(cfg, vit)}

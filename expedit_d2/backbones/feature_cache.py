@@ -1,8 +1,8 @@
 """Outputs of a frozen backbone on disk, so that heads train without running it again.
 
-One file an image, named after the image's content, in a folder named after the backbone: its
-weights and settings. So a cache can be shared by any number of models and data sets, filled as it
-is used, interrupted and gone on with.
+There is one file per image, named by a hash of the image, in a folder named by a hash of the
+backbone's weights and settings. So a cache can be shared by any number of models and data sets,
+filled while training, and resumed after an interruption.
 """
 
 from __future__ import annotations
@@ -25,25 +25,25 @@ __all__ = ["FEATURE_CACHE", "cache_features"]
 
 #: Key of ``MODEL.BACKBONE``, for every backbone that can be frozen.
 FEATURE_CACHE: dict[str, Any] = {
-    # Folder where the outputs of a frozen backbone are kept while heads train; "": none are.
+    # Folder to cache the outputs of a frozen backbone in while heads train; "" disables the cache.
     "FEATURE_CACHE": "",
 }
 
 
 def cache_features(folder: str | os.PathLike, module: nn.Module, method: str = "forward") -> None:
-    """Let a frozen module look up its earlier outputs.
+    """Cache the outputs of a frozen module on disk.
 
-    Features are kept in fp16 and returned in the type of the images, the first time as well, so
-    that training does not depend on what the cache holds. An image that was augmented is another
-    image. While the module is expedited, it runs as if there were no cache.
+    Features are stored in fp16 and returned in the dtype of the images, also when they were just
+    computed, so that training does not depend on what is cached. An augmented image is a different
+    image. While the module is expedited, the cache is bypassed.
 
     Args:
-        folder: of the cache; made when it is first needed. Empty: nothing is cached.
-        module: images (B, 3, H, W) to tensors (B, ...), in lists, dicts and named tuples.
-        method: the one that does so.
+        folder: of the cache, created when first needed; empty disables the cache.
+        module: maps images (B, 3, H, W) to tensors (B, ...), in lists, dicts and named tuples.
+        method: name of the method to cache.
 
     Raises:
-        ValueError: if something in the module is trained.
+        ValueError: if a parameter of the module is trained.
     """
     if not str(folder):
         return
@@ -57,7 +57,7 @@ def cache_features(folder: str | os.PathLike, module: nn.Module, method: str = "
 
 
 class _Cached:
-    """A module's method, looked up on disk image by image."""
+    """A method of a module, cached on disk image by image."""
 
     def __init__(self, root: Path, module: nn.Module, run: Callable[[Tensor], Any]) -> None:
         self.root, self.module, self.run = root, module, run
@@ -70,20 +70,20 @@ class _Cached:
         files = [self.folder() / f"{_digest(image)}.pth" for image in images]
         missing = [i for i, file in enumerate(files) if not file.is_file()]
         if self.structure is None and not missing:
-            missing = [0]  # only a run tells how the tensors belong together
+            missing = [0]  # only a forward pass gives the structure of the outputs
         if missing:
             for i, features in zip(missing, self._compute(images[missing]), strict=True):
                 _write(features, files[i])
-        found = [torch.load(file, map_location=images.device) for file in files]
+        cached = [torch.load(file, map_location=images.device) for file in files]
         stacked = [
             torch.stack([part.to(images.dtype) for part in parts])
-            for parts in zip(*found, strict=True)
+            for parts in zip(*cached, strict=True)
         ]
         return tree_unflatten(stacked, self.structure)
 
     @torch.no_grad()
     def _compute(self, images: Tensor) -> list[list[Tensor]]:
-        """The tensors of every image, in fp16 where that can hold them."""
+        """The outputs for each image, in fp16 unless they overflow."""
         training = self.module.training
         self.module.eval()
         try:
@@ -93,7 +93,7 @@ class _Cached:
         return [[halved(x).clone() for x in parts] for parts in zip(*outputs, strict=True)]
 
     def folder(self) -> Path:
-        """Of the module as it is now. Its weights are read again only when they have changed."""
+        """Folder for the current weights, which are hashed again only after they have changed."""
         tensors = [*self.module.parameters(), *self.module.buffers()]
         versions = [(tensor.data_ptr(), version_of(tensor)) for tensor in tensors]
         if self._known is None or self._known[0] != versions:
@@ -102,7 +102,7 @@ class _Cached:
 
 
 def _digest(image: Tensor) -> str:
-    """A name for an image (3, H, W) and the precision that it is run in."""
+    """Hash of an image (3, H, W) and of the precision it is processed in."""
     kind = image.device.type
     precision = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else image.dtype
     digest = hashlib.sha256(f"{image.dtype} {precision} {tuple(image.shape)}".encode())
@@ -111,7 +111,7 @@ def _digest(image: Tensor) -> str:
 
 
 def _fingerprint(module: nn.Module) -> str:
-    """A name for a module's weights, its kinds of layers, and their settings."""
+    """Hash of a module's weights, layer types and settings."""
     digest = hashlib.sha256()
     for name, part in module.named_modules():
         settings = {
@@ -125,7 +125,7 @@ def _fingerprint(module: nn.Module) -> str:
 
 
 def _write(features: list[Tensor], file: Path) -> None:
-    """Whole, or not at all: another process may read at any time."""
+    """Write atomically, as other processes may read at any time."""
     file.parent.mkdir(parents=True, exist_ok=True)
     handle, unfinished = tempfile.mkstemp(dir=file.parent)
     with os.fdopen(handle, "wb") as opened:

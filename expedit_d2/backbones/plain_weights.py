@@ -1,9 +1,9 @@
-"""Weights of a plain ViT for Detectron2's `ViT`, as ViTDet starts from those of MAE.
+"""Load weights of a plain ViT into Detectron2's `ViT`, as ViTDet starts from MAE.
 
-What Detectron2's has no place for is dropped (class and register tokens, the final norm, heads) or
-folded into the layer before it (LayerScale). Its relative positions, which no plain ViT has, start
-from zero as in ViTDet. Where patches have another size, their kernel is resampled so that it sees
-in an enlarged patch what it saw before (FlexiViT, arXiv 2212.08013, section 3.4).
+What Detectron2's ViT lacks is dropped (class and register tokens, final norm, heads) or folded into
+the preceding layer (LayerScale). Relative positions, which plain ViTs lack, start from zero as in
+ViTDet. If the patch size differs, the patch embedding is resampled so that a resized patch keeps
+its embedding (FlexiViT, arXiv 2212.08013, section 3.4).
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from ..files import check_finite, read_weights
 __all__ = ["load_plain_weights"]
 
 _KEY = "MODEL.VIT.CHECKPOINT"
-#: LayerScale's vectors, in timm's names, and the layers whose output they scale.
+#: LayerScale parameters, with timm's names, and the layers whose outputs they scale.
 _SCALED = {"ls1.gamma": "attn.proj", "ls2.gamma": "mlp.fc2"}
 _PATCH = "patch_embed.proj.weight"
 _DROPPED = re.compile(r"(cls_token|reg_token|register_tokens|mask_token|norm|fc_norm|head|decoder)")
 
 
 def _folded(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The same without LayerScale: y = gamma * (W x + b) is (gamma W) x + gamma b."""
+    """Fold LayerScale into the layers: gamma * (W x + b) = (gamma W) x + gamma b."""
     out = dict(weights)
     for name in weights:
         for scale, layer in _SCALED.items():
@@ -41,16 +41,16 @@ def _folded(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def load_plain_weights(vit: ViT, path: str) -> None:
-    """Load every weight of Detectron2's ViT but its relative positions.
+    """Load all weights of Detectron2's ViT except relative positions.
 
     Args:
         vit: the model.
-        path: a file of weights in timm's names (MAE's, DINOv2's and DINO's are the same), or
-            anything iopath opens.
+        path: a checkpoint with timm's names (MAE, DINOv2 and DINO use the same), or anything that
+            iopath opens.
 
     Raises:
-        OSError: if there is no such file.
-        ValueError: if something does not fit; names the config key, the file and the tensor.
+        OSError: if the file does not exist.
+        ValueError: if weights do not fit; names the config key, the file and the tensor.
     """
     weights = _folded(read_weights(path, _KEY, ("model", "state_dict", "teacher")))
     weights = {name.removeprefix("backbone."): value for name, value in weights.items()}

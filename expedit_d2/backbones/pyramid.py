@@ -1,4 +1,4 @@
-"""What the plain ViT backbones share: Detectron2's simple feature pyramid, with named outputs."""
+"""Base class of the plain ViT backbones: the simple feature pyramid with named outputs."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ __all__ = ["PYRAMID", "ViTPyramid"]
 
 #: Config keys of the pyramid and their defaults.
 PYRAMID: dict[str, Any] = {
-    # Levels, finest first, and their size relative to the token map.
+    # Names of the levels, finest first, and their scale relative to the token map.
     "OUT_FEATURES": ["p2", "p3", "p4", "p5", "p6"],
     "SCALE_FACTORS": [4.0, 2.0, 1.0, 0.5],
     "OUT_CHANNELS": 256,
-    "SQUARE_PAD": 0,  # pad images to a square of this side; 0 keeps their shape
-    "FREEZE": False,  # train the pyramid and what follows, not the ViT itself
+    "SQUARE_PAD": 0,  # pad images to a square of this side; 0: no padding
+    "FREEZE": False,  # freeze the ViT and train the pyramid and the heads
 }
 
 
 class ViTPyramid(SimpleFeaturePyramid):
-    """A plain ViT and ViTDet's simple feature pyramid; a subclass builds the ViT from a config.
+    """A plain ViT and ViTDet's simple feature pyramid; subclasses build the ViT from a config.
 
-    Outputs are named by ``out_features``: ``p2, p3, …`` as ViTDet's detectors want them (one more
-    name than there are scales adds the max-pooled level), or ``res2, res3, …`` for Mask2Former.
+    ``out_features`` names the outputs: ``p2, p3, …`` as ViTDet's detectors expect (one name more
+    than scales adds the max-pooled level), or ``res2, res3, …`` for Mask2Former.
     """
 
-    #: The config node of the subclass, for messages.
+    #: Config node of the subclass, for error messages.
     node = "MODEL"
 
     @configurable
@@ -56,16 +56,16 @@ class ViTPyramid(SimpleFeaturePyramid):
             net: the ViT, with a single output feature.
             out_features: names of the pyramid's levels, finest first.
             out_channels: channels of every level.
-            scale_factors: size of each level relative to the token map: 4, 2, 1 or 0.5.
+            scale_factors: scale of each level relative to the token map: 4, 2, 1 or 0.5.
             norm: normalisation in the pyramid.
-            square_pad: pad images to a square of this side; 0 keeps their shape.
-            freeze: train the pyramid alone.
-            feature_cache: folder of the frozen ViT's outputs, see `cache_features`; empty: none.
-            expedit: a ``MODEL.EXPEDIT`` node; None is the plain ViT.
+            square_pad: pad images to a square of this side; 0: no padding.
+            freeze: freeze the ViT.
+            feature_cache: folder for outputs of the frozen ViT, see `cache_features`; "": none.
+            expedit: ``MODEL.EXPEDIT`` node; None leaves the ViT unmodified.
 
         Raises:
-            ValueError: if the number of names and the number of levels disagree, or for what
-                `cache_features` or `expedit_d2.expedite` refuse.
+            ValueError: if the numbers of names and levels differ, or from `cache_features` and
+                `expedit_d2.expedite`.
         """
         pooled = len(out_features) - len(scale_factors)
         if pooled not in (0, 1):
@@ -94,7 +94,7 @@ class ViTPyramid(SimpleFeaturePyramid):
 
     @staticmethod
     def pyramid_args(cfg: CfgNode, node: CfgNode) -> dict[str, Any]:
-        """The arguments besides ``net``, from the config and the backbone's node in it."""
+        """All arguments but ``net``, from the config and the backbone's own node."""
         keys = {key.lower(): node[key] for key in PYRAMID}
         cache = cfg.MODEL.BACKBONE.FEATURE_CACHE
         return {**keys, "feature_cache": cache, "expedit": cfg.MODEL.get("EXPEDIT")}

@@ -1,7 +1,7 @@
 """``D2SwinTransformer``: Swin (Liu et al., arXiv 2103.14030), configured by ``MODEL.SWIN``.
 
-Keys, outputs and state-dict keys are those of the official Mask2Former, so that its checkpoints
-load; attention is fused, and inputs may have any size.
+Config keys, outputs and state-dict keys match the official Mask2Former, so its checkpoints load;
+attention is fused, and inputs may have any size.
 """
 
 from __future__ import annotations
@@ -81,23 +81,22 @@ class D2SwinTransformer(Backbone):
         """
         Args:
             in_channels: channels of the images.
-            pretrain_img_size: side, in pixels, that absolute positions are made for.
+            pretrain_img_size: image side in pixels for the absolute position embedding.
             patch_size: side of a patch in pixels.
-            embed_dim: channels of the first stage; each stage has twice as many.
-            depths, num_heads: blocks, and attention heads, of each stage.
+            embed_dim: channels of the first stage; doubled at each stage.
+            depths, num_heads: numbers of blocks and of attention heads of each stage.
             window_size: side of an attention window in tokens.
             mlp_ratio, qkv_bias, qk_scale: of the blocks; scale None is head_dim**-0.5.
-            drop_rate, attn_drop_rate: dropout.
-            drop_path_rate: stochastic depth of the last block; it grows from 0.
-            ape: absolute positions.
-            patch_norm: normalise the patches.
-            out_features: the stages that are returned, among ``res2``, ``res3``, …
-            use_checkpoint: save memory in training by running blocks twice.
-            expedit: a ``MODEL.EXPEDIT`` node; None is the plain Swin.
+            drop_rate, attn_drop_rate: dropout rates.
+            drop_path_rate: stochastic depth rate of the last block, increasing linearly from 0.
+            ape: add an absolute position embedding.
+            patch_norm: normalise after the patch embedding.
+            out_features: stages to return, among ``res2``, ``res3``, …
+            use_checkpoint: gradient checkpointing.
+            expedit: ``MODEL.EXPEDIT`` node; None leaves Swin unmodified.
 
         Raises:
-            ValueError: for an output that does not exist, or for what `expedit_d2.expedite`
-                refuses.
+            ValueError: for an unknown output, or from `expedit_d2.expedite`.
         """
         super().__init__()
         names = [f"res{index + 2}" for index in range(len(depths))]

@@ -1,4 +1,4 @@
-"""What Swin is made of: windows of attention, blocks, stages and patches, on maps (B, H, W, C)."""
+"""Layers of Swin: window attention, blocks, stages and patch embedding, on maps (B, H, W, C)."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ __all__ = ["PatchEmbed", "Stage"]
 
 
 def _pad_to(x: Tensor, multiple: int) -> Tensor:
-    """Zeros at the bottom and right of a map (B, H, W, C)."""
+    """Zero-pad a map (B, H, W, C) at the bottom and right."""
     height, width = shape_of(x)[1:3]
     return F.pad(x, (0, 0, 0, -width % multiple, 0, -height % multiple))
 
 
 class _Attention(nn.Module):
-    """Self-attention in windows, with a bias for each relative position and head."""
+    """Window attention with relative position bias."""
 
     def __init__(
         self,
@@ -67,7 +67,7 @@ class _Attention(nn.Module):
 
 
 class _Block(nn.Module):
-    """Attention in windows, shifted by ``shift_size``, and an MLP, on a map (B, H, W, C)."""
+    """Window attention, shifted by ``shift_size``, and an MLP, on a map (B, H, W, C)."""
 
     def __init__(
         self,
@@ -109,7 +109,7 @@ class _Block(nn.Module):
 
 
 class _PatchMerging(nn.Module):
-    """Half of the height and width, twice the channels."""
+    """Patch merging: half the height and width, twice the channels."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -144,7 +144,7 @@ class Stage(nn.Module):
         self.downsample = None if last else _PatchMerging(dim)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The map after the blocks, and what the next stage is given."""
+        """The map after the blocks, and the input of the next stage."""
         window, shift = self.window_size, self.window_size // 2
         size = tuple(-(-side // window) * window for side in shape_of(x)[1:3])
         mask = shifted_mask(size, (window, window), (shift, shift), x.device)
@@ -157,7 +157,7 @@ class Stage(nn.Module):
 
 
 class PatchEmbed(nn.Module):
-    """Images (B, 3, H, W) to a map of patches (B, H, W, C)."""
+    """Patch embedding: images (B, 3, H, W) to a map (B, H, W, C)."""
 
     def __init__(self, patch_size: int, channels: int, dim: int, norm: bool) -> None:
         super().__init__()

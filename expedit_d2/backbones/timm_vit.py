@@ -1,7 +1,8 @@
 """``build_timm_vit_backbone``: any plain ViT of timm by its name, configured by ``MODEL.TIMM``.
 
 DINOv2, DINOv3, CLIP, SigLIP, MAE, AugReg, EVA-02 …: the token map after the last block and norm,
-and Detectron2's simple feature pyramid on it. State-dict keys are timm's, below ``net.model.``.
+with Detectron2's simple feature pyramid on top. State-dict keys are timm's, prefixed by
+``net.model.``.
 """
 
 from __future__ import annotations
@@ -27,23 +28,23 @@ from .pyramid import PYRAMID, ViTPyramid
 __all__ = ["TimmNet", "TimmViT", "add_timm_config", "build_timm_vit_backbone", "create_timm_vit"]
 
 _TIMM: dict[str, Any] = {
-    # A plain ViT of timm's: vit_large_patch14_reg4_dinov2, vit_large_patch16_dinov3, …
+    # A plain ViT of timm: vit_large_patch14_reg4_dinov2, vit_large_patch16_dinov3, …
     "NAME": "vit_base_patch16_224",
-    "PRETRAINED": False,  # weights of this name, from the Hugging Face hub or its cache
-    "CHECKPOINT": "",  # a file of weights instead, in timm's format or the authors'
+    "PRETRAINED": False,  # download the weights of this name from the Hugging Face Hub
+    "CHECKPOINT": "",  # a checkpoint to load instead, in timm's or the original authors' format
     "DROP_PATH_RATE": 0.0,
-    # Further arguments of timm.create_model, by their own names; for config files only.
+    # Further keyword arguments of timm.create_model; in config files only.
     "KWARGS": CfgNode(new_allowed=True),
-    # Pixels of the image along the side of a token, a power of two. Where the patch has another
-    # size images are resized by patch / stride. None: the power of two nearest to the patch, so 16
-    # for patches of 14, and no resizing for 8, 16 and 32.
+    # Image pixels per token side, a power of two. If the patch size differs, images are resized by
+    # patch / stride. None: the power of two nearest to the patch size, so 16 for patches of 14, and
+    # no resizing for 8, 16 and 32.
     "STRIDE": None,
-    "GRAD_CHECKPOINTING": False,  # run blocks twice in training, to save memory
+    "GRAD_CHECKPOINTING": False,
 }
 
-#: Families of plain ViTs, and the module of each, which knows the authors' checkpoints.
+#: Families of plain ViTs, and their timm modules, which convert the original authors' checkpoints.
 _FAMILIES = {vision_transformer.VisionTransformer: vision_transformer, eva.Eva: eva}
-#: Where files of timm's and of the authors' have the weights, averaged ones first.
+#: Where checkpoints of timm and of the original authors nest the weights, averaged ones first.
 _BELOW = ("state_dict_ema", "model_ema", "state_dict", "model", "module")
 
 
@@ -55,21 +56,21 @@ def add_timm_config(cfg: CfgNode) -> None:
 def create_timm_vit(
     name: str, pretrained: bool = False, checkpoint: str = "", **kwargs: Any
 ) -> nn.Module:
-    """A plain ViT of timm, for images of any size, without what only classification needs.
+    """A plain ViT of timm, for images of any size, without the classification head.
 
     Args:
-        name: timm's: ``vit_large_patch14_reg4_dinov2``, or with a tag for one of several weights.
-        pretrained: take the weights of this name from the Hugging Face hub, or its local cache.
-        checkpoint: a file to load instead, or anything iopath opens, in timm's format or the
-            authors'; it must have every weight.
+        name: model name in timm, optionally with a tag of pretrained weights.
+        pretrained: load the weights of this name from the Hugging Face Hub or its local cache.
+        checkpoint: a file to load instead, or anything that iopath opens, in timm's or the original
+            authors' format; it must be complete.
         **kwargs: further arguments of ``timm.create_model``.
 
     Raises:
-        ValueError: if there is no such model, if it is not a plain ViT, or if the checkpoint does
-            not fit; names the config key.
-        OSError: if there is no such checkpoint, or if weights cannot be downloaded.
+        ValueError: if the model does not exist or is not a plain ViT, or if the checkpoint does not
+            fit; names the config key.
+        OSError: if the checkpoint does not exist, or weights cannot be downloaded.
     """
-    if ":" not in name and not timm.is_model(name):  # with a colon: on the hub, or in a folder
+    if ":" not in name and not timm.is_model(name):  # a colon: hf-hub:NAME or local-dir:FOLDER
         known = [
             n for module in ("vision_transformer", "eva") for n in timm.list_models(module=module)
         ]
@@ -94,28 +95,28 @@ def create_timm_vit(
             f"MODEL.TIMM.PRETRAINED: the weights of {name!r} cannot be downloaded; without a "
             f"network, name a file in MODEL.TIMM.CHECKPOINT: {error}"
         ) from error
-    except (TypeError, RuntimeError) as error:  # other families take other arguments
+    except (TypeError, RuntimeError) as error:  # other families have other arguments
         raise ValueError(
             f"MODEL.TIMM.NAME {name!r} with KWARGS {kwargs} does not make a plain ViT (timm's "
             f"VisionTransformer or Eva): {error}"
         ) from error
-    model.prune_intermediate_layers(1)  # all blocks stay; pooling and its norm go
+    model.prune_intermediate_layers(1)  # keeps all blocks; removes pooling and its norm
     if checkpoint:
         _load(model, weights, checkpoint)
     return model
 
 
 def _read(path: str) -> dict[str, Tensor]:
-    """The weights of a file, the averaged ones where it has both."""
+    """The weights of a checkpoint, averaged ones if it has both."""
     return clean_state_dict(read_weights(path, "MODEL.TIMM.CHECKPOINT", _BELOW))
 
 
 def _load(model: nn.Module, weights: dict[str, Tensor], path: str) -> None:
-    """Load every weight of a timm model, or say what does not fit."""
+    """Load all weights of a timm model, or raise an error for what does not fit."""
     wrong = []
     patch = tuple(model.patch_embed.proj.weight.shape[2:])
     for key, value in weights.items():
-        # timm would resample the kernel without a word.
+        # timm would silently resample the kernel.
         if key.endswith("patch_embed.proj.weight") and tuple(value.shape[2:]) not in ((), patch):
             wrong.append(
                 f"patches are {tuple(value.shape[2:])} in the file and {patch} in the model"
@@ -129,7 +130,7 @@ def _load(model: nn.Module, weights: dict[str, Tensor], path: str) -> None:
         for key in own
         if key in weights and weights[key].shape != own[key].shape
     ]
-    # Others are of pooling, a head, or of pretraining.
+    # Other unused weights belong to pooling, the head, or pretraining.
     wrong += [
         f"{key} is not in the model"
         for key in weights
@@ -147,13 +148,13 @@ def _load(model: nn.Module, weights: dict[str, Tensor], path: str) -> None:
 class TimmNet(Backbone):
     """A plain ViT of timm as a Detectron2 backbone with one output, the token map.
 
-    It is what `forward_features` of timm gives: after the last block, and the final norm unless
-    the model has that after its pooling.
+    The map is the output of timm's `forward_features`: after the last block, and after the final
+    norm unless the model applies it after pooling.
 
-    One token stands for ``stride`` x ``stride`` pixels. Images are padded with zeros, at the bottom
-    and the right, to whole tokens. Where the patch has another size they are then resized, so that
-    each patch shows what its token stands for: with patches of 14 and stride 16, an image of 1024
-    pixels becomes one of 896 and 64 tokens. Weights are never resampled.
+    One token stands for ``stride`` x ``stride`` pixels. Images are zero-padded at the bottom and
+    right to whole tokens. If the patch size differs from the stride they are then resized, so that
+    each patch covers the pixels of its token: with patches of 14 and stride 16, an image of 1024
+    pixels is resized to 896, for 64 tokens. Weights are never resampled.
     """
 
     def __init__(
@@ -162,9 +163,9 @@ class TimmNet(Backbone):
         """
         Args:
             model: from `create_timm_vit`.
-            stride: pixels of the image along the side of a token, a power of two, as Detectron2's
-                pyramid needs it; None: the one nearest to the patch, such as 16 for 14.
-            grad_checkpointing: save memory in training by running blocks twice.
+            stride: image pixels per token side, a power of two, which Detectron2's pyramid needs;
+                None: the nearest to the patch size, such as 16 for 14.
+            grad_checkpointing: gradient checkpointing.
 
         Raises:
             ValueError: if the stride is not a power of two.
@@ -181,7 +182,7 @@ class TimmNet(Backbone):
             )
         self.stride = stride
         model.set_grad_checkpointing(grad_checkpointing)
-        # What `forward` reads, for the adapter.
+        # The block whose output `forward` uses, for the adapter.
         model.expedit_outputs = (len(model.blocks) - 1,)
         self._out_features = ["last_feat"]
         self._out_feature_channels = {"last_feat": model.num_features}
@@ -220,10 +221,9 @@ class TimmViT(ViTPyramid):
 
 @BACKBONE_REGISTRY.register()
 def build_timm_vit_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> TimmViT:
-    """`TimmViT` by ``MODEL.TIMM``, expedited by ``MODEL.EXPEDIT``.
+    """`TimmViT` configured by ``MODEL.TIMM``, expedited by ``MODEL.EXPEDIT``.
 
     Raises:
-        ValueError: for what `create_timm_vit`, `TimmNet`, `ViTPyramid` or `expedit_d2.expedite`
-            refuse.
+        ValueError: from `create_timm_vit`, `TimmNet`, `ViTPyramid` or `expedit_d2.expedite`.
     """
     return TimmViT(cfg, input_shape)

@@ -1,1 +1,1 @@
-"""Command lines: `expedit train`, `expedit compare` and so on; `tools/` has them as scripts."""
+"""Command line interface: `expedit train`, `expedit compare`, …; `tools/` has them as scripts."""

@@ -1,4 +1,4 @@
-"""What `expedit` can do, and the options of each command; nothing heavy is imported for these."""
+"""The commands of `expedit` and their options, without heavy imports."""
 
 from __future__ import annotations
 
@@ -29,15 +29,17 @@ def train(parser: argparse.ArgumentParser) -> None:
             train.init_checkpoint=my_weights.pth \
             expedit.enabled=True expedit.alpha=4 expedit.ratio=0.7
 
-        # models and data sets of your own, registered by a module
+        # your own models and data sets, registered by a module
         expedit train --import my_model.py --config-file my_model.yaml --num-gpus 4
 
-    Training is kept in the output folder: --resume resumes from the last checkpoint.
+    --resume resumes training from the last checkpoint in the output folder.
     """
     option = parser.add_argument
     option("--eval-only", action="store_true", help="evaluate, do not train")
     option("--compare", action="store_true", help="evaluate without and with Expedit, in one table")
-    option("--resume", action="store_true", help="go on from the last checkpoint in the output")
+    option(
+        "--resume", action="store_true", help="resume from the last checkpoint in the output folder"
+    )
     option(
         "--num-gpus", type=at_least(1), default=1, help="processes on each machine (%(default)s)"
     )
@@ -46,20 +48,20 @@ def train(parser: argparse.ArgumentParser) -> None:
     option(
         "--dist-url",
         default="auto",
-        help="where processes meet; for several machines tcp://HOST:PORT of the first",
+        help="rendezvous URL; for several machines tcp://HOST:PORT of the first",
     )
     add_config_options(parser)
 
 
 def compare(parser: argparse.ArgumentParser) -> None:
-    r"""Compare a plain model with reduced ones: metrics, agreement, GFLOPs, speed and memory.
+    r"""Compare a plain model with expedited ones: metrics, agreement, GFLOPs, speed and memory.
 
     Examples::
 
-        # the small Segmenter with the settings that lie beside its config; no downloads
+        # the small Segmenter with the settings next to its config; no downloads
         expedit compare
 
-        # a model of your own, its labelled data, and two settings
+        # your model, its labelled data, and two settings
         expedit compare --config-file my_model.yaml \
             --setting "alpha=8 ratio=0.7" --setting "half: budget=0.5" \
             -- MODEL.WEIGHTS my_model.pth DATASETS.TEST "('my/instances.json@images',)"
@@ -68,13 +70,13 @@ def compare(parser: argparse.ArgumentParser) -> None:
         expedit compare --config-file my_vitdet.py --images "photos/*.jpg" \
             --setting "alpha=4 ratio=0.7" -- train.init_checkpoint=my_model.pth
 
-        # a ViT of another library, at half of its blocks' GFLOPs: how alike its features are
+        # features of a ViT of another library, at half of the GFLOPs of its blocks
         expedit compare --model hf:facebook/dinov2-base --images photos/
         expedit compare --model torchvision:ViT_L_16_Weights.IMAGENET1K_SWAG_E2E_V1 --size 512x512
         expedit compare --model sam:sam_vit_b_01ec64.pth --setting "budget=0.7"
 
-    Results are kept in the output folder as they come: the same command goes on after an
-    interruption.
+    Results are saved to the output folder as they are measured; after an interruption, the same
+    command resumes.
     """
     option = parser.add_argument
     option(
@@ -82,52 +84,54 @@ def compare(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar='"[NAME:] KEY=VALUE ..."',
-        help="fields of MODEL.EXPEDIT; lists as 0,1,2 or 0-6; may be given several times",
+        help="fields of MODEL.EXPEDIT; lists as 0,1,2 or 0-6; can be repeated",
     )
-    option("--expedit", nargs="+", default=[], metavar="CONFIG", help="use their MODEL.EXPEDIT")
     option(
-        "--pictures", type=at_least(0), default=3, help="images to draw in the report (%(default)s)"
+        "--expedit", nargs="+", default=[], metavar="CONFIG", help="configs to take settings from"
+    )
+    option(
+        "--pictures", type=at_least(0), default=3, help="images to show in the report (%(default)s)"
     )
     add_measuring_options(parser, "output/compare")
 
 
 def tune(parser: argparse.ArgumentParser) -> None:
-    r"""Find the setting for a target: what to keep of the metrics, an agreement, or a speed-up.
+    r"""Find the best setting for a target: retained metrics, agreement, or speed-up.
 
-    Many settings run on a few images, for agreement with the plain model and GFLOPs. The best few
-    run on all images, with metrics and timing. The best setting is written as a small config.
+    Many settings run on a few images, for agreement with the plain model and GFLOPs. The best of
+    them run on all images, with metrics and timing. The best setting is saved as a small config.
 
     Examples::
 
         # the small Segmenter: as fast as possible with 99 % of its mIoU
         expedit tune --keep 99
 
-        # a model of your own: at least 1.4 times faster, the output as close as possible
+        # your model: at least 1.4 times faster, with the closest output
         expedit tune --faster 1.4 --config-file my_model.yaml -- MODEL.WEIGHTS my_model.pth
 
         # images without labels
         expedit tune --agreement 98 --images photos --config-file my_model.yaml
 
-    Results are kept in the output folder as they come: the same command goes on after an
-    interruption.
+    Results are saved to the output folder as they are measured; after an interruption, the same
+    command resumes.
     """
     option = parser.add_argument
-    option("--keep", type=float, metavar="PERCENT", help="of every metric, or of --metric")
-    option("--metric", help="as in the tables: PQ, mIoU, 'box AP'")
-    option("--agreement", type=float, metavar="PERCENT", help="with the plain model's output")
-    option("--faster", type=float, metavar="TIMES", help="than the plain model, at batch 1")
+    option("--keep", type=float, metavar="PERCENT", help="share of every metric, or of --metric")
+    option("--metric", help="name in the tables: PQ, mIoU, 'box AP'")
+    option("--agreement", type=float, metavar="PERCENT", help="agreement with the plain model")
+    option("--faster", type=float, metavar="TIMES", help="speed-up over the plain model, batch 1")
     option("--sweep", type=at_least(1), default=8, help="images of the sweep (%(default)s)")
     option(
         "--confirm",
         type=at_least(1),
         default=6,
-        help="settings to run on everything (%(default)s)",
+        help="settings to run on all images (%(default)s)",
     )
     add_measuring_options(parser, "output/tune")
 
 
 def draw(parser: argparse.ArgumentParser) -> None:
-    r"""Draw a model's predictions on images: plain, with Expedit, and where the two differ.
+    r"""Draw predictions on images: plain, with Expedit, and where they differ.
 
     Examples::
 
@@ -135,10 +139,10 @@ def draw(parser: argparse.ArgumentParser) -> None:
         expedit draw --images photos/*.jpg --config-file my_model.yaml \
             MODEL.WEIGHTS my_model.pth MODEL.EXPEDIT.ALPHA 8 MODEL.EXPEDIT.RATIO 0.7
 
-        # all images of a folder, on four GPUs (or four processes, where there is no GPU)
+        # all images of a folder, on four GPUs (without GPUs, in four processes)
         expedit draw --images photos --num-gpus 4 --config-file my_model.yaml
 
-        # a LazyConfig, as ViTDet's official ones are
+        # a LazyConfig, such as the official ones of ViTDet
         expedit draw --images photos --config-file my_vitdet.py \
             train.init_checkpoint=my_model.pth expedit.alpha=4 expedit.ratio=0.7
 
@@ -149,16 +153,16 @@ def draw(parser: argparse.ArgumentParser) -> None:
     option(
         "--images",
         nargs="+",
-        help="files, and folders of images, which are reduced if they have more than 2 megapixels; "
-        "default: of the test data",
+        help="image files and folders; images above 2 megapixels are downscaled; default: the test "
+        "data set",
     )
     option("--count", type=at_least(1), default=4, help="images of the data set (%(default)s)")
-    option("--output", default="output/pictures", help="folder of the pictures (%(default)s)")
+    option("--output", default="output/pictures", help="folder for the pictures (%(default)s)")
     option(
         "--num-gpus",
         type=at_least(1),
         default=1,
-        help="processes that share the images, one on each GPU (%(default)s)",
+        help="processes that share the images, one per GPU (%(default)s)",
     )
     add_config_options(parser, "YAML or LazyConfig with MODEL.EXPEDIT")
 
@@ -166,12 +170,12 @@ def draw(parser: argparse.ArgumentParser) -> None:
 def export(parser: argparse.ArgumentParser) -> None:
     r"""Export a model, plain or with Expedit, as an ONNX file or a torch.export program.
 
-    Segmenter and DPT are exported whole (images in, class scores or depth out), of other models the
-    backbone (normalised images in, feature maps out).
+    Segmenter and DPT are exported whole (images to class scores or depth), other models as their
+    backbone (normalised images to feature maps).
 
     Examples::
 
-        # any height and width; compared with PyTorch at the size given and at another one
+        # any height and width; compared with PyTorch at the given and another size
         expedit export --config-file configs/embedded/small_segmenter_expedit_16x16.yaml \
             --output segmenter.onnx --check
 
@@ -179,15 +183,15 @@ def export(parser: argparse.ArgumentParser) -> None:
         expedit export --config-file my_vitdet.py --size 1024x1024 --fixed \
             --output backbone.onnx train.init_checkpoint=my_model.pth
 
-        # PyTorch and ONNX Runtime, plain and with Expedit, timed in turns
+        # time PyTorch and ONNX Runtime, plain and with Expedit, interleaved
         expedit export --config-file configs/embedded/small_segmenter_budget_50.yaml \
             --size 256x256 --fixed --output segmenter.onnx --benchmark 20
     """
     option = parser.add_argument
-    option("--output", required=True, metavar="FILE", help="the file to write")
-    option("--format", choices=("onnx", "pt2"), help="default: by the file's name")
-    option("--size", type=height_width, default=(256, 320), help="of the example, HxW (256x320)")
-    option("--fixed", action="store_true", help="take images of this size only")
+    option("--output", required=True, metavar="FILE", help="file to write")
+    option("--format", choices=("onnx", "pt2"), help="default: by the suffix of the file")
+    option("--size", type=height_width, default=(256, 320), help="example image, HxW (256x320)")
+    option("--fixed", action="store_true", help="accept only images of this size")
     option("--check", action="store_true", help="compare with PyTorch")
     option(
         "--benchmark",
@@ -200,7 +204,7 @@ def export(parser: argparse.ArgumentParser) -> None:
 
 
 def report(parser: argparse.ArgumentParser) -> None:
-    r"""Write one HTML page on saved comparisons: plots, table, conditions and pictures.
+    r"""Write an HTML report of saved comparisons: plots, tables, conditions and pictures.
 
     Examples::
 
@@ -209,11 +213,11 @@ def report(parser: argparse.ArgumentParser) -> None:
         expedit report a.json b.json --pictures output/pictures --output report.html
     """
     parser.add_argument("results", nargs="+", help="JSON files of comparisons")
-    parser.add_argument("--pictures", nargs="+", default=[], help="image files, or folders of them")
-    parser.add_argument("--output", default="report.html", help="the page")
+    parser.add_argument("--pictures", nargs="+", default=[], help="image files and folders")
+    parser.add_argument("--output", default="report.html", help="file to write (%(default)s)")
 
 
-#: By name; each has a module of that name here, whose `run` does the work.
+#: Commands by name; the module of that name in this package has a function `run`.
 COMMANDS = {command.__name__: command for command in (train, compare, tune, draw, export, report)}
 
 
@@ -222,7 +226,7 @@ def parser_of(name: str, prog: str) -> ToolParser:
 
     Args:
         name: of the command.
-        prog: how it was called, for messages.
+        prog: program name, for messages.
     """
     command = COMMANDS[name]
     parser = ToolParser(prog, inspect.getdoc(command) or "")

@@ -1,4 +1,4 @@
-"""What `expedit compare` does; its options are in `commands`."""
+"""`expedit compare`; its options are in `commands`."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ def parse_arguments(arguments: list[str] | None, prog: str = "compare.py") -> ar
 
 
 def all_settings(args: argparse.Namespace) -> dict[str, Settings]:
-    """By name, as asked for; otherwise the config's own, and those of the files beside it. For
-    ``--model`` otherwise half of the blocks' GFLOPs.
+    """Settings by name: the given ones, or the config's own and those of the files next to it; with
+    ``--model`` a budget of 0.5.
 
     Raises:
-        ValueError: if there is none, or two of one name.
+        ValueError: if there are none, or two have the same name.
     """
     given = [parse_setting(text) for text in args.setting]
     stem = Path(args.config_file).stem
@@ -46,11 +46,11 @@ def all_settings(args: argparse.Namespace) -> dict[str, Settings]:
         own = setting_of(args.config_file, args.opts)
         given += [("expedit", own)] if own is not None else []
     if not given:
-        raise ValueError('there is no setting to compare; give --setting "budget=0.6"')
+        raise ValueError('there are no settings to compare; give --setting "budget=0.6"')
     settings: dict[str, Settings] = {}
     for name, setting in given:
         if name in settings:
-            raise ValueError(f"two settings are named {name!r}; give them names")
+            raise ValueError(f"two settings are named {name!r}; give them different names")
         settings[name] = setting
     return settings
 
@@ -59,9 +59,9 @@ def main(args: argparse.Namespace) -> Comparison:
     """Compare, and write tables and the report.
 
     Raises:
-        ValueError, OSError: for what is wrong, before anything is measured.
-        KeyboardInterrupt: before the plain model is finished, or while pictures are drawn; what
-            was measured is written by then.
+        ValueError, OSError: for invalid arguments or files, before anything is measured.
+        KeyboardInterrupt: while the plain model runs, or while pictures are drawn; results so far
+            are saved.
     """
     import_modules(args.imports)
     options, settings = measuring_options(args), all_settings(args)
@@ -72,10 +72,10 @@ def main(args: argparse.Namespace) -> Comparison:
         workload, settings, options, store, save=lambda so_far: save_tables(so_far, stem)
     )
     files = [*save_tables(comparison, stem), write_report([comparison], [], f"{stem}.html")]
-    print(f"\n{to_terminal(comparison)}\n\nAll of it: {', '.join(map(str, files))}")
+    print(f"\n{to_terminal(comparison)}\n\nSaved to {', '.join(map(str, files))}")
     if store.reused:
         print(f"{store.reused} results were measured before; remove {output} to measure them again")
-    # Pictures tell something also where no setting can be recommended.
+    # Without a recommended setting, draw the first one.
     drawn = [row for row in (headline_row(comparison), *comparison.rows[1:]) if row is not None]
     if drawn and args.pictures and not comparison.unfinished:
         with interruptible():
@@ -85,10 +85,10 @@ def main(args: argparse.Namespace) -> Comparison:
 
 
 def run(arguments: list[str] | None = None, prog: str = "compare.py") -> None:
-    """Parse the arguments and run; an expected error ends with one sentence."""
+    """Parse the arguments and run; expected errors end with one sentence."""
     args = parse_arguments(arguments, prog)
     with (
         code_in_files(args.run_code_in_files),
-        one_sentence(prog, "what was measured is kept; the same command goes on from here"),
+        one_sentence(prog, "results so far are saved; the same command resumes"),
     ):
         check_finished([main(args)])

@@ -1,4 +1,4 @@
-"""What `expedit draw` does; its options are in `commands`."""
+"""`expedit draw`; its options are in `commands`."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ def parse_arguments(arguments: list[str] | None, prog: str = "draw.py") -> argpa
 
 
 def load(args: argparse.Namespace) -> tuple[Workload, Settings]:
-    """The plain model on the images, and the settings to draw next to it.
+    """The plain model with its images, and the settings to compare with.
 
     Raises:
-        ValueError, OSError: if something is wrong with the config, weights or images, or the
-            settings do not fit the model.
+        ValueError, OSError: for invalid configs, weights or images, or settings that do not fit the
+            model.
     """
     settings = needed_setting(args.config_file, args.opts)
     workload = load_workload(args.config_file, args.opts, args.images)
@@ -40,7 +40,7 @@ def load(args: argparse.Namespace) -> tuple[Workload, Settings]:
 
 
 def main(args: argparse.Namespace) -> list[Path]:
-    """Draw this process's share of the images; returns the pictures' paths."""
+    """Draw this process's share of the images; returns the paths of the pictures."""
     setup_logger(name="detectron2").setLevel("ERROR")
     import_modules(args.imports)
     check_folder(args.output, "--output")
@@ -55,28 +55,28 @@ def main(args: argparse.Namespace) -> list[Path]:
         try:
             item = inputs[number]
             rows = side_by_side(workload.model, settings, item, metadata, workload.color)
-        except (ValueError, OSError) as error:  # of this image: continue with the others
+        except (ValueError, OSError) as error:  # continue with the other images
             skipped.append(str(error))
             continue
-        # Files of the same name may come from several folders.
+        # Files in different folders may have the same name.
         path = Path(args.output) / f"{number:03d}_{Path(item['file_name']).stem}.png"
         save_panels(rows, path)
         pictures.append(path)
-    # Those that cannot be read at all are left out, and named, before.
+    # The loader has already skipped and reported unreadable files.
     unreadable = len(metadata.get("unreadable", ()))
     skipped = [message for some in comm.all_gather(skipped) for message in some]
     if len(skipped) == count:
-        raise ValueError(f"none of {count} images could be drawn; the first: {skipped[0]}")
+        raise ValueError(f"none of the {count} images could be drawn; the first: {skipped[0]}")
     if comm.is_main_process():
         for message in skipped:
-            print(f"left out: {message}", file=sys.stderr)
-        left_out = f", {len(skipped) + unreadable} left out" if skipped or unreadable else ""
-        print(f"{count - len(skipped)} pictures in {args.output}{left_out}")
+            print(f"skipped: {message}", file=sys.stderr)
+        rest = f", {len(skipped) + unreadable} skipped" if skipped or unreadable else ""
+        print(f"{count - len(skipped)} pictures in {args.output}{rest}")
     return pictures
 
 
 def run(arguments: list[str] | None = None, prog: str = "draw.py") -> None:
-    """Parse the arguments and run; an expected error ends with one sentence."""
+    """Parse the arguments and run; expected errors end with one sentence."""
     args = parse_arguments(arguments, prog)
     with (
         code_in_files(args.run_code_in_files),

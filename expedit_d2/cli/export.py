@@ -1,4 +1,4 @@
-"""What `expedit export` does; its options are in `commands`."""
+"""`expedit export`; its options are in `commands`."""
 
 from __future__ import annotations
 
@@ -29,30 +29,30 @@ def parse_arguments(arguments: list[str] | None, prog: str = "export.py") -> arg
 
 
 def load(args: argparse.Namespace, expedited: bool | None = None) -> nn.Module:
-    """What is exported: a module that takes one tensor of images, on the CPU.
+    """The module to export, from one tensor of images, on the CPU.
 
     Args:
-        args: of the command line.
-        expedited: with Expedit or without; None: as the config says.
+        args: command line arguments.
+        expedited: whether to expedite the model; None: as configured.
     """
     model = load_any_model(args.config_file, args.opts, "cpu", expedited)
     return ImageModel(model).eval() if hasattr(model, "predict") else model.backbone
 
 
 def random_images(size: tuple[int, int]) -> Tensor:
-    """One image of noise (1, 3, H, W), 0 to 255."""
+    """A random image (1, 3, H, W), 0 to 255."""
     return torch.rand(1, 3, *size, generator=torch.Generator().manual_seed(0)) * 255
 
 
 def check(model: nn.Module, path: str, size: tuple[int, int], fixed: bool) -> None:
-    """Print the largest difference between ONNX Runtime and PyTorch, also at another size."""
+    """Print the largest difference between ONNX Runtime and PyTorch, unless fixed at two sizes."""
     for height, width in [size] if fixed else [size, (size[0] + 64, size[1] + 32)]:
         difference = check_onnx(model, path, random_images((height, width)))
         print(f"{height} x {width}: largest difference from PyTorch {difference:.1e}")
 
 
 def benchmark(args: argparse.Namespace, path: Path) -> None:
-    """Print the medians of PyTorch and ONNX Runtime, plain and with Expedit."""
+    """Print the times of PyTorch and ONNX Runtime, plain and with Expedit."""
     images = random_images(args.size)
     runs: dict[str, Any] = {}
     for name, expedited in (("plain", False), ("Expedit", True)):
@@ -65,8 +65,8 @@ def benchmark(args: argparse.Namespace, path: Path) -> None:
         times = interleaved(runs, args.benchmark, warmup=2, progress=True)
     rows = []
     for engine in ("PyTorch", "ONNX Runtime"):
-        plain, ours = times[engine, "plain"], times[engine, "Expedit"]
-        rows.append([engine, plain, ours, f"{plain.median / ours.median:.2f}x"])
+        plain, expedited = times[engine, "plain"], times[engine, "Expedit"]
+        rows.append([engine, plain, expedited, f"{plain.median / expedited.median:.2f}x"])
     print(f"{args.size[0]} x {args.size[1]}, batch 1, {torch.get_num_threads()} threads")
     print(tabulate(rows, ["", "plain", "Expedit", "speed-up"], disable_numparse=True))
 
@@ -74,7 +74,7 @@ def benchmark(args: argparse.Namespace, path: Path) -> None:
 def main(args: argparse.Namespace) -> None:
     setup_logger(name="detectron2").setLevel("ERROR")
     if args.format == "pt2" and (args.check or args.benchmark):
-        raise ValueError("--check and --benchmark are for --format onnx")
+        raise ValueError("--check and --benchmark need --format onnx, got pt2")
     check_file(args.output, "--output")
     import_modules(args.imports)
     register_collage()
@@ -95,7 +95,7 @@ def main(args: argparse.Namespace) -> None:
 
 
 def run(arguments: list[str] | None = None, prog: str = "export.py") -> None:
-    """Parse the arguments and run; an expected error ends with one sentence."""
+    """Parse the arguments and run; expected errors end with one sentence."""
     args = parse_arguments(arguments, prog)
     with code_in_files(args.run_code_in_files), one_sentence(prog):
         main(args)

@@ -1,4 +1,4 @@
-"""The command `expedit`: one word for what is to be done, then the options of that."""
+"""The command `expedit COMMAND`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _HEAD = """Faster large vision transformers for dense prediction, without fine-t
 
   {commands}
 
-`expedit COMMAND --help` has the options of a command, with examples."""
+`expedit COMMAND --help` shows the options of a command, with examples."""
 
 _NO_DETECTRON2 = (
     "Detectron2 is not installed, and pip cannot find it by its name: run tools/install.py of this "
@@ -28,7 +28,7 @@ _NO_DETECTRON2 = (
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run a command; an expected error ends with one sentence and exit status 2."""
+    """Run a command; expected errors end with one sentence and exit status 2."""
     arguments = sys.argv[1:] if arguments is None else arguments
     summaries = {
         name: (inspect.getdoc(command) or "").partition("\n")[0]
@@ -40,7 +40,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("command", choices=list(COMMANDS), metavar="COMMAND", help="see above")
     command = parser.parse_args(arguments[:1]).command
     prog, rest = f"expedit {command}", arguments[1:]
-    parser_of(command, prog).parse_args(rest)  # help and mistakes come before torch is imported
+    parser_of(command, prog).parse_args(rest)  # show help and errors before importing torch
     if find_spec("detectron2") is None:
         end(prog, _NO_DETECTRON2)
     import_module(f".{command}", __package__).run(rest, prog)

@@ -1,4 +1,4 @@
-"""From the options that `expedit compare` and `expedit tune` share to what they measure."""
+"""Model, data and measurement options for `expedit compare` and `expedit tune`."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ __all__ = ["measuring_options", "prepare", "prepare_benchmark"]
 
 
 def prepare_benchmark(args: argparse.Namespace) -> None:
-    """Check ``--device`` and ``--json``, and take as many threads as are wanted.
+    """Check ``--device`` and ``--json``, and set the number of threads.
 
     Raises:
-        ValueError: without the device.
-        OSError: for a file that cannot be written.
+        ValueError: if the device is not available.
+        OSError: if the file cannot be written.
     """
     if args.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: torch finds no GPU; give --device cpu")
@@ -31,21 +31,17 @@ def prepare_benchmark(args: argparse.Namespace) -> None:
 
 
 def measuring_options(args: argparse.Namespace) -> Options:
-    """How to measure."""
     return Options(args.dtype, args.timed, args.batch)
 
 
 def prepare(args: argparse.Namespace) -> tuple[Workload, Store]:
-    """The model and its data, with as many threads and as few log lines as are wanted.
-
-    Returns:
-        them, and where results are kept.
+    """The model with its data, and the store of results; also sets threads and logging.
 
     Raises:
-        ValueError, OSError: as `load_workload` and `model_workload`, or for an output folder that
-            cannot be written to, or holds results of something else.
+        ValueError, OSError: from `load_workload` and `model_workload`, or for an output folder that
+            cannot be written to, or has results of something else.
     """
-    setup_logger(name="detectron2").setLevel("ERROR")  # the progress bars say enough
+    setup_logger(name="detectron2").setLevel("ERROR")  # there are progress bars
     check_folder(args.output, "--output")
     store = Store(args.output)
     if args.threads is not None:
@@ -55,8 +51,8 @@ def prepare(args: argparse.Namespace) -> tuple[Workload, Store]:
         check_model_options(args)
         return load_workload(args.config_file, args.opts, args.images, args.first), store
     if args.opts:
-        raise ValueError(f"overrides are of a config, and --model has none, got {args.opts[0]!r}")
-    torch.manual_seed(0)  # so that random weights are the same when the command is resumed
+        raise ValueError(f"--model has no config, so it takes no overrides, got {args.opts[0]!r}")
+    torch.manual_seed(0)  # the same random weights when the command is resumed
     workload = model_workload(args.model, args.images, args.first, args.size, args.random_weights)
     return workload, store
 
@@ -68,4 +64,4 @@ def check_model_options(args: argparse.Namespace) -> None:
     """
     for option, given in (("--size", args.size), ("--random-weights", args.random_weights)):
         if given:
-            raise ValueError(f"{option} goes with --model; a config says such things itself")
+            raise ValueError(f"{option} needs --model; a config sets this itself")

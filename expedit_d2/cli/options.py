@@ -1,4 +1,4 @@
-"""Options that several command lines have; nothing heavy is imported for them."""
+"""Options shared by several commands, without heavy imports."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ EMBEDDED = "configs/embedded/small_segmenter.yaml"
 
 
 class ToolParser(argparse.ArgumentParser):
-    """A parser that shows a description as it is, and says in one line what is wrong."""
+    """A parser with a preformatted description and one-line errors."""
 
     def __init__(self, tool: str, description: str) -> None:
         """
         Args:
-            tool: how it is called.
-            description: what it does.
+            tool: program name.
+            description: shown by ``--help``.
         """
         super().__init__(
             prog=tool,
@@ -42,7 +42,7 @@ class ToolParser(argparse.ArgumentParser):
 
 
 def at_least(least: int) -> Callable[[str], int]:
-    """The type of an option that takes whole numbers from ``least`` on."""
+    """Option type for integers of at least ``least``."""
 
     def number(text: str) -> int:
         try:
@@ -59,7 +59,7 @@ def at_least(least: int) -> Callable[[str], int]:
 
 
 def height_width(text: str) -> tuple[int, int]:
-    """The type of an option that takes ``HEIGHTxWIDTH``, in pixels."""
+    """Option type for ``HEIGHTxWIDTH`` in pixels."""
     if not re.fullmatch(r"[1-9]\d*x[1-9]\d*", text):
         raise argparse.ArgumentTypeError(f"must be HEIGHTxWIDTH in pixels, got {text!r}")
     height, width = map(int, text.split("x"))
@@ -73,12 +73,12 @@ def _config_path(name: str) -> str:
 
 
 def add_trust_option(parser: argparse.ArgumentParser) -> None:
-    """Whether files may run code while they are read; the value is for `code_in_files`."""
+    """Add ``--run-code-in-files``, the argument of `code_in_files`."""
     parser.add_argument(
         "--run-code-in-files",
         action="store_true",
-        help="read weights and configs in the old way, which runs any code that is in them; only "
-        "for files of people you trust",
+        help="let weights and configs run code that they contain while they are read; only for "
+        "files from people you trust",
     )
 
 
@@ -88,13 +88,13 @@ def add_config_options(
     default: str | None = None,
     group: argparse._ActionsContainer | None = None,
 ) -> None:
-    """The config, what overrides it, modules to import before it is read, and trust in its files.
+    """Add the config, its overrides, modules to import before it is read, and trust in files.
 
     Args:
-        parser: of a tool that reads a config.
-        help: on ``--config-file``.
-        default: of ``--config-file``, which is required without one.
-        group: of options that exclude each other, which ``--config-file`` is one of.
+        parser: of a command that reads a config.
+        help: of ``--config-file``.
+        default: of ``--config-file``, which is required without it.
+        group: mutually exclusive group to add ``--config-file`` to.
     """
     option = parser.add_argument
     (group or parser).add_argument(
@@ -103,7 +103,7 @@ def add_config_options(
         metavar="FILE",
         required=default is None,
         default=default,
-        help=f"{help}; or the name of one that comes with the package, such as {EMBEDDED}",
+        help=f"{help}; or the name of one in the package, such as {EMBEDDED}",
     )
     option(
         "--import",
@@ -111,8 +111,8 @@ def add_config_options(
         action="append",
         default=[],
         metavar="MODULE",
-        help="a module, or a .py file, that registers models or data sets of yours, imported "
-        "before the config is read; may be given several times",
+        help="a module or .py file that registers your models or data sets, imported before the "
+        "config is read; can be repeated",
     )
     option(
         "opts",
@@ -124,33 +124,33 @@ def add_config_options(
 
 
 def add_measuring_options(parser: argparse.ArgumentParser, output: str) -> None:
-    """The model, its data, how to measure, and ``output``, the folder of the results."""
+    """Add the model, its data, measurement options, and ``output``, the folder for results."""
     option = parser.add_argument
     model = parser.add_mutually_exclusive_group()
     model.add_argument(
         "--model",
         metavar="LIBRARY:NAME",
-        help="a ViT of another library, whose features are compared: hf:NAME or hf:FOLDER, "
-        "timm:NAME, torchvision:NAME, sam:FILE",
+        help="compare features of a ViT of another library: hf:NAME or hf:FOLDER, timm:NAME, "
+        "torchvision:NAME, sam:FILE",
     )
     add_config_options(parser, "YAML or LazyConfig (the small Segmenter)", EMBEDDED, model)
     option(
         "--size",
         type=height_width,
         metavar="HxW",
-        help="with --model: images are resized to that, multiples of the patch (the model's own)",
+        help="with --model: resize images to a multiple of the patch size (default: the model's)",
     )
     option(
         "--random-weights",
         action="store_true",
-        help="with --model: do not look for trained weights; GFLOPs and speed are the same",
+        help="with --model: do not load trained weights; GFLOPs and speed are the same",
     )
     option("--images", metavar="FOLDER_OR_PATTERN", help="images without labels")
-    option("--first", type=at_least(1), metavar="N", help="only the first images, without metrics")
+    option("--first", type=at_least(1), metavar="N", help="only the first N images, no metrics")
+    option("--timed", type=at_least(0), default=20, help="images to time; 0: none (%(default)s)")
     option(
-        "--timed", type=at_least(0), default=20, help="images to time; 0: no speed (%(default)s)"
+        "--batch", type=at_least(1), default=4, help="batch size to time besides 1 (%(default)s)"
     )
-    option("--batch", type=at_least(1), default=4, help="images in a batch; 1: none (%(default)s)")
-    option("--dtype", choices=DTYPES, default="float32", help="by autocast (%(default)s)")
-    option("--threads", type=at_least(1), help="CPU threads of torch (its own choice)")
-    option("--output", default=output, help="folder of the results (%(default)s)")
+    option("--dtype", choices=DTYPES, default="float32", help="of autocast (%(default)s)")
+    option("--threads", type=at_least(1), help="CPU threads of PyTorch (default: PyTorch's)")
+    option("--output", default=output, help="folder for the results (%(default)s)")

@@ -1,4 +1,4 @@
-"""What `expedit report` does; its options are in `commands`."""
+"""`expedit report`; its options are in `commands`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def parse_arguments(arguments: list[str] | None, prog: str = "report.py") -> arg
 def read_comparison(path: str) -> Comparison:
     """
     Raises:
-        ValueError: if the file holds something else.
+        ValueError: if the file is not a comparison.
         OSError: if it cannot be read.
     """
     try:
@@ -28,7 +28,7 @@ def read_comparison(path: str) -> Comparison:
 
 
 def run(arguments: list[str] | None = None, prog: str = "report.py") -> None:
-    """Parse the arguments and run; an expected error ends with one sentence."""
+    """Parse the arguments and run; expected errors end with one sentence."""
     args = parse_arguments(arguments, prog)
     with one_sentence(prog):
         check_file(args.output, "--output")

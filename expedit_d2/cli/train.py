@@ -1,4 +1,4 @@
-"""What `expedit train` does; its options are in `commands`."""
+"""`expedit train`; its options are in `commands`."""
 
 from __future__ import annotations
 
@@ -36,19 +36,19 @@ def parse_arguments(arguments: list[str] | None, prog: str = "train_net.py") -> 
     if args.machine_rank >= args.num_machines:
         parser.error(f"--machine-rank must be below --num-machines, got {args.machine_rank}")
     if args.num_machines > 1 and args.dist_url == "auto":
-        parser.error("--num-machines needs --dist-url tcp://HOST:PORT, of the first machine")
+        parser.error("--num-machines needs --dist-url tcp://HOST:PORT of the first machine")
     if args.compare and args.num_gpus * args.num_machines > 1:
         parser.error("--compare runs in one process: leave --num-gpus at 1")
     return args
 
 
 def setup(args: argparse.Namespace) -> CfgNode:
-    """The YAML config with the command line's overrides, data sets registered."""
+    """The YAML config with its overrides; registers its data sets."""
     cfg = load_cfg(args.config_file, args.opts)
     cfg.freeze()
     check_folder(cfg.OUTPUT_DIR, "OUTPUT_DIR")
     register_by_path([*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST])
-    # Training ends with an evaluation, if there is something to evaluate on.
+    # Training ends with an evaluation if there is test data.
     if args.eval_only or args.compare or cfg.DATASETS.TEST:
         check_data_sets("DATASETS.TEST", cfg.DATASETS.TEST)
     return cfg
@@ -68,14 +68,14 @@ def run_yaml(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def print_comparison(workload: Workload, settings: Settings) -> None:
-    """The plain model and the configured one, measured again."""
+    """Compare the plain model with the configured one."""
     comparison = compare(workload, {"expedit": settings})
     print(f"\n{to_terminal(comparison)}\n")
     check_finished([comparison])
 
 
 def compare_yaml(cfg: CfgNode, args: argparse.Namespace) -> dict[str, Any]:
-    """On every test data set."""
+    """Compare on every test data set."""
     settings = needed_setting(args.config_file, args.opts)
     for name in cfg.DATASETS.TEST:
         print_comparison(workload_of(cfg, Path(args.config_file).stem, name), settings)
@@ -105,20 +105,20 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def what_is_left(args: argparse.Namespace) -> str:
-    """What is left after an interruption."""
+    """Which results an interruption has left."""
     if args.eval_only or args.compare:
-        return "an evaluation that is not finished leaves no result"
+        return "an unfinished evaluation leaves no results"
     if is_lazy(args.config_file):
         folder = load_lazy_config(args.config_file, args.opts).train.output_dir
     else:
         folder = load_cfg(args.config_file, args.opts).OUTPUT_DIR
     if not (Path(folder) / "last_checkpoint").is_file():
-        return f"no checkpoint had been saved in {folder} yet"
-    return f"the checkpoints so far are in {folder}; the same command with --resume goes on"
+        return f"no checkpoint has been saved in {folder} yet"
+    return f"checkpoints are in {folder}; the same command with --resume resumes"
 
 
 def run(arguments: list[str] | None = None, prog: str = "train_net.py") -> None:
-    """Parse the arguments and run; an expected error ends with one sentence."""
+    """Parse the arguments and run; expected errors end with one sentence."""
     args = parse_arguments(arguments, prog)
     with code_in_files(args.run_code_in_files), one_sentence(prog, lambda: what_is_left(args)):
         launch(

@@ -1,4 +1,4 @@
-"""What `expedit tune` does; its options are in `commands`."""
+"""`expedit tune`; its options are in `commands`."""
 
 from __future__ import annotations
 
@@ -30,15 +30,15 @@ def parse_arguments(arguments: list[str] | None, prog: str = "tune.py") -> argpa
 
 
 def report(tuning: Tuning) -> None:
-    """Print what was found."""
+    """Print the results."""
     if tuning.front:
         front = replace(tuning.sweep, rows=[tuning.sweep.plain, *tuning.front])
-        print(f"\nNo other setting of the sweep is better than these:\n\n{to_terminal(front)}")
+        print(f"\nPareto front of the sweep:\n\n{to_terminal(front)}")
     if tuning.skipped:
         name, why = next(iter(tuning.skipped.items()))
-        print(f"\nLeft out: {len(tuning.skipped)} settings, such as {name}: {why}")
+        print(f"\nSkipped {len(tuning.skipped)} settings, such as {name}: {why}")
     if tuning.confirmed:
-        print(f"\nOn everything:\n\n{to_terminal(tuning.confirmed)}")
+        print(f"\nOn all images:\n\n{to_terminal(tuning.confirmed)}")
 
 
 def main(args: argparse.Namespace) -> Tuning:
@@ -58,21 +58,21 @@ def main(args: argparse.Namespace) -> Tuning:
         description = describe_settings(tuning.best)
         settings = tuning.best.settings
         if args.model is not None:
-            print(f"\nFor {target}: {description}\nTo be given to `expedite` in Python.")
+            print(f"\nFor {target}: {description}\nUse it with `expedite` in Python.")
             return tuning
         file, command = write_tuned_config(settings, args.config_file, args.opts, stem, description)
-        print(f"\nFor {target}: {description}\n{file}, to be run with\n  {command}")
+        print(f"\nFor {target}: {description}\nSaved to {file}; evaluate it with\n  {command}")
     elif not tuning.interrupted:
-        print(f"\nNo setting was found for {target}.")
+        print(f"\nFound no setting for {target}.")
     return tuning
 
 
 def run(arguments: list[str] | None = None, prog: str = "tune.py") -> None:
-    """Parse the arguments and run; an expected error ends with one sentence."""
+    """Parse the arguments and run; expected errors end with one sentence."""
     args = parse_arguments(arguments, prog)
     with (
         code_in_files(args.run_code_in_files),
-        one_sentence(prog, "what was measured is kept; the same command goes on from here"),
+        one_sentence(prog, "results so far are saved; the same command resumes"),
     ):
         tuning = main(args)
         if tuning.interrupted:

@@ -1,4 +1,4 @@
-"""From a config file, YAML or LazyConfig, to what is compared: the plain model and its data."""
+"""Workloads (a plain model and its data) from config files, YAML or LazyConfig."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ __all__ = [
 
 
 def is_lazy(config_file: str | Path) -> bool:
-    """Whether a config is a LazyConfig, as ViTDet's official ones are."""
+    """Whether a config is a LazyConfig."""
     return Path(config_file).suffix == ".py"
 
 
@@ -58,18 +58,18 @@ def load_workload(
     images: str | Sequence[str] | None = None,
     limit: int | None = None,
 ) -> Workload:
-    """The plain model of a config, whatever its ``MODEL.EXPEDIT`` says, and its data.
+    """The model of a config without Expedit, and its data.
 
     Args:
         config_file: YAML or LazyConfig.
-        opts: overrides, as each of the two takes them.
+        opts: overrides in the format of the config.
         images: files, folders or patterns of images without labels, instead of the test data set,
-            which still gives the names of the classes.
-        limit: only the first images.
+            whose class names are still used.
+        limit: number of images; None: all.
 
     Raises:
-        ValueError: for a wrong config, data set or weights.
-        FileNotFoundError: for a file that is not there.
+        ValueError: for an invalid config, data set or weights.
+        FileNotFoundError: if a file does not exist.
     """
     if limit is not None and limit < 1:
         raise ValueError(f"at least one image is needed, got {limit}")
@@ -89,20 +89,20 @@ def model_workload(
     size: tuple[int, int] | None = None,
     random_weights: bool = False,
 ) -> Workload:
-    """A ViT of another library and images without labels.
+    """A ViT of another library, and images without labels.
 
     Args:
         source: see `load_feature_model`.
         images: files, folders or patterns; None: the embedded validation images.
-        limit: only the first images.
-        size: (height, width) in pixels that images are resized to; None: the model's own.
-        random_weights: do not look for the trained weights.
+        limit: number of images; None: all.
+        size: (height, width) in pixels to resize images to; None: the model's default.
+        random_weights: do not load trained weights.
 
     Raises:
-        ValueError, OSError, ImportError: as `load_feature_model`, or for the images.
+        ValueError, OSError, ImportError: from `load_feature_model`, or for invalid images.
     """
     model = load_feature_model(source, size, random_weights)
-    find_transformer(model)  # a model that is not supported should fail now
+    find_transformer(model)  # fail early if the model is not supported
     dataset = register_images(images, limit) if images is not None else "collage_val"
     records = DatasetCatalog.get(dataset)
     weights = "random weights" if random_weights else "trained weights"
@@ -128,10 +128,10 @@ def workload_of(
     limit: int | None = None,
     config_file: str = "",
 ) -> Workload:
-    """The same for a YAML config that is loaded; ``dataset`` is the first one for None."""
+    """`load_workload` for a loaded YAML config; ``dataset`` is the first test set for None."""
     cfg = cfg.clone()
     cfg.defrost()
-    # The plain model is the same one, whatever the settings beside it are.
+    # The plain model must not depend on the settings.
     fused = cfg.MODEL.EXPEDIT.FUSED_ATTENTION
     cfg.MODEL.EXPEDIT = get_cfg().MODEL.EXPEDIT
     cfg.MODEL.EXPEDIT.FUSED_ATTENTION = fused
@@ -143,34 +143,34 @@ def workload_of(
         check_data_sets("DATASETS.TEST", names)
         dataset = names[0]
     trainer = trainer_of(cfg)
-    told = cfg.clone()
-    told.OUTPUT_DIR = told.MODEL.WEIGHTS = ""  # of the weights, it is the content that counts
+    identity = cfg.clone()
+    identity.OUTPUT_DIR = identity.MODEL.WEIGHTS = ""  # the content of the weights matters
     return Workload(
         name=name,
         model=load_model(cfg),
         dataset=dataset,
         loader=trainer.build_test_loader(cfg, dataset),
         make_evaluator=None if images else partial(trainer.build_evaluator, cfg, dataset),
-        config=told.dump(),
+        config=identity.dump(),
         color=cfg.INPUT.FORMAT,
         limit=limit,
         config_file=config_file,
     )
 
 
-#: What drawing wants to know of a data set.
-_LOOKS = ("thing_classes", "thing_colors", "stuff_classes", "stuff_colors")
+#: Metadata used for drawing.
+_DRAWING_METADATA = ("thing_classes", "thing_colors", "stuff_classes", "stuff_colors")
 
 
 def _register_images(
     images: str | Sequence[str], limit: int | None, test_sets: Sequence[str]
 ) -> str:
-    """Register images with the names and colours of the first test set's classes."""
+    """Register images with the class names and colours of the first test set."""
     name = register_images(images, limit)
     if test_sets:
         register_by_path(test_sets[:1])
-        looks = MetadataCatalog.get(test_sets[0])
-        MetadataCatalog.get(name).set(**{k: looks.get(k) for k in _LOOKS if looks.get(k)})
+        values = {key: MetadataCatalog.get(test_sets[0]).get(key) for key in _DRAWING_METADATA}
+        MetadataCatalog.get(name).set(**{key: value for key, value in values.items() if value})
     return name
 
 
@@ -180,8 +180,8 @@ def _lazy_workload(
     cfg.expedit.enabled = False
     if OmegaConf.select(cfg, "dataloader.test.dataset") is None:
         raise ValueError(
-            f"{config_file} has no dataloader.test.dataset; add dataloader = "
-            'model_zoo.get_config("common/data/coco.py").dataloader, for instance'
+            f"{config_file} has no dataloader.test.dataset; add, for instance, dataloader = "
+            'model_zoo.get_config("common/data/coco.py").dataloader'
         )
     data = cfg.dataloader
     names = data.test.dataset.get("names", "test")
@@ -193,26 +193,26 @@ def _lazy_workload(
         test_sets = [data.test.dataset.names]
     dataset = ", ".join(test_sets)
     if images is None and "evaluator" not in data:
-        raise ValueError("dataloader.evaluator is missing in the config; give images instead")
-    told = OmegaConf.to_container(cfg)
-    told["train"] = told["expedit"] = None
+        raise ValueError(f"{config_file} has no dataloader.evaluator; add one, or give --images")
+    identity = OmegaConf.to_container(cfg)
+    identity["train"] = identity["expedit"] = None
     return Workload(
         name=config_file.stem,
         model=load_lazy_model(cfg),
         dataset=dataset,
         loader=build_lazy_loader(cfg, "test"),
         make_evaluator=None if images else partial(build_lazy_evaluator, cfg),
-        config=json.dumps(told, sort_keys=True, default=_qualified),
+        config=json.dumps(identity, sort_keys=True, default=_qualified),
         color=cfg.model.get("input_format", "BGR"),
         limit=limit,
         records=lambda: instantiate(data.test.dataset),
-        code=(config_file.resolve(), *sources(_called(told))),
+        code=(config_file.resolve(), *sources(_called(identity))),
         config_file=str(config_file),
     )
 
 
 def _called(value: object) -> Iterator[Callable]:
-    """The functions and classes that a LazyConfig calls, wherever it names them."""
+    """All functions and classes that a LazyConfig calls."""
     if isinstance(value, dict):
         if "_target_" in value:
             target = value["_target_"]
@@ -223,7 +223,7 @@ def _called(value: object) -> Iterator[Callable]:
 
 
 def _qualified(value: object) -> str:
-    """A function or class by its name: its text has an address that changes from run to run."""
+    """Qualified name of a function or class, whose ``str`` has an address that changes."""
     if hasattr(value, "__qualname__"):
         return f"{value.__module__}.{value.__qualname__}"
     return str(value)
@@ -239,12 +239,12 @@ def load_any_model(
 
     Args:
         config_file: YAML or LazyConfig.
-        opts: overrides, as each of the two takes them.
-        device: whatever the config says.
-        expedited: with Expedit or without; None: as the config says.
+        opts: overrides in the format of the config.
+        device: overrides the config's.
+        expedited: whether to expedite the model; None: as configured.
 
     Raises:
-        ValueError, OSError: for a wrong config or weights.
+        ValueError, OSError: for an invalid config or weights.
     """
     if is_lazy(config_file):
         cfg = load_lazy_config(str(config_file), list(opts))
@@ -260,21 +260,21 @@ def load_any_model(
 
 
 def setting_of(config_file: str | Path, opts: Sequence[str] = ()) -> Settings | None:
-    """What a config's ``MODEL.EXPEDIT`` asks for, enabled or not; None if that is nothing."""
+    """Settings of a config's ``MODEL.EXPEDIT``, enabled or not; None if they reduce nothing."""
     if is_lazy(config_file):
         node = OmegaConf.to_container(load_lazy_config(str(config_file), list(opts)).expedit)
     else:
-        # No model is built here, so no device is looked for.
+        # No model is built here, so no device is needed.
         node = load_cfg(config_file, ["MODEL.DEVICE", "cpu", *opts]).MODEL.EXPEDIT
     settings = Settings.from_node({**{k.lower(): v for k, v in node.items()}, "enabled": True})
     return settings if settings.reduces else None
 
 
 def needed_setting(config_file: str | Path, opts: Sequence[str] = ()) -> Settings:
-    """The same where there must be one.
+    """`setting_of`, required to reduce tokens.
 
     Raises:
-        ValueError: if the config asks for nothing; or as `setting_of`.
+        ValueError: if the settings reduce nothing, or from `setting_of`.
     """
     settings = setting_of(config_file, opts)
     if settings is None:
@@ -285,19 +285,17 @@ def needed_setting(config_file: str | Path, opts: Sequence[str] = ()) -> Setting
         )
         raise ValueError(
             f"{config_file}: neither {alpha} nor {budget} is set, so there is nothing to "
-            f"compare with the plain model; add {example}, for instance"
+            f"compare with the plain model; add for instance {example}"
         )
     return settings
 
 
 def settings_beside(config_file: str | Path) -> dict[str, Settings]:
-    """Settings of the files that lie beside a config and are named after it: ``model_*.yaml``."""
+    """Settings of the configs next to ``model.yaml`` that are named ``model_*.yaml``."""
     path = find_config(config_file)
-    found = {
-        file.stem.removeprefix(f"{path.stem}_"): setting_of(file)
-        for file in sorted(path.parent.glob(f"{path.stem}_*.yaml"))
-    }
-    return {name: settings for name, settings in found.items() if settings is not None}
+    files = sorted(path.parent.glob(f"{path.stem}_*.yaml"))
+    by_name = {file.stem.removeprefix(f"{path.stem}_"): setting_of(file) for file in files}
+    return {name: settings for name, settings in by_name.items() if settings is not None}
 
 
 def write_tuned_config(
@@ -307,17 +305,17 @@ def write_tuned_config(
     stem: str | Path,
     comment: str | None = None,
 ) -> tuple[Path, str]:
-    """Write settings as a config on top of another one; for a LazyConfig, as overrides.
+    """Write settings as a config based on another one; for a LazyConfig, as overrides.
 
     Args:
         settings: to write.
         config_file: YAML or LazyConfig.
-        opts: overrides that were in force, which the file takes in.
+        opts: overrides that were used, also written to the file.
         stem: of the file; its name ends in ``_tuned``.
-        comment: the first line of a YAML file; None: the settings in one line.
+        comment: first line of a YAML file; None: the settings in one line.
 
     Returns:
-        The file, and the command that evaluates with it.
+        The file, and the command that evaluates it.
     """
     stem = Path(stem)
     evaluate = "expedit train --eval-only --config-file"

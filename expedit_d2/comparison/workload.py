@@ -138,15 +138,15 @@ def register_images(where: str | Sequence[str], limit: int | None = None) -> str
         except DataError as error:
             unreadable.append(str(error))
             if comm.is_main_process():
-                logger.warning("left out: %s", error)
+                logger.warning("skipped: %s", error)
     if not files:
         listed = ", ".join(map(repr, places))
         raise ValueError(f"no image at {listed} can be read: {unreadable[0]}")
     records = [{"file_name": path, "image_id": path} for path in files]
     stamps = [(path, Path(path).stat().st_size) for path in files]
     more = f" and {len(places) - 1} more" if len(places) > 1 else ""
-    left_out = f", {len(unreadable)} unreadable left out" if unreadable else ""
-    name = f"{places[0]}{more} ({fingerprint(stamps)[:8]}{left_out})"
+    skipped = f", {len(unreadable)} unreadable skipped" if unreadable else ""
+    name = f"{places[0]}{more} ({fingerprint(stamps)[:8]}{skipped})"
     if name not in DatasetCatalog.list():
         DatasetCatalog.register(name, lambda: [dict(record) for record in records])
         MetadataCatalog.get(name).set(unreadable=tuple(unreadable))

@@ -1,7 +1,7 @@
 """Data: the embedded labelled set "collage" and registrations with Detectron2.
 
 Rendering scenes (``make_scene``, ``write_collage``) needs no Detectron2; the two ``register_``
-functions import it when they are first asked for.
+functions import it on first use.
 """
 
 from importlib import import_module

@@ -1,18 +1,20 @@
-"""Data sets by path: what ``DATASETS.TRAIN`` and ``DATASETS.TEST`` may say besides names.
+"""Data sets by path, as values of ``DATASETS.TRAIN`` and ``DATASETS.TEST``.
 
-One form for all of them, the labels first::
+They are given as::
 
     LABELS[@IMAGES[@PNGS]]
 
 - ``instances.json`` or ``instances.json@images``: a COCO instance file;
 - ``panoptic.json``, ``panoptic.json@images`` or ``panoptic.json@images@pngs``: a COCO panoptic
-  file, recognised by its content; ``panoptic.json@@pngs`` leaves the images to be found;
-- ``labels`` or ``labels@images``: a folder of PNGs, at any depth, whose pixels are class ids, 255
-  ignored, and of images under the same names. The classes are those of ``classes.txt`` (a name a
-  line) or ``classes.json`` (a list of names) in it, or as many as the largest id says.
+  file, recognised by its content; ``panoptic.json@@pngs`` gives only the folder of the PNGs;
+- ``labels`` or ``labels@images``: a folder of PNGs, at any depth, whose pixels are class ids (255
+is
+  ignored), and a folder of images with the same names. Class names are read from ``classes.txt``
+  (one per line) or ``classes.json`` (a list) in the folder of labels; without these, classes are
+  numbered up to the largest id.
 
-Folders that are not given are looked for near the labels, in COCO's layout and others; those that
-are may start from the folder of the labels.
+Folders that are not given are searched for near the labels, in COCO's and other layouts. Given
+folders may be relative to the current folder or to the folder of the labels.
 """
 
 from __future__ import annotations
@@ -34,24 +36,23 @@ _VALID = (
 
 
 def register_by_path(names: Sequence[str], key: str = "DATASETS.TEST or DATASETS.TRAIN") -> None:
-    """Registers every name that is a path in one of the forms above.
+    """Register all names that are paths in one of the forms above.
 
-    Panoptic records have ``pan_seg_file_name``, ``segments_info`` and ``sem_seg_file_name``, the
-    last one drawn on the fly; their metadata give PQ, mask AP (of the things) and mIoU. Metadata of
-    a folder have ``counted_classes``, true where nothing lists its classes. Names that are
-    registered already, or that are no path, are left alone: a path is a name that ends in
-    ``.json``, contains ``@`` or is a folder.
+    Panoptic records have ``pan_seg_file_name``, ``segments_info`` and ``sem_seg_file_name``
+    (rendered on the fly), and metadata for PQ, mask AP (of the things) and mIoU. Metadata of a
+    label folder have ``counted_classes``, true if no file lists its classes. Registered names, and
+    names that are not paths, are ignored: a path ends in ``.json``, contains ``@`` or is a folder.
 
-    Files are checked as far as that takes no time: all of a JSON file's content, that every image
-    and label is there, and the sizes in their headers.
+    Only fast checks are made: the content of JSON files, the existence of all images and labels,
+    and the sizes in their headers.
 
     Args:
-        names: the values of ``DATASETS.TRAIN`` or ``DATASETS.TEST``.
-        key: of the config, for messages.
+        names: values of ``DATASETS.TRAIN`` or ``DATASETS.TEST``.
+        key: config key, for error messages.
 
     Raises:
-        FileNotFoundError: when labels, images or PNGs are not there.
-        ValueError: when they are of another format, broken, or do not fit each other.
+        FileNotFoundError: if labels, images or PNGs are missing.
+        ValueError: if they have the wrong format, are broken, or do not match each other.
     """
     for name in names:
         if name in DatasetCatalog.list():
@@ -71,7 +72,7 @@ def register_by_path(names: Sequence[str], key: str = "DATASETS.TEST or DATASETS
 
 
 def _split(name: str) -> tuple[Path | None, str]:
-    """Labels, None when the name is not a path, and what follows the first ``@`` after them."""
+    """Path of the labels (None if the name is not a path), and what follows the ``@`` after it."""
     if ".json@" in name:
         file, given = name.split(".json@", 1)
         return Path(file + ".json").expanduser(), given

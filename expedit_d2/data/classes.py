@@ -1,8 +1,8 @@
-"""Whether a data set and a model have the same classes, asked before anything runs.
+"""Check before a run that a data set and a model have the same classes.
 
-Detectron2 numbers the classes of a data set from 0, and so does a model: they mean the same only if
-there are as many. Where they differ, Detectron2 stops at the end of the inference, or says nothing
-and gives metrics of other classes.
+Detectron2 numbers the classes of data sets and models from 0, so they can match only if their
+numbers are equal. Otherwise Detectron2 fails after the inference, or silently evaluates the wrong
+classes.
 """
 
 from __future__ import annotations
@@ -14,60 +14,60 @@ from detectron2.data import MetadataCatalog
 
 __all__ = ["check_classes", "check_ids", "check_labels", "class_names"]
 
-# What data sets of Detectron2's evaluator types have labels of; others may have any.
+# Evaluator types of Detectron2 whose data sets have no instances.
 _WITHOUT_INSTANCES = frozenset(("sem_seg", "cityscapes_sem_seg", "depth"))
 
 
 def class_names(dataset: str, of: str) -> Sequence[str] | None:
-    """Names of a data set's classes by contiguous id; None if its metadata do not have them.
+    """Class names of a data set by contiguous id; None if its metadata lack them.
 
     Args:
         dataset: a registered data set.
-        of: "thing" for instances, "stuff" for pixels, which have a class of any kind.
+        of: "thing" for instances, "stuff" for the classes of pixels, which include things.
     """
     return MetadataCatalog.get(dataset).get(f"{of}_classes")
 
 
 def check_labels(dataset: str, key: str, of: str) -> None:
-    """Refuse a data set that is known to have no labels of a kind.
+    """Refuse a data set that is known to lack labels of a kind.
 
     Args:
         dataset: a registered data set.
-        key: of the config, which names it.
+        key: config key that names it, for error messages.
         of: see `class_names`.
 
     Raises:
-        ValueError: if it has none.
+        ValueError: if it lacks them.
     """
     kind = MetadataCatalog.get(dataset).get("evaluator_type")
     if of == "thing" and kind in _WITHOUT_INSTANCES:
         raise ValueError(
-            f"{key}: {dataset!r} has no instances (its labels are of the kind {kind!r}), which the "
-            "model is about: give a COCO instance file or panoptic file"
+            f"{key}: {dataset!r} has no instances (its evaluator_type is {kind!r}), which the "
+            "model predicts: give a COCO instance file or panoptic file"
         )
     things, stuff = class_names(dataset, "thing"), class_names(dataset, "stuff")
     if of == "stuff" and stuff is None and (things is not None or kind == "depth"):
         raise ValueError(
-            f"{key}: {dataset!r} has no classes of pixels (its labels are of the kind {kind!r}), "
-            "which the model is about: give a folder of label PNGs or a COCO panoptic file"
+            f"{key}: {dataset!r} has no classes of pixels (its evaluator_type is {kind!r}), which "
+            "the model predicts: give a folder of label PNGs or a COCO panoptic file"
         )
 
 
 def check_classes(dataset: str, key: str, of: str, classes: int, classes_key: str) -> None:
-    """Refuse a data set that has not as many classes as the model.
+    """Refuse a data set whose number of classes differs from the model's.
 
-    A folder of labels that lists no classes may have fewer: the model knows better than the largest
-    id of its pixels. Nothing is said where the metadata of a data set have no classes.
+    A label folder without a list of classes may have fewer, as its largest id may not occur. Data
+    sets whose metadata have no classes are accepted.
 
     Args:
         dataset: a registered data set.
-        key: of the config, which names it.
+        key: config key that names it, for error messages.
         of: see `class_names`.
-        classes: of the model.
-        classes_key: of the config, which says so.
+        classes: number of classes of the model.
+        classes_key: config key of that number, for error messages.
 
     Raises:
-        ValueError: with both numbers.
+        ValueError: if the numbers differ; names both.
     """
     names = class_names(dataset, of)
     if names is None or len(names) == classes:
@@ -82,17 +82,17 @@ def check_classes(dataset: str, key: str, of: str, classes: int, classes_key: st
 
 
 def check_ids(file: str, labels: np.ndarray, classes: int, ignore_label: int, whose: str) -> None:
-    """Refuse label pixels that are not a class.
+    """Refuse labels that are not class ids.
 
     Args:
-        file: that has them.
+        file: file of the labels, for error messages.
         labels: (H, W).
-        classes: their number.
-        ignore_label: of pixels without a class.
-        whose: classes they are, for the message.
+        classes: number of classes.
+        ignore_label: label of pixels without a class.
+        whose: what has these classes, for error messages.
 
     Raises:
-        ValueError: if there is such a pixel.
+        ValueError: if a label is neither a class id nor ``ignore_label``.
     """
     largest = labels.max(initial=0, where=labels != ignore_label)
     if largest >= classes:

@@ -1,8 +1,8 @@
-"""What is wrong with the content of a COCO file, before Detectron2 and pycocotools read it.
+"""Validate the content of COCO files before Detectron2 and pycocotools read them.
 
-Both pass over some errors, which then spoil the metrics, and end in tracebacks at others, some only
-after the whole inference; broken run lengths make pycocotools run for minutes. Everything here
-looks at the JSON alone, and at each annotation once.
+Both ignore some errors, which then corrupt the metrics, and raise obscure exceptions for others,
+some only after the whole inference; broken run lengths keep pycocotools busy for minutes. Only the
+JSON is checked, each annotation once.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ __all__ = ["instances_problem", "panoptic_problem", "run_lengths"]
 
 Content = Mapping[str, Any]
 
-# Pixels; coordinates beyond would only keep pycocotools busy.
+# Pixels; pycocotools takes very long for larger coordinates.
 _FAR = 1e5
 
 
@@ -26,8 +26,7 @@ def instances_problem(content: Content) -> str | None:
     """What is wrong with an instance file, or None.
 
     Args:
-        content: the JSON, with ``images`` and ``categories``; without ``annotations`` it has no
-            labels, as those of test sets.
+        content: the JSON, with ``images`` and ``categories``; test sets have no ``annotations``.
     """
     problem = _images_problem(content, ("id", "file_name", "height", "width"))
     if problem or "annotations" not in content:
@@ -39,14 +38,14 @@ def instances_problem(content: Content) -> str | None:
                 f"image {image_id!r} has height and width {size}, which must be positive integers"
             )
     if not isinstance(content["annotations"], list):
-        return "its annotations are no list"
+        return "its annotations are not a list"
     classes = {category["id"] for category in content["categories"]}
     seen: set[Any] = set()
     for number, annotation in enumerate(content["annotations"]):
         try:
             problem = _annotation_problem(annotation, sizes, classes)
             if annotation["id"] in seen:
-                problem = "has the id of another one"
+                problem = "has the same id as another annotation"
             seen.add(annotation["id"])
         except (TypeError, KeyError, AttributeError, ValueError, OverflowError):
             return f"annotation number {number} is malformed: {str(annotation)[:200]}"
@@ -77,26 +76,26 @@ def panoptic_problem(content: Content) -> str | None:
 
 
 def _images_problem(content: Content, keys: Sequence[str]) -> str | None:
-    """Of images and categories."""
+    """What is wrong with images and categories, or None."""
     for what, needed in (("images", keys), ("categories", ("id", "name"))):
         try:
             for number, item in enumerate(content[what]):
                 for key in needed:
                     if key not in item:
                         return f"number {number} of its {what} has no {key!r}"
-            double = _double(item["id"] for item in content[what])
+            duplicate = _duplicate(item["id"] for item in content[what])
         except TypeError:
             return f"its {what} are malformed"
-        if double:
-            return f"two of its {what} have the id {double[0]!r}"
+        if duplicate:
+            return f"two of its {what} have the id {duplicate[0]!r}"
     for image in content["images"]:
         if not isinstance(image["file_name"], str):
             return f"image {image['id']!r} has the file_name {image['file_name']!r}"
     return None
 
 
-def _double(values: Iterable[Any]) -> list[Any]:
-    """The first value that is there twice, in a list; an empty one if there is none."""
+def _duplicate(values: Iterable[Any]) -> list[Any]:
+    """A list with the first value that occurs twice, or an empty list."""
     seen: set[Any] = set()
     for value in values:
         if value in seen:
@@ -110,16 +109,16 @@ def _annotation_problem(
 ) -> str | None:
     size = sizes.get(annotation["image_id"])
     if size is None:
-        return "is of an image that is not among the images"
+        return "belongs to an image that is not among the images"
     if annotation["category_id"] not in classes:
         return f"has category_id {annotation['category_id']!r}, which is not among the categories"
     box = annotation["bbox"]
     if len(box) != 4 or not math.isfinite(sum(box)):
         return f"has the box {box}, which must be four numbers: x, y, width and height"
     if box[2] < 0 or box[3] < 0:
-        return f"has a box of negative size, {box}: its numbers are x, y, width and height"
+        return f"has a box of negative size, {box}, which must be x, y, width and height"
     if annotation.get("ignore"):
-        return "has a true 'ignore', which Detectron2 does not know: leave it out of the file"
+        return "has a true 'ignore', which Detectron2 does not support: remove the annotation"
     shape = annotation.get("segmentation")
     if not shape:
         return None
@@ -130,12 +129,12 @@ def _polygon_problem(polygons: Sequence[Sequence[float]]) -> str | None:
     for polygon in polygons:
         if len(polygon) % 2 or len(polygon) < 6:
             return (
-                f"has a polygon of {len(polygon)} numbers, which must be x and y of at least three "
-                "points"
+                f"has a polygon of {len(polygon)} numbers, which must be x and y of three points "
+                "or more"
             )
-        # A sum is finite only if everything in it is.
+        # A sum is finite only if all of its terms are.
         if not math.isfinite(sum(polygon)) or max(polygon) > _FAR or min(polygon) < -_FAR:
-            return "has a polygon with a point far from every image"
+            return "has a polygon with a point far outside of any image"
     return None
 
 
@@ -144,12 +143,12 @@ def _polygon_problem(polygons: Sequence[Sequence[float]]) -> str | None:
 
 def _mask_problem(mask: Mapping[str, Any], size: tuple[int, int]) -> str | None:
     if tuple(mask["size"]) != size:
-        return f"has a mask of {tuple(mask['size'])}, but its image is of {size} (height, width)"
+        return f"has a mask of {tuple(mask['size'])}, but its image has {size} (height, width)"
     counts = mask["counts"]
     if isinstance(counts, str):
         counts = run_lengths(counts)
         if counts is None:
-            return "has a broken run-length mask: its string is no code that pycocotools makes"
+            return "has a broken run-length mask: its string is not pycocotools' encoding"
         total, least = int(counts.sum()), int(counts.min())
     else:
         if not all(type(count) is int for count in counts):
@@ -164,11 +163,11 @@ def _mask_problem(mask: Mapping[str, Any], size: tuple[int, int]) -> str | None:
 
 
 def run_lengths(code: str) -> np.ndarray | None:
-    """Run lengths (R,) int64 of a compressed mask; None if it is no such code.
+    """Run lengths (R,) int64 of a compressed mask; None if the string is not a valid encoding.
 
-    Each character has five bits of a number, low ones first, and one that tells whether more
-    follow; the last one's highest is the sign. From the fourth on, a number is the difference from
-    the run before the last.
+    Each character has five bits of a number, low bits first, and a continuation bit; the highest
+    bit of the last character is the sign. From the fourth number on, runs are stored as differences
+    from the run two before.
     """
     try:
         bits = np.frombuffer(code.encode("ascii"), np.uint8).astype(np.int64) - 48
@@ -198,7 +197,7 @@ def _segments_problem(
     classes: set[Any],
     seen: set[str],
 ) -> str | None:
-    """Of the segments of one image; ``seen`` are names of the images so far."""
+    """What is wrong with the segments of an image; ``seen`` has the names of previous images."""
     image_id = annotation["image_id"]
     if image_id not in images:
         return f"an annotation has image_id {image_id!r}, which is not among the images"
@@ -213,12 +212,12 @@ def _segments_problem(
                 f"a segment of image {image_id!r} has category_id {segment['category_id']!r}, "
                 "which is not among the categories"
             )
-    double = _double(segment["id"] for segment in annotation["segments_info"])
-    if double:
-        return f"two segments of image {image_id!r} have the id {double[0]!r}"
-    # Detectron2 writes predictions under these names, into one folder.
+    duplicate = _duplicate(segment["id"] for segment in annotation["segments_info"])
+    if duplicate:
+        return f"two segments of image {image_id!r} have the id {duplicate[0]!r}"
+    # Detectron2 writes all predictions to one folder, with these names.
     stem = Path(images[image_id]).stem
     if stem in seen:
-        return f"two annotations are of images that are named {stem!r}"
+        return f"two annotations have images named {stem!r}"
     seen.add(stem)
     return None

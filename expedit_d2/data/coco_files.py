@@ -24,11 +24,11 @@ def register_coco(name: str, file: Path, given: str) -> None:
     Args:
         name: of the data set.
         file: the JSON.
-        given: ``IMAGES[@PNGS]``, folders that may be left out.
+        given: ``IMAGES[@PNGS]``, optional folders.
 
     Raises:
-        FileNotFoundError: when the file, images or PNGs are not there.
-        ValueError: when they are of another format, broken, or do not fit each other.
+        FileNotFoundError: if the file, images or PNGs are missing.
+        ValueError: if they have the wrong format, are broken, or do not match each other.
     """
     content = _read_json(file)
     register = _register_panoptic if _is_panoptic(content) else _register_instances
@@ -43,7 +43,7 @@ def _read_json(file: Path) -> dict[str, Any]:
         _ = [content["images"][0][key] for key in ("id", "file_name")]
         content["categories"].sort(key=lambda category: (category["id"], category["name"]))
     except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError) as error:
-        problem = f"{file} is no COCO instance file or panoptic file with images and categories"
+        problem = f"{file} is not a COCO instance or panoptic file with images and categories"
         raise ValueError(problem) from error
     return content
 
@@ -56,7 +56,7 @@ def _is_panoptic(content: Mapping[str, Any]) -> bool:
 
 
 def _near(file: Path) -> Iterator[Path]:
-    """Where the images of a JSON file may be."""
+    """Candidate folders for the images of a JSON file."""
     here = file.parent
     yield from (here, here / "images", here.parent / "images")
     # COCO: annotations/instances_val2017.json and val2017/.
@@ -66,7 +66,7 @@ def _near(file: Path) -> Iterator[Path]:
 def _register_instances(name: str, file: Path, content: Mapping[str, Any], given: str) -> None:
     problem = instances_problem(content)
     if problem:
-        raise ValueError(f"{file} is no COCO instance file: {problem}")
+        raise ValueError(f"{file} is not a valid COCO instance file: {problem}")
     files = [image["file_name"] for image in content["images"]]
     images = find("image", files, candidates(file, given, _near(file)))
     records = [
@@ -74,7 +74,7 @@ def _register_instances(name: str, file: Path, content: Mapping[str, Any], given
         for i in content["images"]
     ]
     check_sizes(records, ())
-    # Loading the records tells the same, but models are built before that.
+    # Loading the records would set these, but models are built before that.
     categories = content["categories"]
     metadata = {
         "thing_classes": [c["name"] for c in categories],
@@ -86,15 +86,15 @@ def _register_instances(name: str, file: Path, content: Mapping[str, Any], given
 def _register_panoptic(name: str, file: Path, content: Mapping[str, Any], given: str) -> None:
     problem = panoptic_problem(content)
     if problem:
-        raise ValueError(f"{file} is no COCO panoptic file: {problem}")
+        raise ValueError(f"{file} is not a valid COCO panoptic file: {problem}")
     annotations = content["annotations"]
     listed = {image["id"]: image for image in content["images"]}
     files = [listed[a["image_id"]]["file_name"] for a in annotations]
     pngs = [a["file_name"] for a in annotations]
     images, _, png_folder = given.partition("@")
-    beside = [file.with_suffix(""), file.parent]
+    near_pngs = [file.with_suffix(""), file.parent]
     image_root = find("image", files, candidates(file, images, _near(file)))
-    png_root = find("panoptic PNG", pngs, candidates(file, png_folder, beside))
+    png_root = find("panoptic PNG", pngs, candidates(file, png_folder, near_pngs))
     records = [
         {
             **listed[a["image_id"]],

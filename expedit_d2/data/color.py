@@ -1,4 +1,4 @@
-"""Colour distortion of SSD (Liu et al., arXiv 1512.02325), without OpenCV."""
+"""Colour augmentation of SSD (Liu et al., arXiv 1512.02325), without OpenCV."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def _to_uint8(values: np.ndarray) -> np.ndarray:
 
 
 class _Distortion(Transform):
-    """One draw: colours change, geometry does not."""
+    """The colour distortion with sampled parameters."""
 
     def __init__(
         self,
@@ -35,7 +35,7 @@ class _Distortion(Transform):
         self._set_attributes(locals())
 
     def apply_image(self, image: np.ndarray, *args: object) -> np.ndarray:
-        """uint8 (H, W, 3) to the same."""
+        """uint8 (H, W, 3) to uint8 (H, W, 3)."""
         image = image if self.rgb else image[..., ::-1]
         image = _to_uint8(image + np.float32(self.shift))
         if self.contrast_first:
@@ -56,14 +56,14 @@ class _Distortion(Transform):
     def _change_hsv(self, image: np.ndarray) -> np.ndarray:
         hsv = np.array(Image.fromarray(np.ascontiguousarray(image)).convert("HSV"))
         hsv[..., 1] = _to_uint8(hsv[..., 1] * np.float32(self.saturation))
-        # A full turn of hue is 256 in Pillow.
+        # Pillow's hue has 256 steps.
         turn = round(self.hue * 256 / 360)
         hsv[..., 0] = ((hsv[..., 0].astype(np.int16) + turn) % 256).astype(np.uint8)
         return np.asarray(Image.fromarray(hsv, mode="HSV").convert("RGB"))
 
 
 class ColorAugSSD(T.Augmentation):
-    """Random brightness, contrast, saturation and hue, each left alone half of the time."""
+    """Random brightness, contrast, saturation and hue, each with probability 1/2."""
 
     def __init__(self, image_format: str) -> None:
         """

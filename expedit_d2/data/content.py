@@ -1,4 +1,4 @@
-"""What files hold, by a digest that is read once as long as a file stays the same."""
+"""Digests of file contents, cached while a file is unchanged."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ __all__ = ["file_digest"]
 
 
 def file_digest(path: str | Path) -> str:
-    """A short name for the content of a file.
+    """Digest of a file's content.
 
-    Names, sizes and times alone would not do: files that are unpacked from an archive often have
-    the same time, and two of the same size may have changed places.
+    Names, sizes and times alone are not enough: files unpacked from an archive often have the same
+    time, and two of the same size may have been swapped.
 
     Raises:
-        OSError: if there is no such file.
+        OSError: if the file does not exist.
     """
     state = os.stat(path)
     return _digest(os.fspath(path), state.st_size, state.st_mtime_ns, state.st_ctime_ns)
@@ -25,9 +25,9 @@ def file_digest(path: str | Path) -> str:
 
 @cache
 def _digest(path: str, *state: int) -> str:
-    """The other arguments are the state of the file that the result is valid for."""
-    found = hashlib.sha256()
+    """Digest of the file in this state (size and times, the key of the cache)."""
+    digest = hashlib.sha256()
     with open(path, "rb") as file:
         while block := file.read(2**20):
-            found.update(block)
-    return found.hexdigest()[:24]
+            digest.update(block)
+    return digest.hexdigest()[:24]

@@ -1,8 +1,8 @@
-"""Image files: read as Detectron2 does, but 16 bits as 8, and with an answer for every bad file.
+"""Read image files as Detectron2 does, but with 16-bit images as 8-bit and clear errors.
 
-Detectron2's mappers open the ``file_name`` of a record themselves, and 16-bit pixels become white.
-`standard_path` names such a file in a way that ``PathManager``, with which all of Detectron2
-reads, opens as an 8-bit PNG; files that need nothing keep their names.
+Detectron2's mappers open the ``file_name`` of a record themselves, and turn 16-bit pixels white.
+`standard_path` gives such a file a name that ``PathManager``, used by all of Detectron2, opens as
+an 8-bit PNG; other files keep their names.
 
 Shorthand: H x W pixels.
 """
@@ -38,8 +38,9 @@ __all__ = [
     "standard_path",
 ]
 
-#: Images without labels are reduced to this many pixels, more than models with a test size see.
-#: Outputs have the size of the image, and 100 masks of a larger one would fill the memory.
+#: Images without labels are downscaled to this many pixels, still more than the test sizes of
+#: models. Outputs have the size of the image, and 100 masks of a larger one could exhaust the
+#: memory.
 MAX_PIXELS = 2 * 2**20
 
 _STANDARD = "standard-image://"
@@ -47,9 +48,9 @@ _ORIENTATION = 274  # EXIF tag
 
 
 class DataError(ValueError):
-    """What is wrong with a file, in one sentence; also when a worker process of a loader says it.
+    """An unusable file, explained in one sentence, also if raised in a worker of a data loader.
 
-    PyTorch re-creates an error of a worker from a text that ends with the original one.
+    PyTorch re-raises errors of workers with a text that ends with the original message.
     """
 
     def __init__(self, message: str) -> None:
@@ -57,7 +58,7 @@ class DataError(ValueError):
 
 
 class Header(NamedTuple):
-    """What a file says of its image before the pixels: Pillow's mode, height and width as shown."""
+    """Pillow's mode and (height, width) as displayed, from the header of an image file."""
 
     mode: str
     size: tuple[int, int]
@@ -67,15 +68,15 @@ class Header(NamedTuple):
 
 
 def image_suffixes() -> set[str]:
-    """Of the names of files that Pillow reads, in lower case."""
+    """Suffixes of the image formats that Pillow reads, in lower case."""
     return {end for end, kind in Image.registered_extensions().items() if kind in Image.OPEN}
 
 
 def find_images(where: str | os.PathLike) -> list[str]:
-    """Image files in a folder, or those that a pattern names, in order.
+    """Sorted image files in a folder, or that match a glob pattern.
 
     Raises:
-        FileNotFoundError: if there is none.
+        FileNotFoundError: if there are none.
     """
     where = os.fspath(where)
     if has_magic(where) and not Path(where).exists():
@@ -95,10 +96,10 @@ def find_images(where: str | os.PathLike) -> list[str]:
 
 @contextmanager
 def _opened(path: str | os.PathLike) -> Iterator[Image.Image]:
-    """The file as a Pillow image; whatever fails inside is an unreadable image."""
+    """Open a file as a Pillow image; any error inside the context becomes a `DataError`."""
     try:
         with PathManager.open(os.fspath(path), "rb") as file, warnings.catch_warnings():
-            # Large images are dealt with by their number of pixels.
+            # The number of pixels is checked elsewhere.
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             with Image.open(file) as image:
                 yield image
@@ -106,7 +107,7 @@ def _opened(path: str | os.PathLike) -> Iterator[Image.Image]:
         raise
     except DataError:
         raise
-    except Exception as error:  # Pillow's plugins raise all kinds
+    except Exception as error:  # Pillow's plugins raise many kinds
         raise DataError(f"{path} cannot be read as an image: {_reason(error)}") from error
 
 
@@ -117,11 +118,11 @@ def _reason(error: Exception) -> str:
 
 
 def read_header(path: str | os.PathLike) -> Header:
-    """Mode and size of an image, without its pixels.
+    """Mode and size of an image, without decoding it.
 
     Raises:
-        DataError: if it is not an image.
-        FileNotFoundError: if it is not there.
+        DataError: if the file is not an image.
+        FileNotFoundError: if it does not exist.
     """
     with _opened(path) as image:
         return _header(image)
@@ -129,7 +130,7 @@ def read_header(path: str | os.PathLike) -> Header:
 
 def _header(image: Image.Image) -> Header:
     width, height = image.size
-    # Pillow turns TIFF itself, and would decode a PNG to look behind its pixels.
+    # Pillow applies the orientation of TIFF itself; for a PNG, getexif() would decode the pixels.
     if "exif" in image.info and image.format != "TIFF":
         if image.getexif().get(_ORIENTATION, 1) >= 5:
             width, height = height, width
@@ -137,31 +138,31 @@ def _header(image: Image.Image) -> Header:
 
 
 def _mode(image: Image.Image) -> str:
-    """Pillow's, but 16-bit PNGs have one mode in all of its versions."""
+    """Pillow's mode, but the same for 16-bit PNGs in all versions."""
     return "I;16" if image.mode == "I" and image.format == "PNG" else image.mode
 
 
 def _refuse_32_bits(path: str | os.PathLike, mode: str) -> None:
     if mode in ("I", "F"):
         raise DataError(
-            f"{path} has 32-bit pixels (mode {mode}), whose range is not known: save the image "
-            "with 8 or 16 bits"
+            f"{path} has 32-bit pixels (mode {mode}), whose range is unknown: save the image with "
+            "8 or 16 bits"
         )
 
 
 def load_image(path: str | os.PathLike, max_pixels: int | None = None) -> Image.Image:
-    """An image with 8 bits a channel, turned as its EXIF data say.
+    """Load an image with 8 bits per channel, oriented by its EXIF data.
 
-    16 bits keep their upper byte, as Pillow has it for colours. Of animations it is the first
-    frame; transparency is left out when the image is converted.
+    16-bit values keep their upper byte, as in Pillow's colour images. Animations give their first
+    frame. Transparency is dropped when the image is converted.
 
     Args:
         path: of the file.
-        max_pixels: larger images are reduced to about this many; None: they are not.
+        max_pixels: larger images are downscaled to about this many; None: no limit.
 
     Raises:
-        DataError: if it cannot be read, or has 32-bit pixels, whose range is not known.
-        FileNotFoundError: if it is not there.
+        DataError: if it cannot be read, or has 32-bit pixels, whose range is unknown.
+        FileNotFoundError: if it does not exist.
     """
     with _opened(path) as image:
         mode = _mode(image)
@@ -181,43 +182,40 @@ def load_image(path: str | os.PathLike, max_pixels: int | None = None) -> Image.
 
 
 def load_labels(path: str | os.PathLike) -> np.ndarray:
-    """The pixels of a label PNG as they are, (H, W): ids in a palette, 8 or 16 bits.
+    """Raw pixels (H, W) of a label PNG: palette indices, or 8 or 16 bits.
 
     Raises:
         DataError: if it cannot be read, or has colours.
-        FileNotFoundError: if it is not there.
+        FileNotFoundError: if it does not exist.
     """
     with _opened(path) as image:
         labels = np.array(image)
         mode = image.mode
     if labels.ndim != 2:
-        raise DataError(f"{path} has colours ({mode}), where pixels must be labels")
+        raise DataError(f"{path} has colours (mode {mode}), but its pixels must be labels")
     return labels.astype(np.uint8) if labels.dtype == bool else labels
 
 
 def check_image(path: str | os.PathLike) -> None:
-    """Find out whether an image can be read by `load_image`, more cheaply than by reading it.
+    """Check that `load_image` can read an image, at lower cost.
 
     Raises:
         DataError: if it cannot be read.
-        FileNotFoundError: if it is not there.
+        FileNotFoundError: if it does not exist.
     """
     _refuse_32_bits(path, decode(path).mode)
 
 
 def decode(path: str | os.PathLike) -> Header:
-    """Decode a file only to know that it can be read, as cheaply as can be.
-
-    Returns:
-        Its header.
+    """Check that an image file can be decoded, at the lowest cost, and return its header.
 
     Raises:
         DataError: if it cannot be read.
-        FileNotFoundError: if it is not there.
+        FileNotFoundError: if it does not exist.
     """
     with _opened(path) as image:
         header = _header(image)
-        image.draft("L", (1, 1))  # JPEG: an eighth of the size, but all of the file
+        image.draft("L", (1, 1))  # JPEG: reads the whole file, at an eighth of the size
         image.load()
     return header
 
@@ -226,7 +224,7 @@ def decode(path: str | os.PathLike) -> Header:
 
 
 def standard_path(path: str, max_pixels: int | None = None) -> str:
-    """The path itself, or for a file that needs more, one that is opened as by `load_image`.
+    """A path that ``PathManager`` opens like `load_image`; the given one if nothing differs.
 
     Args:
         path: of an image.
@@ -234,7 +232,7 @@ def standard_path(path: str, max_pixels: int | None = None) -> str:
 
     Raises:
         DataError: if it is not an image.
-        FileNotFoundError: if it is not there.
+        FileNotFoundError: if it does not exist.
     """
     header = read_header(path)
     large = max_pixels is not None and header.size[0] * header.size[1] > max_pixels
@@ -243,7 +241,7 @@ def standard_path(path: str, max_pixels: int | None = None) -> str:
 
 
 class _StandardHandler(PathHandler):
-    """Opens what `standard_path` names, as a PNG."""
+    """Opens the paths of `standard_path` as PNGs."""
 
     def _get_supported_prefixes(self) -> list[str]:
         return [_STANDARD]
@@ -254,7 +252,7 @@ class _StandardHandler(PathHandler):
         self._check_kwargs(kwargs)
         limit, _, source = path.removeprefix(_STANDARD).partition("?")
         image = load_image(source, int(limit) or None)
-        if image.mode == "CMYK":  # no PNG has that
+        if image.mode == "CMYK":  # not supported by PNG
             image = image.convert("RGB")
         file = io.BytesIO()
         image.save(file, "PNG", compress_level=0, exif=b"")
@@ -266,7 +264,7 @@ PathManager.register_handler(_StandardHandler())
 
 
 def read_image(path: str, image_format: str, max_pixels: int | None = None) -> np.ndarray:
-    """An image as Detectron2's ``read_image`` gives it, uint8 (H, W, 3), 16 bits as 8.
+    """Detectron2's ``read_image``, uint8 (H, W, 3), for all images that `load_image` reads.
 
     Args:
         path: of the file.
@@ -275,10 +273,10 @@ def read_image(path: str, image_format: str, max_pixels: int | None = None) -> n
 
     Raises:
         DataError: if it cannot be read.
-        FileNotFoundError: if it is not there.
+        FileNotFoundError: if it does not exist.
     """
     try:
         return detection_utils.read_image(standard_path(path, max_pixels), image_format)
     except Exception:
-        load_image(path)  # which says what is wrong with the file
+        load_image(path)  # raises a clear error if the file is the reason
         raise

@@ -1,4 +1,4 @@
-"""A folder of PNGs whose pixels are class ids, and of images, as a data set."""
+"""Folders of label PNGs, whose pixels are class ids, and of images, as data sets."""
 
 from __future__ import annotations
 
@@ -28,17 +28,17 @@ def register_folder(name: str, folder: Path, given: str) -> None:
     Args:
         name: of the data set.
         folder: of the PNGs.
-        given: folder of the images, which may be left out.
+        given: optional folder of the images.
 
     Raises:
-        FileNotFoundError: when labels or images are not there.
-        ValueError: when they are of another format, broken, or do not fit each other.
+        FileNotFoundError: if labels or images are missing.
+        ValueError: if they have the wrong format, are broken, or do not match each other.
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"the folder {folder} does not exist")
     labels = _files(folder, (".png",))
     if not labels:
-        raise FileNotFoundError(f"there is no PNG in the folder {folder}")
+        raise FileNotFoundError(f"the folder {folder} has no PNGs")
     check_mode(next(iter(labels.values())), _LABEL_MODES)
     root, images = _find_images(folder, given, labels)
     records = [
@@ -62,7 +62,7 @@ def register_folder(name: str, folder: Path, given: str) -> None:
 def _find_images(
     folder: Path, given: str, labels: Mapping[str, Path]
 ) -> tuple[Path, dict[str, Path]]:
-    """The folder that has the images of the labels, and what is in it."""
+    """The folder with the images of the labels, and its images by name."""
     near = [folder, folder.parent / "images", folder.parent.parent / "images" / folder.name]
     tried = candidates(folder, given, near)
     for root in tried:
@@ -71,21 +71,22 @@ def _find_images(
         if not missing:
             return root, images
         if len(missing) < len(labels):
-            problem = f"{root} has no image of {len(missing)} labels, {missing[0]} for one"
-            raise FileNotFoundError(problem)
-    problem = f"no image in {', '.join(map(str, tried))} is named as a label, {missing[0]} for one"
-    raise FileNotFoundError(problem)
+            raise FileNotFoundError(
+                f"{root} lacks the images of {len(missing)} labels, such as {missing[0]}"
+            )
+    folders = ", ".join(map(str, tried))
+    raise FileNotFoundError(f"no image in {folders} has the name of a label, such as {missing[0]}")
 
 
 def _files(root: Path, suffixes: Iterable[str], without: Iterable[Path] = ()) -> dict[str, Path]:
-    """Files at any depth, but for some, by their paths from ``root`` without suffix."""
+    """Files at any depth, except ``without``, by their paths relative to ``root``, no suffix."""
     files = {f for f in root.rglob("*") if f.suffix.lower() in suffixes}
     files = sorted(files.difference(without))
     return {file.relative_to(root).with_suffix("").as_posix(): file for file in files}
 
 
 def _class_names(folder: Path) -> list[str] | None:
-    """Names that ``classes.json`` or ``classes.txt`` lists."""
+    """Class names listed in ``classes.json`` or ``classes.txt``; None without these."""
     file = folder / "classes.json"
     try:
         if file.is_file():
@@ -99,14 +100,13 @@ def _class_names(folder: Path) -> list[str] | None:
         raise ValueError(f"{file} cannot be read ({error})") from error
     listed = isinstance(names, list) and all(isinstance(n, str) for n in names)
     if not listed or not 0 < len(names) <= _IGNORE:
-        problem = f"{file} does not list 1 to {_IGNORE} names, the first that of class 0"
-        raise ValueError(problem)
+        raise ValueError(f"{file} must list 1 to {_IGNORE} names, starting with class 0")
     return names
 
 
 def _count_classes(folder: Path, labels: Iterable[Path]) -> list[str]:
-    """Numbers for names, up to the largest id of all files."""
-    logger.info("%s has no classes.txt or classes.json: looking for the largest id", folder)
+    """Numbers as class names, up to the largest id in all files."""
+    logger.info("%s has no classes.txt or classes.json: searching for the largest id", folder)
     largest = -1
     for label in labels:
         ids = np.unique(load_labels(label))

@@ -1,7 +1,4 @@
-"""Around any mapper: images it understands, and errors that name the file.
-
-A mapper, as everywhere in Detectron2, makes a model's input of a data set's record.
-"""
+"""A wrapper of data set mappers that handles more kinds of images and names the file in errors."""
 
 from __future__ import annotations
 
@@ -19,26 +16,30 @@ _LABELS = ("sem_seg_file_name", "pan_seg_file_name", "depth_file_name")
 
 
 def size_problem(record: Mapping[str, Any]) -> str | None:
-    """Where the sizes of an image and its labels differ, or are too large, by their headers.
+    """Mismatch between the sizes of an image and its labels, or an image that is too large.
 
     Args:
         record: of a data set, in Detectron2's format.
 
+    Returns:
+        The problem, None if there is none.
+
     Raises:
         DataError: if a file is not an image.
-        FileNotFoundError: if one is not there.
+        FileNotFoundError: if a file does not exist.
     """
     file = record["file_name"]
     sizes = {key: read_header(record[key]).size for key in ("file_name", *_LABELS) if key in record}
     image = sizes.pop("file_name")
     if _is_large(image):
         return _large(file, image)
-    told = (record["height"], record["width"]) if {"height", "width"} <= record.keys() else None
-    if set(sizes.values()) | {told or image} == {image}:
+    has_size = {"height", "width"} <= record.keys()
+    annotated = (record["height"], record["width"]) if has_size else None
+    if set(sizes.values()) | {annotated or image} == {image}:
         return None
-    image = load_image(file).size[::-1]  # the header of a PNG may not know that it is turned
-    if told not in (None, image):
-        return f"{file} has {_text(image)} pixels, but its annotations are for {_text(told)}"
+    image = load_image(file).size[::-1]  # the EXIF orientation of a PNG may follow its pixels
+    if annotated not in (None, image):
+        return f"{file} has {_text(image)} pixels, but its annotations are for {_text(annotated)}"
     for key, size in sizes.items():
         if size != image:
             return (
@@ -53,9 +54,9 @@ def _is_large(size: tuple[int, int]) -> bool:
 
 def _large(file: str, size: tuple[int, int]) -> str:
     return (
-        f"{file} has {_text(size)} pixels; outputs have the size of an image with labels, "
-        f"which must not have more than {Image.MAX_IMAGE_PIXELS:,} (PIL.Image.MAX_IMAGE_PIXELS): "
-        "cut or reduce it and its labels"
+        f"{file} has {_text(size)} pixels, but an image with labels must not have more than "
+        f"{Image.MAX_IMAGE_PIXELS:,} (PIL.Image.MAX_IMAGE_PIXELS), as outputs have its size: crop "
+        "or downscale it and its labels"
     )
 
 
@@ -64,7 +65,7 @@ def _text(size: Sequence[int]) -> str:
 
 
 def _problem(record: Mapping[str, Any]) -> str | None:
-    """What is wrong with the files of a record that could not be mapped, if anything is."""
+    """What is wrong with the files of a record that could not be mapped, or None."""
     try:
         for key in ("file_name", *_LABELS):
             if key in record:
@@ -72,32 +73,32 @@ def _problem(record: Mapping[str, Any]) -> str | None:
         load_image(record["file_name"])
         return size_problem(record)
     except FileNotFoundError as error:
-        return f"there is no file {error.filename}"
+        return f"the file {error.filename} does not exist"
     except DataError as error:
         return str(error)
 
 
 class CheckedMapper:
-    """A mapper that is given images it understands, and whose errors name the file.
+    """A mapper that also handles 16-bit and very large images, and whose errors name the file.
 
-    Images without labels are reduced to `MAX_PIXELS`, those with labels are not: one that is larger
-    than Pillow takes for safe is refused.
+    Images without labels are downscaled to `MAX_PIXELS`. Images with labels are not, and are
+    refused above Pillow's safe size.
     """
 
     def __init__(self, mapper: Callable[[Mapping[str, Any]], Any]) -> None:
         """
         Args:
-            mapper: of Detectron2's or any other; it reads the ``file_name`` of a record by
-                ``PathManager``, as ``detection_utils.read_image`` does.
+            mapper: any mapper that reads ``file_name`` with ``PathManager``, as
+                ``detection_utils.read_image`` does.
         """
         self.mapper = mapper
 
     def __call__(self, record: Mapping[str, Any]) -> Any:
-        """What the mapper makes of a record.
+        """Map a record.
 
         Raises:
-            DataError: if a file of the record cannot be read, is too large or does not fit the
-                others, or the mapper refuses the record.
+            DataError: if a file of the record cannot be read, is too large or does not match the
+                others, or if the mapper refuses the record.
         """
         try:
             return self._map(record)

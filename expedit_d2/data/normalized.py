@@ -1,4 +1,4 @@
-"""Models that normalise the images they are given."""
+"""Base class of models that normalise their images."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ __all__ = ["NormalizingModel"]
 
 
 class NormalizingModel(nn.Module):
-    """A model with the mean and deviation of pixels, ``MODEL.PIXEL_MEAN`` and ``PIXEL_STD``."""
+    """A model with ``MODEL.PIXEL_MEAN`` and ``MODEL.PIXEL_STD``."""
 
     def __init__(self, pixel_mean: Sequence[float], pixel_std: Sequence[float]) -> None:
         """
         Args:
-            pixel_mean, pixel_std: of each channel.
+            pixel_mean, pixel_std: mean and standard deviation of each channel.
         """
         super().__init__()
         for name, values in (("pixel_mean", pixel_mean), ("pixel_std", pixel_std)):
@@ -28,5 +28,5 @@ class NormalizingModel(nn.Module):
         return self.pixel_mean.device
 
     def normalize(self, image: Tensor) -> Tensor:
-        """An image (C, H, W) of 0 to 255, any type, normalised and on the model's device."""
+        """Normalise an image (C, H, W), 0 to 255, any dtype, on the model's device."""
         return (image.to(self.device) - self.pixel_mean) / self.pixel_std

@@ -1,10 +1,10 @@
-"""COCO's panoptic format: the metadata of its classes, and the other labels that it implies.
+"""COCO's panoptic format: class metadata, and semantic and instance labels derived from it.
 
-A panoptic PNG also tells the class of every pixel and the masks of the things. Detectron2 wants
-files of those, so `semantic_path` and `things_path` name files that need not be there: through
-Detectron2's ``PathManager``, with which all of it reads, semantic labels are drawn from the
-panoptic PNG whenever they are opened, and instance annotations are written to a cache when they
-are first asked for. Nothing is ever written next to the data.
+A panoptic PNG implies the class of every pixel and the masks of things, but Detectron2 reads these
+from files. `semantic_path` and `things_path` give them virtual paths, which Detectron2 opens
+through ``PathManager``: semantic labels are rendered from the panoptic PNG each time they are
+opened, and instance annotations are written to a cache on first use. Nothing is written next to the
+data.
 
 Shorthand: H x W pixels; a segment id is R + 256 G + 256² B of the PNG's colour.
 """
@@ -52,8 +52,8 @@ _THINGS = "panoptic-things://"
 def class_metadata(categories: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Detectron2's metadata of classes that share one range of contiguous ids, in this order.
 
-    Names under ``thing_`` are those of the things only, names under ``stuff_`` those of all
-    classes, as Detectron2's instance and semantic evaluators want them.
+    ``thing_classes`` has the things only and ``stuff_classes`` all classes, as Detectron2's
+    instance and semantic evaluators expect.
 
     Args:
         categories: with ``id``, ``name``, ``isthing`` and, all or none, ``color``.
@@ -66,7 +66,7 @@ def class_metadata(categories: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             c["id"]: i for i, c in enumerate(categories) if c["isthing"]
         },
         "stuff_dataset_id_to_contiguous_id": {c["id"]: i for i, c in enumerate(categories)},
-        # 255 is a class where there are that many.
+        # With more classes, 255 is one of them.
         "ignore_label": 255 if len(categories) <= 255 else 65535,
         "label_divisor": 1000,
     }
@@ -89,10 +89,10 @@ def contiguous_segments(
 
 
 def load_panoptic(name: str) -> list[dict[str, Any]]:
-    """Records of a registered panoptic data set, classes made contiguous.
+    """Records of a registered panoptic data set, with contiguous class ids.
 
-    Its metadata name the files: ``panoptic_json``, ``panoptic_root``, ``image_root`` and, where
-    semantic PNGs are there, ``sem_seg_root``; else semantic labels come from `semantic_path`.
+    The metadata have the paths: ``panoptic_json``, ``panoptic_root``, ``image_root`` and, if
+    semantic PNGs exist, ``sem_seg_root``; otherwise semantic labels come from `semantic_path`.
     """
     meta = MetadataCatalog.get(name)
     with PathManager.open(meta.panoptic_json) as file:
@@ -103,7 +103,7 @@ def load_panoptic(name: str) -> list[dict[str, Any]]:
     for annotation in content["annotations"]:
         png = annotation["file_name"]
         image = images.get(annotation["image_id"], {})
-        # A file without a list of images: COCO's have the names of their PNGs.
+        # Without a list of images, they are assumed to be named like the PNGs, as in COCO.
         image_name = image.get("file_name", os.path.splitext(png)[0] + ".jpg")
         pan_seg = os.path.join(meta.panoptic_root, png)
         segments = contiguous_segments(annotation["segments_info"], meta)
@@ -134,22 +134,22 @@ def _read_ids(png: str | os.PathLike) -> np.ndarray:
 
 
 def semantic_path(png: str, segments: Sequence[Mapping[str, Any]], ignore_label: int) -> str:
-    """Path of the semantic PNG that a panoptic PNG implies; it is drawn when it is opened.
+    """Virtual path of the semantic PNG of a panoptic PNG, rendered when it is opened.
 
-    Crowds are of their class, as in the official semantic labels of COCO. The path says all there
-    is to know, so that it can be opened in any process.
+    Crowds get their class, as in COCO's official semantic labels. The path contains everything that
+    is needed to open it in any process.
 
     Args:
         png: the panoptic PNG.
         segments: with ``id`` and contiguous ``category_id``.
-        ignore_label: of pixels that are in no segment.
+        ignore_label: label of pixels without a segment.
     """
     classes = "&".join(f"{s['id']}={s['category_id']}" for s in segments)
     return f"{_SEMANTIC}{png}?{ignore_label}&{classes}"
 
 
 class _SemanticHandler(PathHandler):
-    """Opens what `semantic_path` names."""
+    """Opens the paths of `semantic_path`."""
 
     def _get_supported_prefixes(self) -> list[str]:
         return [_SEMANTIC]
@@ -177,18 +177,18 @@ class _SemanticHandler(PathHandler):
 
 
 def things_path(panoptic_json: str | os.PathLike, panoptic_root: str | os.PathLike) -> str:
-    """Path of the COCO instance file of the things in a panoptic file, for ``json_file``.
+    """Virtual path of a COCO instance file with the things of a panoptic file, for ``json_file``.
 
-    It is written, once, when ``PathManager.get_local_path`` asks for it, as Detectron2's
-    COCOEvaluator does: to ``by_path`` in the folder of all data sets, ``$DETECTRON2_DATASETS``.
+    ``PathManager.get_local_path``, called by Detectron2's COCOEvaluator, writes the file on first
+    use to ``$DETECTRON2_DATASETS/by_path``.
     """
     return f"{_THINGS}{panoptic_json}?{panoptic_root}"
 
 
 def write_things(panoptic_json: Path, panoptic_root: Path, target: Path) -> None:
-    """Writes the things of a panoptic file as COCO instances, atomically.
+    """Write the things of a panoptic file as COCO instances, atomically.
 
-    Category ids stay as they are, crowds stay crowds, masks become run lengths.
+    Category ids and crowds are kept; masks become run lengths.
     """
     content = json.loads(panoptic_json.read_text())
     things = {c["id"]: c for c in content["categories"] if c["isthing"]}
@@ -207,7 +207,7 @@ def write_things(panoptic_json: Path, panoptic_root: Path, target: Path) -> None
             code = mask_util.encode(np.asfortranarray(ids == segment["id"], dtype=np.uint8))
             instances.append(
                 {
-                    "id": len(instances) + 1,  # pycocotools takes 0 for "none"
+                    "id": len(instances) + 1,  # to pycocotools, 0 means no match
                     "image_id": image_id,
                     "category_id": segment["category_id"],
                     "iscrowd": int(segment["iscrowd"]),
@@ -224,7 +224,7 @@ def write_things(panoptic_json: Path, panoptic_root: Path, target: Path) -> None
 
 
 def _cache_file(panoptic_json: Path, panoptic_root: Path) -> Path:
-    """Another one when the file, or any of its PNGs, has another content."""
+    """Cache file, named by a hash of the contents of the JSON file and its PNGs."""
     content = json.loads(panoptic_json.read_text())
     files = [panoptic_json, *(panoptic_root / a["file_name"] for a in content["annotations"])]
     digest = hashlib.sha256("".join(map(file_digest, files)).encode()).hexdigest()[:12]
@@ -233,7 +233,7 @@ def _cache_file(panoptic_json: Path, panoptic_root: Path) -> Path:
 
 
 class _ThingsHandler(PathHandler):
-    """Opens what `things_path` names."""
+    """Opens the paths of `things_path`."""
 
     def _get_supported_prefixes(self) -> list[str]:
         return [_THINGS]
@@ -244,7 +244,7 @@ class _ThingsHandler(PathHandler):
         target = _cache_file(Path(source), Path(root))
         with file_lock(str(target)):
             if force or not target.is_file():
-                logger.info("Writing the masks of the things of %s to %s, once", source, target)
+                logger.info("Writing the instance masks of %s to %s", source, target)
                 write_things(Path(source), Path(root), target)
         return str(target)
 

@@ -1,4 +1,4 @@
-"""Loading weights to evaluate, to start from or to resume: complete and intact, or an error."""
+"""Load checkpoints for evaluation, training or resuming, and refuse damaged or incomplete ones."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ __all__ = [
     "surplus_layers",
 ]
 
-# State that other code bases write into their blocks, and that follows from the settings.
+# State that other code bases store in their blocks and that settings determine.
 _NOT_WEIGHTS = {
     "attn_mask",
     "num_batches_tracked",
@@ -36,9 +36,9 @@ _NOT_WEIGHTS = {
 
 
 class Checkpointer(DetectionCheckpointer):
-    """`DetectionCheckpointer` that runs no code from files and takes no damaged weights.
+    """`DetectionCheckpointer` that runs no code in files and refuses damaged weights.
 
-    It reads the formats of the original, by `expedit_d2.files`.
+    It reads the same formats, with `expedit_d2.files`.
     """
 
     def __init__(
@@ -46,34 +46,34 @@ class Checkpointer(DetectionCheckpointer):
     ) -> None:
         """
         Args:
-            model, save_dir: see Detectron2's.
-            key: the config key that gives the path, for messages.
-            **others: ``save_to_disk``, and what is saved besides the model.
+            model, save_dir: as in Detectron2.
+            key: config key of the path, for error messages.
+            **others: ``save_to_disk``, and other checkpointables.
         """
         super().__init__(model, save_dir, **others)
         self.key = key
 
     def load(self, path: str, checkpointables: Sequence[str] | None = None) -> dict[str, Any]:
-        """Load the model, and what was saved besides it.
+        """Load the model and other checkpointables.
 
         Args:
             path: a file or anything iopath opens; empty loads nothing.
-            checkpointables: names of what is loaded besides the model; None: all.
+            checkpointables: names of checkpointables to load besides the model; None: all.
 
         Returns:
-            What else the file holds.
+            The other entries of the file.
 
         Raises:
-            OSError: if there is no such file, or it cannot be downloaded.
-            ValueError: if it is not a file of weights, or they are damaged.
+            OSError: if the file does not exist or cannot be downloaded.
+            ValueError: if it is not a checkpoint, or is damaged.
         """
         return self._load(path, checkpointables, self.key)
 
     def resume_or_load(self, path: str, *, resume: bool = True) -> dict[str, Any]:
-        """Resume from the last checkpoint in ``save_dir``, if wanted and there; else start afresh.
+        """Resume from the last checkpoint in ``save_dir`` if requested and possible, else load.
 
         Raises:
-            OSError, ValueError: as `load`.
+            OSError, ValueError: from `load`.
         """
         if not (resume and self.has_checkpoint()):
             return self.load(path, checkpointables=[])
@@ -82,12 +82,12 @@ class Checkpointer(DetectionCheckpointer):
         except (OSError, ValueError) as error:
             tag = os.path.join(self.save_dir, "last_checkpoint")
             raise ValueError(
-                f"{error}; to go on from an older checkpoint, write its name into {tag!r}"
+                f"{error}; to resume from an older checkpoint, write its name to {tag!r}"
             ) from None
 
     def _load(self, path: str, checkpointables: Sequence[str] | None, key: str) -> dict[str, Any]:
         if not path:
-            return super().load(path)  # says that there is nothing to load
+            return super().load(path)  # logs that there is nothing to load
         self.logger.info(f"Loading from {path} ...")
         content = self._read(path, key)
         try:
@@ -98,32 +98,32 @@ class Checkpointer(DetectionCheckpointer):
         except ValueError as error:
             raise ValueError(f"{key} {path!r}: {error}") from None
         self._log_incompatible_keys(incompatible)
-        left = {*incompatible.missing_keys, *(name for name, *_ in incompatible.incorrect_shapes)}
-        loaded = {name: w for name, w in self.model.state_dict().items() if name not in left}
+        rest = {*incompatible.missing_keys, *(name for name, *_ in incompatible.incorrect_shapes)}
+        loaded = {name: w for name, w in self.model.state_dict().items() if name not in rest}
         check_finite(loaded, f"{key} {path!r}")
         return content
 
     def _read(self, path: str, key: str) -> dict[str, Any]:
-        """The file in the form that Detectron2 loads, which tells where names must be matched."""
+        """The file in Detectron2's format, with its flag for matching names heuristically."""
         location, _, query = path.partition("?")
         matching = parse_qs(query) == {"matching_heuristics": ["True"]}
         if matching:
             path = location
         content = read_checkpoint(path, key)
-        found: dict[str, Any] = {"matching_heuristics": True} if matching else {}
+        checkpoint: dict[str, Any] = {"matching_heuristics": True} if matching else {}
         if isinstance(content.get("model"), Mapping):
-            found = content | found
+            checkpoint = content | checkpoint
         elif suffix_of(path) == ".pkl":
-            # Caffe2's; models for detection have blobs, those of ImageNet do not.
+            # Caffe2: detection models have "blobs", ImageNet models do not.
             model = _without(content.get("blobs", content), "_momentum")
-            found = {"model": model, "matching_heuristics": True, "__author__": "Caffe2"}
+            checkpoint = {"model": model, "matching_heuristics": True, "__author__": "Caffe2"}
         elif suffix_of(path) == ".pyth":
             model = _without(content.get("model_state", content), "num_batches_tracked")
-            found = {"model": model, "matching_heuristics": True, "__author__": "pycls"}
+            checkpoint = {"model": model, "matching_heuristics": True, "__author__": "pycls"}
         else:
-            found["model"] = content
-        check_tensors(found["model"], f"{key} {path!r}")
-        return found
+            checkpoint["model"] = content
+        check_tensors(checkpoint["model"], f"{key} {path!r}")
+        return checkpoint
 
 
 def _without(weights: Any, ending: str) -> dict[str, Any]:
@@ -131,10 +131,11 @@ def _without(weights: Any, ending: str) -> dict[str, Any]:
 
 
 class _StrictCheckpointer(Checkpointer):
-    """Raises where the weights and the model do not fit, instead of logging it.
+    """Raises an error if the weights do not fit the model, instead of logging it.
 
-    ``elsewhere`` names weights that the model already has: a file without any of them is that of a
-    head alone, and then nothing else may be missing or left over.
+    ``elsewhere`` names weights that the model already has: a file without any of them is the
+        checkpoint
+    of a head only, in which nothing else may be missing or unexpected.
     """
 
     elsewhere: frozenset[str] = frozenset()
@@ -142,8 +143,8 @@ class _StrictCheckpointer(Checkpointer):
     def _load_model(self, checkpoint: Any) -> Any:
         incompatible = super()._load_model(checkpoint)
         wrong = [
-            f"{key} is {tuple(found)} in the file and {tuple(wanted)} in the model"
-            for key, found, wanted in incompatible.incorrect_shapes
+            f"{key} is {tuple(actual)} in the file and {tuple(expected)} in the model"
+            for key, actual, expected in incompatible.incorrect_shapes
         ]
         head_only = self.elsewhere and self.elsewhere.issubset(incompatible.missing_keys)
         if head_only:
@@ -161,14 +162,15 @@ class _StrictCheckpointer(Checkpointer):
 
 
 def surplus_layers(model: nn.Module, keys: Iterable[str]) -> list[str]:
-    """Weights that belong to a stack of layers of the model, which would be another model without.
+    """Unexpected keys of a checkpoint that belong to a stack of layers of the model.
 
-    These are further blocks, or further layers in a block. A head that the model lacks altogether,
-    a classifier, or a pixel mean does not change what it computes.
+    These are further blocks, or further layers of a block, so the checkpoint is of another model.
+    Other unexpected keys, such as a classifier or a pixel mean, do not affect what the model
+    computes.
 
     Args:
-        model: on any device, "meta" too.
-        keys: of a file, that the model does not have.
+        model: on any device, including "meta".
+        keys: keys of the checkpoint that the model does not have.
     """
     stacks = {
         f"{name}."
@@ -188,7 +190,7 @@ def surplus_layers(model: nn.Module, keys: Iterable[str]) -> list[str]:
 
 
 def frozen_weights(model: nn.Module) -> dict[str, Tensor]:
-    """The weights that are not trained, by their names."""
+    """The parameters that are not trained, by name."""
     return {name: weight for name, weight in model.named_parameters() if not weight.requires_grad}
 
 
@@ -198,19 +200,19 @@ def load_weights(
     key: str = "MODEL.WEIGHTS",
     elsewhere: Collection[str] = (),
 ) -> None:
-    """Load every weight of a model.
+    """Load all weights of a model.
 
     Args:
         model: the model.
         path: a file or anything iopath opens: ``detectron2://…``, ``https://…``.
-        key: the config key that gave the path, for the message.
-        elsewhere: names of weights that the model has from another file, and that this one may
-            leave out, all of them or none.
+        key: config key of the path, for error messages.
+        elsewhere: names of weights that were loaded from another file; this one must have all or
+            none of them.
 
     Raises:
-        ValueError: if there is no path, or the file holds something else; if weights are missing,
-            have another shape, are not finite, or are of more layers than the model has.
-        OSError: if there is no such file, or it cannot be downloaded.
+        ValueError: if the path is empty or not a checkpoint; if weights are missing, have the wrong
+            shape or are not finite, or if the checkpoint has more layers than the model.
+        OSError: if the file does not exist or cannot be downloaded.
     """
     if not path:
         raise ValueError(f"{key} is empty; give the checkpoint to evaluate")
@@ -220,11 +222,11 @@ def load_weights(
 
 
 class Slimmed(NamedTuple):
-    """What `slim_checkpoint` wrote.
+    """The result of `slim_checkpoint`.
 
     Attributes:
         size: of the file, in bytes.
-        full_precision: names of the tensors that keep their type, as values are too large for fp16.
+        full_precision: names of the tensors that are not in fp16, as their values would overflow.
     """
 
     size: int
@@ -234,20 +236,20 @@ class Slimmed(NamedTuple):
 def slim_checkpoint(
     source: str, target: str, elsewhere: Mapping[str, Tensor] | None = None
 ) -> Slimmed:
-    """Write a checkpoint's weights alone, compressed, floating-point ones in fp16.
+    """Write only the weights of a checkpoint, compressed and in fp16.
 
     Args:
         source: the checkpoint, or anything iopath opens.
         target: the file to write.
-        elsewhere: weights that are left out, as they are in another file.
+        elsewhere: weights to omit, as they are in another file.
 
     Raises:
-        OSError: if there is no source, or it cannot be downloaded; or as `check_new_file`.
-        ValueError: if the source is not a checkpoint, has weights that are not finite, or other
-            ones than ``elsewhere`` under the same names.
+        OSError: if the source does not exist or cannot be downloaded, or from `check_new_file`.
+        ValueError: if the source is not a checkpoint, has weights that are not finite, or differs
+            from ``elsewhere``.
     """
     check_new_file(target, "target")
-    # Training checkpoints hold the state of the optimizer and schedule besides the tensors.
+    # Training checkpoints also have the state of the optimizer and schedule.
     weights = read_weights(source, "the checkpoint")
     check_finite(weights, f"the checkpoint {source!r}")
     elsewhere = elsewhere or {}
@@ -255,10 +257,10 @@ def slim_checkpoint(
         if key not in weights or not torch.equal(weights[key], weight.cpu()):
             raise ValueError(
                 f"the checkpoint {source!r} has another {key} than the weights that it was trained "
-                "from, so it cannot be left out"
+                "from, so it cannot be omitted"
             )
     halves = {key: halved(w) for key, w in weights.items() if key not in elsewhere}
-    # torch.load inflates what is deflated; torch.save does not deflate.
+    # torch.load reads compressed archives, but torch.save does not write them.
     buffer = io.BytesIO()
     torch.save({"model": halves}, buffer)
     with (

@@ -1,4 +1,4 @@
-"""Defaults that depend on the machine."""
+"""Choice of the device."""
 
 from __future__ import annotations
 
@@ -10,28 +10,28 @@ __all__ = ["choose_device"]
 
 
 def choose_device(device: str, key: str = "MODEL.DEVICE") -> str:
-    """The device asked for, or the CPU where it is "cuda", every config's default, without a GPU.
+    """The configured device, or the CPU for "cuda" (the default of configs) without a GPU.
 
     Args:
-        device: in the form of torch.
-        key: the config key or option that gave it, for the message.
+        device: name of the device in PyTorch.
+        key: config key or option, for error messages.
 
     Raises:
-        ValueError: if there is no such device on this machine.
+        ValueError: if this machine does not have the device.
     """
     if device == "cuda" and not torch.cuda.is_available():
-        logging.getLogger(__name__).warning("no CUDA device, running on the CPU")
+        logging.getLogger(__name__).warning("no CUDA device: running on the CPU")
         return "cpu"
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    there = ", ".join(["cpu", *(f"cuda:{index}" for index in range(gpus))])
+    available = ", ".join(["cpu", *(f"cuda:{index}" for index in range(gpus))])
     try:
-        wanted = torch.device(device)
-        if wanted.type == "cuda" and (wanted.index or 0) >= gpus:
+        parsed = torch.device(device)
+        if parsed.type == "cuda" and (parsed.index or 0) >= gpus:
             raise RuntimeError
-        if wanted.type not in ("cuda", "cpu"):
-            torch.empty(0, device=wanted)
+        if parsed.type not in ("cuda", "cpu"):
+            torch.empty(0, device=parsed)
     except (RuntimeError, NotImplementedError, AssertionError, TypeError):
         raise ValueError(
-            f"{key} must be a device of this machine ({there}), got {device!r}"
+            f"{key} must be a device of this machine ({available}), got {device!r}"
         ) from None
     return device

@@ -1,9 +1,9 @@
-"""How a tool ends after an error: with one sentence and an exit status.
+"""Error messages of the commands: one sentence and an exit status.
 
-Errors that a user can fix are raised with a sentence by this package, as ValueError, OSError and
-the like. Errors of libraries are turned into sentences here. Everything else is a defect and keeps
-its traceback: TypeError, AttributeError, KeyError, IndexError, or a ValueError without a `raise`
-statement. ``EXPEDIT_TRACEBACK=1`` keeps all tracebacks.
+This package raises errors that a user can fix with a sentence, as ValueError, OSError and so on.
+Errors of libraries are turned into sentences here. All others are bugs and keep their tracebacks:
+TypeError, AttributeError, KeyError, IndexError, or a ValueError without a `raise` statement.
+``EXPEDIT_TRACEBACK=1`` keeps all tracebacks.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ from ..ending import end
 
 __all__ = ["ExplainedError", "close_to", "explain", "one_sentence", "unknown_data_set"]
 
-#: Libraries whose assertions check what a user gave.
+#: Libraries that check user input by assertions.
 _CHECKING = re.compile(r"[/\\](detectron2|fvcore|yacs|iopath|timm|pycocotools|panopticapi)[/\\]")
 
-#: Name of a registry -> the key that names one of its entries, and the registry.
+#: Name of a registry -> config key for its entries, and the registry.
 _REGISTRIES = {
     "META_ARCH": ("MODEL.META_ARCHITECTURE", META_ARCH_REGISTRY),
     "BACKBONE": ("MODEL.BACKBONE.NAME", BACKBONE_REGISTRY),
@@ -53,7 +53,7 @@ _REGISTRIES = {
 }
 
 _MEMORY = (
-    "out of memory on the {where}: take smaller images (INPUT.MIN_SIZE_TEST and MAX_SIZE_TEST), "
+    "out of memory on the {where}: use smaller images (INPUT.MIN_SIZE_TEST and MAX_SIZE_TEST), "
     "smaller batches (--batch, SOLVER.IMS_PER_BATCH), a smaller --dtype or another MODEL.DEVICE"
 )
 
@@ -64,7 +64,7 @@ _NO_GPU = re.compile(
 
 
 class ExplainedError(Exception):
-    """Carries the sentence of an error from one process to another."""
+    """Carries an error message from one process to another."""
 
 
 @contextmanager
@@ -74,17 +74,17 @@ def one_sentence(
     """End the process with one sentence on stderr for errors that a user can fix.
 
     Args:
-        tool: its name, which the sentence starts with.
-        on_interrupt: what is left after an interruption, or a function that returns it.
+        tool: program name, the start of the sentence.
+        on_interrupt: which results an interruption leaves, or a function that returns this.
 
     Raises:
-        SystemExit: with the sentence as its text; its code is 2, or 130 after Ctrl-C.
+        SystemExit: with the sentence as its text, and code 2, or 130 after Ctrl-C.
     """
     try:
         yield
     except KeyboardInterrupt:
-        left = on_interrupt() if callable(on_interrupt) else on_interrupt
-        end(tool, f"interrupted; {left}", 130)
+        results = on_interrupt() if callable(on_interrupt) else on_interrupt
+        end(tool, f"interrupted; {results}", 130)
     except Exception as error:
         sentence = explain(error)
         if sentence is None or os.environ.get("EXPEDIT_TRACEBACK"):
@@ -93,13 +93,13 @@ def one_sentence(
 
 
 def close_to(word: str, known: Iterable[str], cutoff: float = 0.6) -> str:
-    """`` (did you mean …?)`` for the word that is most similar; nothing if none is."""
-    found = difflib.get_close_matches(word, known, n=1, cutoff=cutoff)
-    return f" (did you mean {found[0]}?)" if found else ""
+    """`` (did you mean …?)`` with the most similar word, or an empty string."""
+    matches = difflib.get_close_matches(word, known, n=1, cutoff=cutoff)
+    return f" (did you mean {matches[0]}?)" if matches else ""
 
 
 def explain(error: BaseException) -> str | None:
-    """An error as one sentence for the user; None for a defect of the code."""
+    """An error as one sentence for the user; None for a bug."""
     for kinds, words in _WORDS:
         if isinstance(error, kinds):
             sentence = words(error)
@@ -112,7 +112,7 @@ def explain(error: BaseException) -> str | None:
 
 
 def _origin(error: BaseException) -> tuple[str, str, str]:
-    """Message, file and line of code of where an error was raised, in a loader's worker too."""
+    """Message, file and source line of an error, which a worker of a loader may have raised."""
     text = str(error)
     if "\nOriginal Traceback" in text:
         return _origin_in_text(text)
@@ -121,7 +121,7 @@ def _origin(error: BaseException) -> tuple[str, str, str]:
 
 
 def _origin_in_text(text: str) -> tuple[str, str, str]:
-    """The same from a formatted traceback."""
+    """`_origin` for a formatted traceback."""
     *_, last = text.rpartition('  File "')
     lines = last.strip().splitlines()
     start = next((i for i, line in enumerate(lines) if i and not line.startswith(" ")), len(lines))
@@ -133,17 +133,17 @@ def _origin_in_text(text: str) -> tuple[str, str, str]:
 
 
 def _of_process(error: ProcessRaisedException) -> str | None:
-    """What `launch` made of an error in one of several processes."""
+    """The sentence that `launch` passes on from one of several processes."""
     name = f"{ExplainedError.__module__}.{ExplainedError.__qualname__}: "
-    _, found, sentence = str(error).rpartition(f"\n{name}")
-    return sentence if found else None
+    _, separator, sentence = str(error).rpartition(f"\n{name}")
+    return sentence if separator else None
 
 
 def _of_exit(error: ProcessExitedException) -> str | None:
     if error.exit_code < 0:  # by a signal
         return (
-            f"a process was killed ({error}), as happens when memory runs out; start fewer with "
-            "--num-gpus, or take smaller images or batches"
+            f"a process was killed ({error}), perhaps as memory ran out; use fewer processes "
+            "(--num-gpus), or smaller images or batches"
         )
     return None
 
@@ -161,56 +161,56 @@ def _of_torch(error: Exception) -> str | None:
     if "Kernel size can't be greater than actual input size" in text:
         return f"an image is too small for the model ({text.splitlines()[0]}); give larger ones"
     if "address already in use" in text or "EADDRINUSE" in text:
-        return "--dist-url: its port is in use by another program; give another one, or auto"
+        return "--dist-url: the port is in use by another program; give another one, or auto"
     return None
 
 
 def _of_yaml(error: yaml.YAMLError) -> str:
     mark = getattr(error, "problem_mark", None)
     where = f"{mark.name}, line {mark.line + 1}: " if mark else ""
-    return f"{where}this is not YAML ({getattr(error, 'problem', None) or error}); mend the file"
+    return f"{where}invalid YAML ({getattr(error, 'problem', None) or error}); fix the file"
 
 
 def _of_key(error: KeyError) -> str | None:
     text = str(error.args[0]) if error.args else ""
-    found = re.match(r"No object named '(.*)' found in '(.*)' registry!", text)
-    if found and found[2] in _REGISTRIES:
-        key, registry = _REGISTRIES[found[2]]
+    match = re.match(r"No object named '(.*)' found in '(.*)' registry!", text)
+    if match and match[2] in _REGISTRIES:
+        key, registry = _REGISTRIES[match[2]]
         return (
-            f"{key}: there is no {found[1]!r}{close_to(found[1], dict(registry))}; "
+            f"{key}: there is no {match[1]!r}{close_to(match[1], dict(registry))}; "
             "give a registered name, or register your own with --import MODULE"
         )
-    found = re.match(r"Dataset '(.*)' is not registered!", text)
-    if found:
-        return unknown_data_set(found[1])
+    match = re.match(r"Dataset '(.*)' is not registered!", text)
+    if match:
+        return unknown_data_set(match[1])
     if "input_shape[" in _origin(error)[2]:
         return (
-            f"IN_FEATURES of MODEL.RPN, MODEL.ROI_HEADS or a head has {text!r}, which the backbone "
-            "does not put out; give some of its OUT_FEATURES"
+            f"IN_FEATURES of MODEL.RPN, MODEL.ROI_HEADS or a head has {text!r}, which is not an "
+            "output of the backbone; give some of its OUT_FEATURES"
         )
     return None
 
 
 def unknown_data_set(name: str) -> str:
-    """A sentence for a name that is not a data set."""
+    """The error message for an unknown data set."""
     return (
         f"there is no data set {name!r}{close_to(name, DatasetCatalog.list())}; give a name that "
-        "Detectron2 knows, such as coco_2017_val or collage_val, the path of a COCO-format .json "
-        "file, or register your own with --import MODULE"
+        "is registered with Detectron2, such as coco_2017_val or collage_val, the path of a COCO-"
+        "format .json file, or register your own with --import MODULE"
     )
 
 
 def _of_system(error: OSError) -> str:
     if error.errno is None or error.strerror is None or error.filename is None:
         return _origin(error)[0] or type(error).__name__
-    path = error.filename if error.filename2 is None else error.filename2  # a file in its way
+    path = error.filename if error.filename2 is None else error.filename2  # target of a rename
     remedy = {
-        FileNotFoundError: "give a path that is there",
+        FileNotFoundError: "give an existing path",
         PermissionError: "change its permissions or give another path",
         IsADirectoryError: "give a file",
         NotADirectoryError: "give a folder",
         FileExistsError: "remove it or give another path",
-    }.get(type(error), "mend that or give another path")
+    }.get(type(error), "fix that or give another path")
     return f"{str(path)!r}: {error.strerror.lower()}; {remedy}"
 
 
@@ -233,11 +233,11 @@ def _of_value(error: ValueError) -> str | None:
 
 
 def _hint(file: str) -> str:
-    """For a library's own words: who says them."""
+    """Which library a message comes from, if any."""
     _, installed, path = file.rpartition(f"site-packages{os.sep}")
     if not installed:
         return ""
-    return f" (says {path.partition(os.sep)[0]}; EXPEDIT_TRACEBACK=1 shows where)"
+    return f" (from {path.partition(os.sep)[0]}; EXPEDIT_TRACEBACK=1 shows where)"
 
 
 def _of_assertion(error: AssertionError) -> str | None:
@@ -246,27 +246,27 @@ def _of_assertion(error: AssertionError) -> str | None:
         return _of_torch(error)
     if not message or not line.startswith("assert ") or not _CHECKING.search(file):
         return None
-    if len(message.split()) < 3:  # words alone
+    if len(message.split()) < 3:  # only a value
         condition = line.removeprefix("assert ").rpartition(",")[0]
-        message = f"{message!r} is refused where {condition or 'something else'} is needed"
+        message = f"{message!r} is invalid: {condition or 'something else'} is required"
     return message + _hint(file)
 
 
 def _of_lazy_config(error: OmegaConfBaseException) -> str:
     key = getattr(error, "full_key", None)
     text = str(error.msg or error).splitlines()[0]
-    return f"{key or 'an override'} of the LazyConfig: {text}; mend the config or the override"
+    return f"{key or 'an override'} of the LazyConfig: {text}; fix the config or the override"
 
 
 def _of_arguments(error: TypeError) -> str | None:
-    """A `_target_` of a LazyConfig that is called with what it does not take."""
+    """A `_target_` of a LazyConfig that is called with wrong arguments."""
     frames = traceback.extract_tb(error.__traceback__)
     if frames and frames[-1].filename.endswith(os.path.join("config", "instantiate.py")):
-        return f"the LazyConfig calls something with other arguments than it takes: {error}"
+        return f"the LazyConfig calls something with wrong arguments: {error}"
     return None
 
 
-#: Kinds of errors and what puts them into words, the first that fits; None is a defect.
+#: Types of errors and functions that explain them, in order; None means a bug.
 _WORDS: list[tuple[type | tuple[type, ...], Callable[..., str | None]]] = [
     (ExplainedError, str),
     (ProcessRaisedException, _of_process),

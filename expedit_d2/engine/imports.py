@@ -1,4 +1,4 @@
-"""A user's own modules, imported for what they register."""
+"""Import a user's modules, which register models and data sets."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ __all__ = ["import_modules"]
 
 
 def import_modules(names: Iterable[str]) -> None:
-    """Import modules, so that the meta architectures, backbones and data sets in them are known.
+    """Import modules that register meta architectures, backbones or data sets.
 
     Args:
-        names: modules, which are also looked for in the current folder, or paths of .py files.
+        names: modules, also in the current folder, or paths of .py files.
 
     Raises:
-        FileNotFoundError: for a .py file that is not there.
-        ModuleNotFoundError: for a module that is not there.
-        ValueError: for a syntax error in one, or a file named as another module.
+        FileNotFoundError: if a .py file does not exist.
+        ModuleNotFoundError: if a module does not exist.
+        ValueError: for a syntax error, or a file with the name of another module.
     """
     for name in names:
         try:
@@ -42,7 +42,7 @@ def _import_module(name: str) -> None:
     if not name or name.startswith("."):
         raise ValueError(f"--import must be a module or a .py file, got {name!r}")
     if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())  # a tool's path starts at its own folder
+        sys.path.append(os.getcwd())  # the path of a script starts at its own folder
     importlib.import_module(name)
 
 
@@ -50,14 +50,14 @@ def _import_file(path: str) -> None:
     file = Path(path).expanduser().resolve()
     if not file.is_file():
         raise FileNotFoundError(f"--import: there is no file {path!r}")
-    # Once for each process, as any module: what it registers must not be registered again.
+    # Once per process, as its names must not be registered again.
     if any(getattr(module, "__file__", None) == str(file) for module in [*sys.modules.values()]):
         return
     if file.stem in sys.modules:
-        raise ValueError(f"--import {path}: Python has a module {file.stem!r}; rename the file")
+        raise ValueError(f"--import {path}: there is another module {file.stem!r}; rename the file")
     spec = importlib.util.spec_from_file_location(file.stem, file)
     module = importlib.util.module_from_spec(spec)
-    sys.modules[file.stem] = module  # where classes defined in it are looked for
+    sys.modules[file.stem] = module  # needed to look up classes defined in it
     try:
         spec.loader.exec_module(module)
     except BaseException:

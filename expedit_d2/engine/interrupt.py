@@ -1,9 +1,8 @@
-"""Ctrl-C that is never lost, and that ends work where it can be ended.
+"""Deferred Ctrl-C, which is never lost and stops work only at safe points.
 
-By default Ctrl-C raises ``KeyboardInterrupt`` wherever the program happens to be. If that is in a
-``__del__`` or another place whose exceptions are only printed, the program runs on. Here the first
-Ctrl-C only leaves a mark, which `check_interrupt` turns into the exception, between two images
-for instance; a second one raises it at once.
+By default Ctrl-C raises ``KeyboardInterrupt`` anywhere. In a ``__del__`` or another place whose
+exceptions are only printed, it is lost. Here the first Ctrl-C sets a flag, and `check_interrupt`
+raises the exception, for instance between two images; a second Ctrl-C raises it at once.
 """
 
 from __future__ import annotations
@@ -17,11 +16,11 @@ from types import FrameType
 
 __all__ = ["check_interrupt", "interruptible"]
 
-_MESSAGE = b"\nEnding after this step; Ctrl-C once more ends at once.\n"
+_MESSAGE = b"\nStopping after this step; press Ctrl-C again to stop at once.\n"
 
 
 class _State:
-    """Of the process: signals come to its main thread alone."""
+    """State of the process, as signals are handled by its main thread."""
 
     active = False
     pending = False
@@ -29,10 +28,10 @@ class _State:
 
 @contextmanager
 def interruptible() -> Iterator[None]:
-    """Defer the first Ctrl-C inside to the next `check_interrupt`, at the latest to the end.
+    """Defer the first Ctrl-C inside the context to the next `check_interrupt`, or to its end.
 
-    May be nested; the outermost one counts. In other threads than the main one, and where Ctrl-C
-    is ignored, nothing changes.
+    May be nested; only the outermost context has an effect. Nothing changes outside the main
+    thread, or if Ctrl-C is ignored.
     """
     main = threading.current_thread() is threading.main_thread()
     before = signal.getsignal(signal.SIGINT)
@@ -41,14 +40,14 @@ def interruptible() -> Iterator[None]:
         return
     process = os.getpid()
 
-    def mark(number: int, frame: FrameType | None) -> None:
+    def handler(number: int, frame: FrameType | None) -> None:
         if _State.pending:
             raise KeyboardInterrupt
         _State.pending = True
-        if os.getpid() == process:  # workers of data loaders are given this handler, too
+        if os.getpid() == process:  # workers of data loaders inherit this handler
             os.write(2, _MESSAGE)
 
-    signal.signal(signal.SIGINT, mark)
+    signal.signal(signal.SIGINT, handler)
     _State.active = True
     try:
         yield
@@ -61,7 +60,7 @@ def interruptible() -> Iterator[None]:
 def check_interrupt() -> None:
     """
     Raises:
-        KeyboardInterrupt: if Ctrl-C was pressed inside of `interruptible` since the last time.
+        KeyboardInterrupt: if Ctrl-C was pressed inside `interruptible` since the last check.
     """
     if _State.pending:
         _State.pending = False

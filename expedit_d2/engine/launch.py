@@ -1,4 +1,4 @@
-"""One process or several, by Detectron2's own `launch`, and all of them leave in good order."""
+"""Detectron2's `launch` for one or several processes, with a clean exit."""
 
 from __future__ import annotations
 
@@ -20,27 +20,27 @@ __all__ = ["launch"]
 
 
 def launch(main: Callable[..., Any], num_processes: int, args: tuple = (), **options: Any) -> None:
-    """Run ``main(*args)`` in several processes on each machine: a GPU each, or gloo on the CPU.
+    """Run ``main(*args)`` in one or several processes per machine: one per GPU, or gloo on the CPU.
 
-    Detectron2 leaves the process group as it is. Gloo's threads may then be running while a process
-    ends, which now and then aborts it after its work. So the group is taken down, and each of
-    several processes ends without Python's own teardown, during which that was still seen.
+    Detectron2 does not destroy the process group, so gloo's threads may still run while a process
+    exits, which occasionally aborts it. Here the group is destroyed, and each of several processes
+    exits without Python's teardown, during which aborts were still seen.
 
     Args:
-        main: a function of a module, run by every process.
-        num_processes: on each machine.
-        args: for it.
+        main: a function of a module.
+        num_processes: processes per machine.
+        args: arguments of ``main``.
         **options: further arguments of `detectron2.engine.launch`.
 
     Raises:
-        ValueError: for fewer than one process, or more than there are GPUs.
-        ProcessRaisedException: for an error in one of several processes; `errors.explain` knows it.
+        ValueError: for fewer than one process, or more than GPUs.
+        ProcessRaisedException: for an error in one of several processes, see `errors.explain`.
     """
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else None
     if num_processes < 1 or (gpus is not None and num_processes > max(gpus, 1)):
         most = "" if gpus is None else f" and at most {gpus}, the GPUs of this machine"
         raise ValueError(f"--num-gpus must be 1 or more{most}, got {num_processes}")
-    # It says which processes it ends after an error; the error itself says enough.
+    # Do not log which processes are terminated after an error.
     logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)
     detectron2.engine.launch(_run, num_processes, args=(main, args), **options)
 
@@ -53,7 +53,7 @@ def _run(main: Callable[..., Any], args: tuple) -> None:
         sentence = None if alone else explain(error)
         if sentence is None:
             raise
-        # Only text reaches the process that started this one.
+        # The parent process receives only the text of an error.
         raise ExplainedError(sentence) from None
     if not alone:
         comm.synchronize()

@@ -1,4 +1,4 @@
-"""Training and evaluation of a LazyConfig (``.py``), as ViTDet's official configs are written."""
+"""Training and evaluation of LazyConfigs (``.py``), the format of ViTDet's official configs."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ def load_lazy_model(cfg: DictConfig) -> nn.Module:
     """The configured model in evaluation mode, with the weights of ``train.init_checkpoint``.
 
     Raises:
-        ValueError: if the weights do not fit or the settings are out of range.
-        OSError: if there is no such file, or it cannot be downloaded.
+        ValueError: if the weights do not fit or settings are invalid.
+        OSError: if the checkpoint does not exist or cannot be downloaded.
     """
     model = _build_model(cfg)
     load_weights(model, cfg.train.init_checkpoint, key="train.init_checkpoint")
@@ -43,13 +43,13 @@ def _run_evaluation(cfg: DictConfig, model: nn.Module) -> dict[str, Any]:
 
 
 def evaluate_lazy(cfg: DictConfig) -> dict[str, Any]:
-    """Evaluate ``train.init_checkpoint``; raises as `load_lazy_model`."""
+    """Evaluate ``train.init_checkpoint``; raises the errors of `load_lazy_model`."""
     return _run_evaluation(cfg, create_ddp_model(load_lazy_model(cfg)))
 
 
 def train_lazy(cfg: DictConfig, resume: bool) -> dict[str, Any]:
-    """Train, with the hooks that Detectron2's own ``lazyconfig_train_net`` has."""
-    register_lazy_data(cfg, "test")  # what is evaluated only at the end
+    """Train with the hooks of Detectron2's ``lazyconfig_train_net``."""
+    register_lazy_data(cfg, "test")  # check the test data before training
     model = _build_model(cfg)
     cfg.optimizer.params.model = model
     optimizer = instantiate(cfg.optimizer)

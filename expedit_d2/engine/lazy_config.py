@@ -1,7 +1,7 @@
-"""LazyConfigs (``.py``, as ViTDet's official ones): reading them, and command-line overrides.
+"""Load LazyConfigs (``.py``, the format of ViTDet's official configs) with overrides.
 
-Such a config gets a node ``expedit`` with the keys of ``MODEL.EXPEDIT`` in lower case, so that
-``expedit.enabled=True expedit.alpha=4 expedit.ratio=0.7`` can be given on the command line.
+They get a node ``expedit`` with the keys of ``MODEL.EXPEDIT`` in lower case, for overrides such as
+``expedit.enabled=True expedit.alpha=4 expedit.ratio=0.7``.
 """
 
 from __future__ import annotations
@@ -30,23 +30,22 @@ __all__ = ["load_lazy_config"]
 
 
 def load_lazy_config(path: str, overrides: Sequence[str]) -> DictConfig:
-    """A LazyConfig with the ``expedit`` node and the overrides of the command line.
+    """Load a LazyConfig, with the ``expedit`` node and overrides.
 
-    What ``train`` does not say is Detectron2's own, from ``common/train.py``.
+    Missing keys of ``train`` get Detectron2's defaults, from ``common/train.py``.
 
     Args:
-        path: the ``.py`` file, or the name of one that comes with the package.
-        overrides: ``key.path=value``, as Detectron2 takes them; ``+key.path=value`` for a key that
-            the config does not have.
+        path: the ``.py`` file, or the name of one in the package.
+        overrides: ``key.path=value`` as in Detectron2, ``+key.path=value`` to add a key.
 
     Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: if it is no ``.py`` file, since Detectron2 would read YAML with tags that run
-            code; if it cannot be run, has no ``model`` or no ``train``, or for overrides that
-            are none or of unknown keys.
+        FileNotFoundError: if the file does not exist.
+        ValueError: if it is not a ``.py`` file (in YAML, Detectron2 would read tags that run code),
+            if it cannot be run or has no ``model`` or ``train``, or for malformed overrides and
+            unknown keys.
     """
     if not path.endswith(".py"):
-        raise ValueError(f"a LazyConfig is a .py file, got {path!r}")
+        raise ValueError(f"a LazyConfig must be a .py file, got {path!r}")
     path = str(config_file(path))
     cfg = _run(path)
     for name, example in (
@@ -76,7 +75,7 @@ def load_lazy_config(path: str, overrides: Sequence[str]) -> DictConfig:
 
 
 def _run(path: str) -> DictConfig:
-    """The config objects of a file; whatever goes wrong in it is said with its line."""
+    """Run a config file; errors name its line."""
     importer = builtins.__import__
     try:
         return LazyConfig.load(path)
@@ -84,12 +83,12 @@ def _run(path: str) -> DictConfig:
         inner = error.__cause__ if isinstance(error.__cause__, SyntaxError) else error
         raise ValueError(f"{path}, line {inner.lineno}: {inner.msg}") from None
     except Exception as error:
-        # The last place in a file of configs: the file itself, or one that it imports.
+        # The last line of the file itself in the traceback.
         lines = [f for f in traceback.extract_tb(error.__traceback__) if f.filename == path]
         where = f"{path}, line {lines[-1].lineno}" if lines else path
         raise ValueError(f"{where}: {type(error).__name__}: {error}") from None
     finally:
-        builtins.__import__ = importer  # LazyConfig.load leaves its own after an error
+        builtins.__import__ = importer  # LazyConfig.load does not restore it after an error
 
 
 def _parse(overrides: Sequence[str]) -> Iterator[Override]:
@@ -99,7 +98,7 @@ def _parse(overrides: Sequence[str]) -> Iterator[Override]:
         except HydraException:
             override = None
         if override is None or override.is_sweep_override():
-            raise ValueError(f"overrides of a LazyConfig are key.path=value, got {text!r}")
+            raise ValueError(f"overrides of a LazyConfig must be key.path=value, got {text!r}")
         if override.is_delete():
             raise ValueError(
                 f"a key of a LazyConfig cannot be deleted, got {text!r}; set it to null"
@@ -108,13 +107,13 @@ def _parse(overrides: Sequence[str]) -> Iterator[Override]:
 
 
 def _check_key(cfg: DictConfig, key: str) -> None:
-    """A key must be in the config, or be an argument of what the node above it calls."""
+    """Check that a key is in the config, or is an argument of its parent's ``_target_``."""
     node: Any = cfg
     for depth, name in enumerate(key.split(".")):
         known = _arguments(node)
         if name not in known:
-            above = ".".join(key.split(".")[:depth])
-            where = f"{above} of the LazyConfig" if above else "the LazyConfig"
+            parent = ".".join(key.split(".")[:depth])
+            where = f"{parent} of the LazyConfig" if parent else "the LazyConfig"
             raise ValueError(
                 f"there is no key {name!r} in {where}, got {key!r}{close_to(name, known)}; "
                 f"+{key}=… adds a new one"
@@ -123,7 +122,7 @@ def _check_key(cfg: DictConfig, key: str) -> None:
 
 
 def _arguments(node: Any) -> list[str]:
-    """Keys of a node, and the arguments that its ``_target_`` takes besides."""
+    """Keys of a node, and further arguments of its ``_target_``."""
     if OmegaConf.is_list(node):
         return [str(index) for index in range(len(node))]
     if not OmegaConf.is_dict(node):
@@ -132,6 +131,6 @@ def _arguments(node: Any) -> list[str]:
     target = node.get("_target_")
     try:
         known += [name for name in inspect.signature(target).parameters if name not in known]
-    except (TypeError, ValueError):  # it is given by its name, or is none
+    except (TypeError, ValueError):  # given by name, or missing
         pass
     return known

@@ -1,6 +1,6 @@
-"""Data loaders and evaluators of a LazyConfig, with the checks that YAML configs have.
+"""Data loaders and evaluators of LazyConfigs, with the same checks as for YAML configs.
 
-Data sets may be paths, as in ``dataloader.test.dataset.names=my.json@images``, and the evaluator of
+Data sets may be paths, such as ``dataloader.test.dataset.names=my.json@images``; the evaluator of
 official configs follows, as its ``dataset_name`` is ``${..test.dataset.names}``.
 """
 
@@ -22,12 +22,12 @@ from .trainer import missing_data
 
 __all__ = ["build_lazy_evaluator", "build_lazy_loader", "lazy_names", "register_lazy_data"]
 
-#: Where detectors have their number of classes.
+#: Keys for the number of classes of detectors.
 _CLASSES = ("model.roi_heads.num_classes", "model.num_classes")
 
 
 def lazy_names(cfg: DictConfig, split: str) -> list[str]:
-    """Names of the data sets of a loader; none where it has records of another kind.
+    """Names of the data sets of a loader; empty if it has another kind of records.
 
     Args:
         cfg: a LazyConfig.
@@ -43,12 +43,12 @@ def register_lazy_data(cfg: DictConfig, split: str) -> None:
     """Register the data sets of a loader that are paths, and check all of them.
 
     Args:
-        cfg: a LazyConfig; where the model is a detector, its classes must be those of the data.
-        split: "train" or "test"; nothing happens where there is no such loader.
+        cfg: a LazyConfig; the classes of a detector must match the data.
+        split: "train" or "test"; ignored if there is no such loader.
 
     Raises:
-        ValueError: if a data set is broken or not one for the model.
-        FileNotFoundError: if its files are not there.
+        ValueError: if a data set is broken or does not match the model.
+        FileNotFoundError: if its files are missing.
     """
     names, key = lazy_names(cfg, split), f"dataloader.{split}.dataset.names"
     register_by_path(names, key)
@@ -62,22 +62,22 @@ def register_lazy_data(cfg: DictConfig, split: str) -> None:
 
 
 def build_lazy_loader(cfg: DictConfig, split: str) -> Any:
-    """The loader of ``dataloader.train`` or ``dataloader.test``, its data sets registered.
+    """Build ``dataloader.train`` or ``dataloader.test``, after registering its data sets.
 
     Args:
         cfg: a LazyConfig.
         split: "train" or "test".
 
     Raises:
-        ValueError: if a data set is unknown, broken or not one for the model.
-        FileNotFoundError: if its files are not there.
+        ValueError: if a data set is unknown or broken, or does not match the model.
+        FileNotFoundError: if its files are missing.
     """
     if split not in cfg.dataloader:
         raise ValueError(f"dataloader.{split} is missing in the config")
     register_lazy_data(cfg, split)
     node, names = cfg.dataloader[split], lazy_names(cfg, split)
     with missing_data(f"dataloader.{split}.dataset.names", names) if names else nullcontext():
-        # Not nested in another node: what a mapper says relative to its place must stay true.
+        # Not nested in another node, as relative interpolations of the mapper must stay valid.
         options = dict(node.items())
         if "mapper" in options:
             options["mapper"] = CheckedMapper(instantiate(options["mapper"]))
@@ -85,28 +85,29 @@ def build_lazy_loader(cfg: DictConfig, split: str) -> Any:
 
 
 def build_lazy_evaluator(cfg: DictConfig) -> DatasetEvaluator | list[DatasetEvaluator]:
-    """What ``dataloader.evaluator`` says, for the data set that ``dataloader.test`` has.
+    """Build ``dataloader.evaluator``.
 
     Raises:
-        ValueError: if there is none, or it is for another data set or lacks annotations.
+        ValueError: if it is missing, is for another data set than ``dataloader.test``, or if the
+            data set lacks annotations.
     """
     node = cfg.dataloader.get("evaluator")
     if not node:
-        raise ValueError("dataloader.evaluator is missing in the config; there is nothing to run")
+        raise ValueError("dataloader.evaluator is missing in the config, so there are no metrics")
     names = lazy_names(cfg, "test")
-    for one in node if isinstance(node, ListConfig) else [node]:
-        name = one.get("dataset_name")
+    for item in node if isinstance(node, ListConfig) else [node]:
+        name = item.get("dataset_name")
         if name is not None and names and [name] != names:
             raise ValueError(
                 f"dataloader.evaluator.dataset_name is {name!r}, but dataloader.test.dataset.names "
-                f"{names if len(names) > 1 else names[0]!r}: give both the same name, as "
-                '"${..test.dataset.names}" does'
+                f"is {names if len(names) > 1 else names[0]!r}: use the same name, such as "
+                '"${..test.dataset.names}"'
             )
     evaluator = instantiate(node)
-    for one in evaluator if isinstance(evaluator, list) else [evaluator]:
-        if not isinstance(one, COCOEvaluator):
+    for item in evaluator if isinstance(evaluator, list) else [evaluator]:
+        if not isinstance(item, COCOEvaluator):
             continue
-        truth, tasks, evaluated = coco_ground_truth(one)
+        truth, tasks, evaluated = coco_ground_truth(item)
         if evaluated:
             masks = OmegaConf.select(cfg, "model.roi_heads.mask_head") is not None
             tasks = tasks or (("bbox", "segm") if masks else ("bbox",))

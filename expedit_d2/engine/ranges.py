@@ -1,4 +1,4 @@
-"""Values of Detectron2's own config keys that would fail late, with words that do not name them."""
+"""Check values of Detectron2's config keys that would fail late, with obscure errors."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def _are_names(value: Any) -> bool:
 _NAMES = (_are_names, "a list of names or paths, such as ('collage_val',)")
 _SIDES = (lambda value: min(value, default=0) > 0, "positive numbers of pixels, such as (800,)")
 
-#: Key -> whether a value is valid, and what would be.
+#: Key -> check of a value, and description of valid ones.
 _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "DATASETS.TRAIN": _NAMES,
     "DATASETS.TEST": _NAMES,

@@ -1,4 +1,4 @@
-"""Reading YAML configs as data: no tag in them makes an object or calls a function."""
+"""Read YAML configs as data, without tags that create objects or call functions."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["load_yaml"]
 
 
 class _Reader(CfgNode):
-    """Opens the ``_BASE_`` files as well, which may be URLs."""
+    """Also opens ``_BASE_`` files that are URLs."""
 
     @classmethod
     def _open_cfg(cls, filename: str) -> IO[str]:
@@ -22,11 +22,11 @@ class _Reader(CfgNode):
 
 
 def load_yaml(path: str) -> dict[str, Any]:
-    """The content of a YAML config, on top of its ``_BASE_`` files.
+    """The content of a YAML config merged with its ``_BASE_`` files.
 
     Raises:
-        OSError: if one of the files is not there, or cannot be downloaded.
-        ValueError: if a tag would make a Python object.
+        OSError: if a file does not exist or cannot be downloaded.
+        ValueError: if a tag would create a Python object.
     """
     try:
         return _Reader.load_yaml_with_base(path, allow_unsafe=runs_code())
@@ -36,6 +36,6 @@ def load_yaml(path: str) -> dict[str, Any]:
             raise
         tag = problem.partition("'")[2].strip("'").replace("tag:yaml.org,2002:", "!!")
         raise ValueError(
-            f"the config {mark.name!r}, line {mark.line + 1}: the tag {tag} is not read, since "
-            f"such tags can run any code; write the value itself, or {REMEDY}"
+            f"the config {mark.name!r}, line {mark.line + 1}: the tag {tag} is refused, as such "
+            f"tags can run any code; write the value itself, or {REMEDY}"
         ) from None

@@ -28,22 +28,20 @@ __all__ = [
 _OPTIMIZERS = {"SGD": torch.optim.SGD, "ADAMW": torch.optim.AdamW}
 _SOLVER: dict[str, Any] = {
     "OPTIMIZER": "SGD",  # or "ADAMW"
-    # Of `slow_backbone_groups`: learning rate of the backbone relative to BASE_LR, and decay of
-    # embeddings.
+    # For `slow_backbone_groups`: learning rate of the backbone relative to BASE_LR, and weight
+    # decay of embeddings.
     "BACKBONE_MULTIPLIER": 0.1,
     "WEIGHT_DECAY_EMBED": 0.0,
-    # LR_SCHEDULER_NAME "PolyLR" and "WarmupPolyLR"; the second has a constant end.
+    # For LR_SCHEDULER_NAME "PolyLR" and "WarmupPolyLR"; only the latter has a constant ending.
     "POLY_LR_POWER": 0.9,
     "POLY_LR_CONSTANT_ENDING": 0.0,
 }
 _NORMS = (
-    nn.modules.batchnorm._BatchNorm,
-    nn.modules.instancenorm._InstanceNorm,
-    nn.GroupNorm,
-    nn.LayerNorm,
-    nn.LocalResponseNorm,
+    *(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm),
+    *(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d),
+    *(nn.GroupNorm, nn.LayerNorm, nn.LocalResponseNorm),
 )
-# Positions of plain ViTs and of Swin, which are not decayed.
+# Position embeddings of plain ViTs and Swin, which have no weight decay.
 _VIT_POSITIONS = ("pos_embed", "rel_pos_h", "rel_pos_w")
 _POSITIONS = ("relative_position_bias_table", "absolute_pos_embed", *_VIT_POSITIONS)
 
@@ -56,7 +54,7 @@ def add_solver_config(cfg: CfgNode) -> None:
 
 
 def default_groups(cfg: CfgNode, model: nn.Module) -> Groups:
-    """Detectron2's groups of parameters; AdamW decays neither norms nor positions."""
+    """Detectron2's parameter groups; with AdamW, no weight decay for norms and positions."""
     solver = cfg.SOLVER
     if solver.OPTIMIZER.upper() == "SGD":
         return get_default_optimizer_params(
@@ -71,7 +69,7 @@ def default_groups(cfg: CfgNode, model: nn.Module) -> Groups:
 
 
 def slow_backbone_groups(cfg: CfgNode, model: nn.Module) -> Groups:
-    """Every trained parameter once; those of the backbone learn slower by BACKBONE_MULTIPLIER."""
+    """One group per trained parameter, with BACKBONE_MULTIPLIER for those of the backbone."""
     solver = cfg.SOLVER
     groups, seen = [], set()
     for path, module in model.named_modules():
@@ -93,7 +91,7 @@ def slow_backbone_groups(cfg: CfgNode, model: nn.Module) -> Groups:
 
 
 def _clip_all(kind: type[torch.optim.Optimizer], limit: float) -> type[torch.optim.Optimizer]:
-    """An optimizer that first limits the norm of the gradient of all parameters together."""
+    """An optimizer that first clips the gradient norm over all parameters."""
 
     class Clipping(kind):
         def step(self, closure: Any = None) -> Any:
@@ -111,12 +109,12 @@ def build_optimizer(
 ) -> torch.optim.Optimizer:
     """SGD or AdamW, with gradient clipping.
 
-    ``SOLVER.CLIP_GRADIENTS.CLIP_TYPE`` may be "full_model", besides Detectron2's own types.
+    ``SOLVER.CLIP_GRADIENTS.CLIP_TYPE`` may also be "full_model", besides Detectron2's types.
 
     Args:
         cfg: the config.
-        model: to train.
-        groups: of its parameters, with their learning rates and weight decays.
+        model: the model to train.
+        groups: returns its parameter groups.
 
     Raises:
         ValueError: for an unknown ``SOLVER.OPTIMIZER``.
@@ -139,7 +137,7 @@ def build_optimizer(
 
 
 class _Poly(ParamScheduler):
-    """From 1 at the start to ``end``, with a power of what is left of the training."""
+    """Polynomial decay from 1 to ``end``."""
 
     def __init__(self, power: float, end: float) -> None:
         self.power = power
@@ -150,7 +148,7 @@ class _Poly(ParamScheduler):
 
 
 def build_lr_scheduler(cfg: CfgNode, optimizer: torch.optim.Optimizer) -> LRScheduler:
-    """Detectron2's schedules, its DeepLab's ``WarmupPolyLR``, and ``PolyLR`` to BASE_LR_END."""
+    """Detectron2's schedules, DeepLab's ``WarmupPolyLR``, and ``PolyLR`` down to BASE_LR_END."""
     solver = cfg.SOLVER
     if solver.LR_SCHEDULER_NAME == "PolyLR":
         poly = _Poly(solver.POLY_LR_POWER, solver.BASE_LR_END / solver.BASE_LR)

@@ -32,7 +32,7 @@ from .solver import build_lr_scheduler, build_optimizer, default_groups
 
 __all__ = ["Trainer", "check_data_sets", "missing_data"]
 
-#: MODEL.META_ARCHITECTURE of a detector -> the key that has its number of classes.
+#: MODEL.META_ARCHITECTURE of a detector -> the node with its NUM_CLASSES.
 DETECTORS = {
     "GeneralizedRCNN": "ROI_HEADS",
     "PanopticFPN": "ROI_HEADS",
@@ -40,23 +40,23 @@ DETECTORS = {
 }
 
 
-def _is_defect(record: logging.LogRecord) -> bool:
+def _is_bug(record: logging.LogRecord) -> bool:
     return not (record.exc_info and explain(record.exc_info[1]))
 
 
-# Detectron2's loop logs the traceback of every error; what the user can mend is one sentence.
-logging.getLogger("detectron2.engine.train_loop").addFilter(_is_defect)
+# Detectron2's training loop logs the traceback of every error; keep only those of bugs.
+logging.getLogger("detectron2.engine.train_loop").addFilter(_is_bug)
 
 
 def check_data_sets(key: str, names: Sequence[str]) -> None:
-    """Whether there is a data set, and each of them is registered, as paths are by then.
+    """Check that there is at least one data set and that all are registered.
 
     Args:
-        key: that gave the names, for the message.
-        names: of data sets.
+        key: config key, for error messages.
+        names: of the data sets; paths must have been registered.
 
     Raises:
-        ValueError: if not.
+        ValueError: if there are none, or one is unknown.
     """
     if not names:
         raise ValueError(f"{key} is empty; give data sets, such as \"('collage_val',)\"")
@@ -67,37 +67,37 @@ def check_data_sets(key: str, names: Sequence[str]) -> None:
 
 @contextmanager
 def missing_data(key: str, names: Sequence[str]) -> Iterator[None]:
-    """Say which config key named a data set that is not there, and what to do about it."""
+    """Name the config key and the remedy if files of data sets are missing."""
     check_data_sets(key, names)
     try:
         yield
     except FileNotFoundError as error:
         root = os.environ.get("DETECTRON2_DATASETS", "datasets")
         raise FileNotFoundError(
-            f"{key}: the files of {', '.join(names)} are not there ({error}); data sets are "
-            f"looked for in {root!r}, set DETECTRON2_DATASETS to the folder that holds them"
+            f"{key}: files of {', '.join(names)} are missing ({error}); data sets are searched for "
+            f"in {root!r}, set DETECTRON2_DATASETS to their folder"
         ) from None
 
 
 class Trainer(DefaultTrainer):
-    """`DefaultTrainer` with AdamW and with bf16 autocast where there is no GPU.
+    """`DefaultTrainer` with AdamW, and with bf16 autocast on the CPU.
 
-    Projects replace the mappers, the evaluator and the attributes below.
+    Projects override the mappers, the evaluator and the attributes below.
     """
 
-    #: Groups of the model's parameters, for `build_optimizer`.
+    #: Returns the parameter groups for `build_optimizer`.
     param_groups = staticmethod(default_groups)
-    #: Whether training samples differ in size, so that batches of one aspect ratio save memory.
+    #: Whether training samples vary in size, so that grouping by aspect ratio saves memory.
     sizes_vary = True
 
     def __init__(self, cfg: CfgNode) -> None:
         """
         Raises:
-            ValueError: for a config without data to train on, of data sets that do not fit the
-                model, or of a schedule that is none.
+            ValueError: for a config without training data, with data sets that do not match the
+                model, or with an invalid schedule.
         """
         check_data_sets("DATASETS.TRAIN", cfg.DATASETS.TRAIN)
-        if cfg.DATASETS.TEST:  # what is evaluated only at the end
+        if cfg.DATASETS.TEST:  # fail before training, not at its end
             check_data_sets("DATASETS.TEST", cfg.DATASETS.TEST)
         for key in ("TRAIN", "TEST"):
             for name in cfg.DATASETS[key]:
@@ -112,7 +112,7 @@ class Trainer(DefaultTrainer):
             raise ValueError(f"SOLVER.MAX_ITER must be 1 or more, got {cfg.SOLVER.MAX_ITER}")
         self._autocast = nullcontext
         if cfg.SOLVER.AMP.ENABLED and cfg.MODEL.DEVICE == "cpu":
-            # Detectron2's AMPTrainer insists on CUDA.
+            # Detectron2's AMPTrainer requires CUDA.
             cfg = cfg.clone()
             cfg.defrost()
             cfg.SOLVER.AMP.ENABLED = False
@@ -120,9 +120,9 @@ class Trainer(DefaultTrainer):
         super().__init__(cfg)
 
     def build_hooks(self) -> list[HookBase | None]:
-        # The first that Detectron2 does with its own checkpointer is to give it to the hooks.
-        theirs = self.checkpointer
-        self.checkpointer = Checkpointer(theirs.model, theirs.save_dir, **theirs.checkpointables)
+        # Replaces Detectron2's checkpointer before its first use, which is in the hooks.
+        old = self.checkpointer
+        self.checkpointer = Checkpointer(old.model, old.save_dir, **old.checkpointables)
         return super().build_hooks()
 
     def run_step(self) -> None:
@@ -133,8 +133,8 @@ class Trainer(DefaultTrainer):
     def build_model(cls, cfg: CfgNode) -> nn.Module:
         """The configured model.
 
-        Models of this repository read ``MODEL.EXPEDIT`` themselves, so that Detectron2's own
-        ``build_model`` and ``build_backbone`` do; those of others are expedited here.
+        Models of this package apply ``MODEL.EXPEDIT`` themselves, so that Detectron2's
+        ``build_model`` and ``build_backbone`` do; other models are expedited here.
         """
         model = super().build_model(cfg)
         if "EXPEDIT" in cfg.MODEL and not is_expedited(model):
@@ -143,15 +143,15 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def check_dataset(cls, cfg: CfgNode, name: str, key: str = "DATASETS.TEST") -> None:
-        """Refuse a registered data set whose labels or classes are not those of the model.
+        """Refuse a registered data set whose labels or classes do not match the model.
 
         Args:
-            cfg: of the model.
+            cfg: the config.
             name: of the data set.
-            key: of the config, which names it.
+            key: config key of the name, for error messages.
 
         Raises:
-            ValueError: if it does not fit.
+            ValueError: if they do not match.
         """
         node = DETECTORS.get(cfg.MODEL.META_ARCHITECTURE)
         if node is not None:
@@ -174,12 +174,12 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def build_train_mapper(cls, cfg: CfgNode) -> Callable[[dict], dict]:
-        """What makes a training sample of a record."""
+        """The mapper from records to training samples."""
         return DatasetMapper(cfg, is_train=True)
 
     @classmethod
     def build_test_mapper(cls, cfg: CfgNode) -> Callable[[dict], dict]:
-        """What makes the model's input of a record of a test data set."""
+        """The mapper from records of test data sets to model inputs."""
         return DatasetMapper(cfg, is_train=False)
 
     @classmethod

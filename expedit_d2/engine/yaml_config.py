@@ -1,6 +1,6 @@
-"""YAML files and command-line overrides into a config, with a sentence for whatever is wrong.
+"""Merge YAML files and command-line overrides into a config, with clear errors.
 
-Files are looked at as trees of nodes, which know their lines, before anything is made of them.
+Files are first parsed as trees of nodes, which know their line numbers.
 """
 
 from __future__ import annotations
@@ -34,14 +34,13 @@ _KINDS = {
 
 
 def merge_file(cfg: CfgNode, path: str | Path) -> None:
-    """Merge a YAML file, and those that its ``_BASE_`` names, into a config.
+    """Merge a YAML file and its ``_BASE_`` files into a config.
 
     Raises:
-        FileNotFoundError: if the file or a base is not there.
-        ValueError: if one of them is no mapping of keys, names itself as its base, gives a key
-            twice, a key that does not exist, a value of another type, or a tag that would make a
-            Python object.
-        yaml.YAMLError: for something else than YAML.
+        FileNotFoundError: if the file or a base does not exist.
+        ValueError: if a file is not a mapping, is its own base, or has a duplicate or unknown key,
+            a value of the wrong type, or a tag that would create a Python object.
+        yaml.YAMLError: for invalid YAML.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"there is no config file {str(path)!r}")
@@ -62,7 +61,7 @@ def merge_file(cfg: CfgNode, path: str | Path) -> None:
             where, given = _find(sources, key)
             raise ValueError(f"{where}: {_mismatch(key, _get(cfg, key), given)}") from None
         raise ValueError(f"{path}: {problem}") from None
-    for key, value in before.items():  # None passes for any type there
+    for key, value in before.items():  # yacs accepts None for any type
         if _get(cfg, key) is None:
             where, given = _find(sources, key)
             raise ValueError(f"{where}: {_mismatch(key, value, given)}")
@@ -72,15 +71,15 @@ def merge_overrides(cfg: CfgNode, opts: Sequence[str]) -> None:
     """Merge ``KEY VALUE KEY VALUE …`` of a command line into a config.
 
     Raises:
-        ValueError: for a key without a value, one that does not exist, or a value of another type.
+        ValueError: for a key without a value, an unknown key, or a value of the wrong type.
     """
     for key in opts[0::2]:
         if key.startswith("-"):
-            raise ValueError(f"{key!r} stands after the config overrides; give options before them")
+            raise ValueError(f"{key!r} follows the config overrides; give options before them")
         if "=" in key:
-            raise ValueError(f"overrides of a YAML config are KEY VALUE pairs, got {key!r}")
+            raise ValueError(f"overrides of a YAML config must be KEY VALUE pairs, got {key!r}")
     if len(opts) % 2:
-        raise ValueError(f"overrides are KEY VALUE pairs, but {opts[-1]!r} has no value")
+        raise ValueError(f"overrides must be KEY VALUE pairs, but {opts[-1]!r} has no value")
     for key, value in zip(opts[0::2], opts[1::2], strict=True):
         if key not in _keys(cfg):
             raise ValueError(_unknown(cfg, key))
@@ -99,7 +98,7 @@ def merge_overrides(cfg: CfgNode, opts: Sequence[str]) -> None:
 
 
 def _keys(cfg: CfgNode, prefix: str = "") -> Iterator[str]:
-    """All keys with points between the names, sections too."""
+    """All dotted keys, including those of nodes."""
     for name, value in cfg.items():
         yield prefix + name
         if isinstance(value, CfgNode):
@@ -108,7 +107,7 @@ def _keys(cfg: CfgNode, prefix: str = "") -> Iterator[str]:
 
 @cache
 def _needed() -> frozenset[str]:
-    """Keys of Detectron2's own that take no None. Others' own checks tell what None means there."""
+    """Keys of Detectron2 that must not be None; the keys of this package have their own checks."""
     cfg = get_cfg()
     return frozenset(key for key in _keys(cfg) if _get(cfg, key) is not None)
 
@@ -130,7 +129,7 @@ def _unknown(cfg: CfgNode, key: str) -> str:
 def _mismatch(key: str, before: Any, given: str) -> str:
     if isinstance(before, CfgNode):
         below = ", ".join(f"{key}.{name}" for name in list(before)[:2])
-        return f"{key} is a section of keys ({below}, …), got {given}"
+        return f"{key} is a node with keys ({below}, …), got {given}"
     kind = _KINDS.get(type(before), f"a {type(before).__name__}")
     return f"{key} must be {kind}, such as {before!r}, got {given}"
 
@@ -139,15 +138,15 @@ def _mismatch(key: str, before: Any, given: str) -> str:
 
 
 def _sources(path: str, chain: tuple[str, ...]) -> Iterator[tuple[str, yaml.MappingNode]]:
-    """The file and its bases, each with its tree, the file that overrides the others first.
+    """The file and its bases with their trees, the overriding file first.
 
     Args:
-        path: of a file that is there.
-        chain: the files that lead to it.
+        path: of an existing file.
+        chain: the files that have led to it.
     """
     real = os.path.realpath(path)
     if real in chain:
-        raise ValueError(f"{path}: its {_BASE} leads back to itself; name another file there")
+        raise ValueError(f"{path}: its {_BASE} leads back to itself; give another file")
     try:
         with open(path, encoding="utf-8") as file:
             tree = yaml.compose(file, Loader=yaml.SafeLoader)
@@ -157,7 +156,7 @@ def _sources(path: str, chain: tuple[str, ...]) -> Iterator[tuple[str, yaml.Mapp
         raise ValueError(f"{path} is empty; a config has keys, such as MODEL: {{WEIGHTS: my.pth}}")
     if not isinstance(tree, yaml.MappingNode):
         raise ValueError(
-            f"{path} holds {_written(tree)}; a config has keys, such as MODEL: {{WEIGHTS: my.pth}}"
+            f"{path} has {_written(tree)}; a config has keys, such as MODEL: {{WEIGHTS: my.pth}}"
         )
     _check_keys(path, tree, ())
     yield path, tree
@@ -173,32 +172,32 @@ def _bases(path: str, tree: yaml.MappingNode) -> Iterator[str]:
             if not isinstance(node, yaml.ScalarNode) or not node.value:
                 raise ValueError(f"{_place(path, node)}: {_BASE} must be a file or a list of files")
             if "://" in node.value:
-                continue  # fetched by Detectron2
+                continue  # downloaded later
             base = os.path.join(os.path.dirname(path), os.path.expanduser(node.value))
             if not os.path.isfile(base):
                 raise FileNotFoundError(
-                    f"{_place(path, node)}: its {_BASE} {node.value!r} is not there; it is looked "
-                    "for from the folder of this file"
+                    f"{_place(path, node)}: {_BASE} {node.value!r} does not exist; give a path "
+                    "relative to the folder of this file"
                 )
             yield base
 
 
 def _check_keys(path: str, tree: yaml.MappingNode, above: tuple[int, ...]) -> None:
     if id(tree) in above:
-        raise ValueError(f"{_place(path, tree)}: this holds itself; write it out")
+        raise ValueError(f"{_place(path, tree)}: an alias refers to itself; write it out")
     seen: set[str] = set()
     for key, value in tree.value:
         if not isinstance(key, yaml.ScalarNode) or key.tag not in _NAMES:
             raise ValueError(f"{_place(path, key)}: a key must be a name, got {_written(key)}")
         if key.value in seen:
-            raise ValueError(f"{_place(path, key)}: {key.value} is given twice; leave one of them")
+            raise ValueError(f"{_place(path, key)}: {key.value} is given twice; remove one of them")
         seen.add(key.value)
         if isinstance(value, yaml.MappingNode):
             _check_keys(path, value, (*above, id(tree)))
 
 
 def _find(sources: Sequence[tuple[str, yaml.MappingNode]], key: str) -> tuple[str, str]:
-    """Where a key is given, and the value as it is written there."""
+    """Where a key is given, and its value as written there."""
     for path, tree in sources:
         node: yaml.Node | None = tree
         for name in key.split("."):

@@ -1,4 +1,4 @@
-"""Files that others made: found or downloaded, and read without running what they hold."""
+"""Find, download and read files of unknown origin without running code in them."""
 
 from .download import fetch
 from .tensors import bytes_of, digest_tensors, halved

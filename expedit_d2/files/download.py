@@ -1,4 +1,4 @@
-"""The local file of a path or URL; iopath downloads and caches it."""
+"""Local files for paths and URLs, downloaded and cached by iopath."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from iopath.common.file_io import get_cache_dir
 
 __all__ = ["drop_download", "fetch"]
 
-#: Seconds without an answer or a byte.
+#: Seconds without any data.
 TIMEOUT = 60.0
 
 
@@ -25,11 +25,11 @@ def fetch(path: str, key: str) -> str:
 
     Args:
         path: a file, or anything iopath opens: ``detectron2://…``, ``https://…``, ``pypi://…``.
-        key: the config key or argument that gave the path, for messages.
+        key: config key or argument of the path, for error messages.
 
     Raises:
-        FileNotFoundError: if there is no such file.
-        OSError: if it cannot be downloaded as a whole.
+        FileNotFoundError: if the file does not exist.
+        OSError: if the download fails.
     """
     if "://" not in path:
         if not os.path.isfile(path):
@@ -42,29 +42,29 @@ def fetch(path: str, key: str) -> str:
     try:
         with _default_timeout(TIMEOUT):
             local = PathManager.get_local_path(path, **_cache_of(path))
-    except FileNotFoundError as error:  # a handler's own sentence
+    except FileNotFoundError as error:  # a handler's message
         raise FileNotFoundError(f"{key}: {error}") from None
     except HTTPError as error:
         raise OSError(f"{key} {path!r} cannot be downloaded: {error}") from None
     except URLError as error:
         raise OSError(f"{key} {path!r} cannot be downloaded: {error.reason}") from None
     except (OSError, HTTPException, ValueError, RuntimeError, AssertionError) as error:
-        # The last two are Detectron2's and iopath's own: an entry that the catalogue lacks.
+        # The last two are raised by Detectron2 and iopath for unknown catalogue entries.
         reason = str(error) or type(error).__name__
         raise OSError(f"{key} {path!r} cannot be downloaded: {reason}") from None
     if not os.path.isfile(local):
         raise FileNotFoundError(
-            f"{key}: nothing here opens {path!r}; give a file, or a URL such as https://... or "
+            f"{key}: {path!r} has an unknown scheme; give a file, or a URL such as https://... or "
             "detectron2://..."
         )
     return local
 
 
 def drop_download(path: str, local: str) -> bool:
-    """Remove a file that `fetch` downloaded, so that the next try downloads it again.
+    """Remove a file that `fetch` downloaded, so that the next attempt downloads it again.
 
     Returns:
-        False where there is nothing to remove: the file is the user's own.
+        Whether it was removed; a user's own file never is.
     """
     caches = [Path(get_cache_dir()).resolve(), Path(get_fvcore_cache_dir()).resolve()]
     downloaded = "://" in path and any(c in Path(local).resolve().parents for c in caches)
@@ -74,21 +74,21 @@ def drop_download(path: str, local: str) -> bool:
 
 
 def _cache_of(path: str) -> dict[str, str]:
-    """A cache for each host: iopath's own leaves the host out, and one file would pass for another.
+    """A cache folder per host, as iopath's cache ignores the host and would confuse files.
 
-    What Detectron2 names itself (``detectron2://``) stays where Detectron2 looks for it.
+    Downloads of ``detectron2://`` stay where Detectron2 looks for them.
     """
     url = urlsplit(path)
     if url.scheme not in ("http", "https", "ftp") or path.startswith("https://1drv.ms/"):
         return {}
     if url.path.endswith("/") or not url.path:
-        raise ValueError("a URL ends in the name of a file")
+        raise ValueError("a URL must end in a file name")
     return {"cache_dir": os.path.join(get_cache_dir(), url.netloc.replace(":", "_"))}
 
 
 @contextmanager
 def _default_timeout(seconds: float) -> Iterator[None]:
-    """urllib waits for ever unless sockets have a limit."""
+    """Set a timeout for sockets, without which urllib waits forever."""
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(seconds)
     try:

@@ -1,7 +1,7 @@
-"""What comes with the package besides its modules: configs, projects and their weights.
+"""Data files of the package: configs, projects and their weights.
 
-``configs/`` and ``projects/`` are next to the package in a checkout, and inside of it where it was
-installed from a wheel; either way they lie next to each other, as relative paths in configs expect.
+``configs/`` and ``projects/`` are next to the package in a checkout, and inside the package in a
+wheel. They are always next to each other, as relative paths in configs expect.
 """
 
 from __future__ import annotations
@@ -12,34 +12,34 @@ __all__ = ["CODE", "SHIPPED", "config_file", "find_config", "shipped_file"]
 
 _PACKAGE = Path(__file__).resolve().parent.parent
 
-#: The folder that holds ``configs/`` and ``projects/``.
+#: Folder of ``configs/`` and ``projects/``.
 SHIPPED = _PACKAGE if (_PACKAGE / "configs").is_dir() else _PACKAGE.parent
 
-#: The folders of all modules of ours.
+#: Folders of all modules of the package.
 CODE = (_PACKAGE, SHIPPED / "projects")
 
 
 def shipped_file(path: str) -> str:
-    """A file on disk, else the one of this name that comes with the package.
+    """A file on disk, or else the file of this name in the package.
 
     Args:
-        path: absolute, or from the working folder, or from the root of this repository; what is
-            none of these, such as a URL, stays as it is.
+        path: absolute, or relative to the current folder or the root of this repository; other
+            values, such as URLs, are returned unchanged.
     """
     shipped = SHIPPED / path
     return str(shipped) if not Path(path).exists() and shipped.is_file() else path
 
 
 def config_file(name: str | Path) -> Path:
-    """The path of a config: a file on disk, or one that comes with the package.
+    """The path of a config: a file on disk, or one in the package.
 
     Args:
-        name: path of a file; or a name from the root of this repository
+        name: path of a file, or a path relative to the root of this repository
             (``configs/embedded/dinov2_dpt.yaml``, ``projects/DPT/configs/dpt_large_midas.yaml``),
-            or from its ``configs`` (``embedded/dinov2_dpt.yaml``).
+            or to its ``configs`` (``embedded/dinov2_dpt.yaml``).
 
     Raises:
-        FileNotFoundError: if there is none of this name.
+        FileNotFoundError: if the file does not exist.
     """
     path = find_config(name)
     if not path.is_file():
@@ -48,6 +48,6 @@ def config_file(name: str | Path) -> Path:
 
 
 def find_config(name: str | Path) -> Path:
-    """The same, but the path of a file that is nowhere stays as it is."""
+    """`config_file` that returns the path of a missing file unchanged."""
     places = (Path(name), SHIPPED / name, SHIPPED / "configs" / name)
     return next((path for path in places if path.is_file()), places[0])

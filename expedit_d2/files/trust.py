@@ -1,8 +1,8 @@
-"""Whether files may run code while they are read. They may not, unless the user allows it.
+"""Whether files may run code while they are read, which the user must allow.
 
-Pickles and some YAML tags are small programs, which run when read in the usual way. Here they are
-read as data; what cannot be read so is refused. The option ``--run-code-in-files`` of a tool, or
-the environment variable for any of them and for other programs, restores the usual way.
+Loading pickles and some YAML tags can run arbitrary code. By default files are read as data only,
+and others are refused. The option ``--run-code-in-files`` of the commands, or the environment
+variable for any program, allows unrestricted loading.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from contextlib import contextmanager
 __all__ = ["REMEDY", "VARIABLE", "code_in_files", "runs_code"]
 
 VARIABLE = "EXPEDIT_RUN_CODE_IN_FILES"
-#: The end of a sentence that refuses a file.
+#: End of the error message for a refused file.
 REMEDY = f"if you trust whoever made it, set {VARIABLE}=1"
 
 
@@ -25,10 +25,7 @@ def runs_code() -> bool:
 
 @contextmanager
 def code_in_files(allowed: bool) -> Iterator[None]:
-    """Let files run code for a while; False changes nothing.
-
-    It is stored in the environment, so that processes started meanwhile know it too.
-    """
+    """Let files run code inside the context, also in subprocesses; False changes nothing."""
     before = os.environ.get(VARIABLE)
     if allowed:
         os.environ[VARIABLE] = "1"

@@ -1,7 +1,7 @@
-"""Reading files of weights as data: nothing in them is executed.
+"""Read checkpoints as data, without running code in them.
 
-PyTorch's own files are read with ``weights_only``; the pickles of Detectron2's model zoo by an
-unpickler that knows numpy's arrays and plain containers, and no other name.
+PyTorch's files are read with ``weights_only``; the pickles of Detectron2's model zoo by an
+unpickler that allows only NumPy arrays and plain containers.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from .trust import REMEDY, runs_code
 
 __all__ = ["check_finite", "check_tensors", "read_checkpoint", "read_weights", "suffix_of"]
 
-#: Names in pickled arrays and scalars of numpy; the second is the place in numpy 2.
+#: Names in pickled NumPy arrays and scalars, in NumPy 1 (core) and NumPy 2 (_core).
 _NUMPY_NAMES = {
     *(
         (f"numpy.{core}.{module}", name)
@@ -43,7 +43,7 @@ _PLAIN_NAMES = {("collections", "OrderedDict"), ("_codecs", "encode")}
 
 
 class _Refused(pickle.UnpicklingError):
-    """A name that a pickle asks for and must not have."""
+    """A pickle refers to a name that is not allowed."""
 
     def __init__(self, name: str) -> None:
         super().__init__(name)
@@ -51,7 +51,7 @@ class _Refused(pickle.UnpicklingError):
 
 
 class _ArrayUnpickler(pickle.Unpickler):
-    """Arrays, containers, strings and numbers; all other names are refused."""
+    """Unpickles arrays, containers, strings and numbers, and refuses everything else."""
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in _NUMPY_NAMES | _PLAIN_NAMES:
@@ -60,12 +60,12 @@ class _ArrayUnpickler(pickle.Unpickler):
 
 
 def _safe_globals() -> AbstractContextManager:
-    """What PyTorch may create besides tensors.
+    """Allow PyTorch to create more than tensors.
 
-    Checkpoints of training have scalars of numpy (metrics, learning rates) and the command line.
+    Training checkpoints have NumPy scalars (metrics, learning rates) and command line arguments.
     """
     if not hasattr(torch.serialization, "get_unsafe_globals_in_checkpoint"):
-        return nullcontext()  # PyTorch before 2.6 takes no names, and makes none of these
+        return nullcontext()  # PyTorch before 2.6 does not support these
     made = [np.float64(0).__reduce__()[0], np.zeros(1).__reduce__()[0]]
     return torch.serialization.safe_globals(
         [
@@ -73,7 +73,7 @@ def _safe_globals() -> AbstractContextManager:
             np.dtype,
             argparse.Namespace,
             *{type(np.dtype(kind)) for kind in np.typecodes["All"]},
-            # numpy 1 and 2 call the modules of these two by different names.
+            # The modules of these two differ between NumPy 1 and 2.
             *(
                 (f, f"numpy.{core}.multiarray.{f.__name__}")
                 for core in ("core", "_core")
@@ -84,14 +84,14 @@ def _safe_globals() -> AbstractContextManager:
 
 
 def suffix_of(file: str) -> str:
-    """``.pkl``, also of a downloaded file whose name ends in the URL's query."""
+    """Suffix such as ``.pkl``, without the query of a URL."""
     return Path(file.partition("?")[0]).suffix
 
 
 def _check_sums(file: str) -> None:
-    """Raise if an archive fails its checksums, which PyTorch does not verify.
+    """Verify the checksums of an archive, which PyTorch does not.
 
-    Entries without a checksum (0) are skipped: PyTorch can be configured to write none.
+    Entries without a checksum (0) are skipped, as PyTorch can be configured not to write them.
     """
     with zipfile.ZipFile(file) as archive:
         for entry in archive.infolist():
@@ -102,13 +102,13 @@ def _check_sums(file: str) -> None:
 
 
 def _unpickle(file: IO[bytes]) -> Any:
-    # Files of Python 2 have bytes for strings.
+    # Strings of Python 2 are bytes.
     make = pickle.Unpickler if runs_code() else _ArrayUnpickler
     return make(file, encoding="latin1").load()
 
 
 def _read(file: str) -> Any:
-    """The content of a file in any of the formats; raises whatever the libraries do."""
+    """The content of a file in any of the formats; errors of libraries are passed on."""
     if suffix_of(file) == ".safetensors":
         from safetensors.torch import load_file
 
@@ -124,60 +124,60 @@ def _read(file: str) -> Any:
 
 
 def _refused(error: Exception) -> str | None:
-    """The name that was refused, if that is what an error is about."""
+    """The name that was refused, if that is the cause of an error."""
     if isinstance(error, _Refused):
         return error.name
     if "TorchScript" in str(error):
         return "a TorchScript program"
-    found = isinstance(error, pickle.UnpicklingError) and re.search(r"GLOBAL (\S+)", str(error))
-    return found.group(1) if found else None
+    match = isinstance(error, pickle.UnpicklingError) and re.search(r"GLOBAL (\S+)", str(error))
+    return match.group(1) if match else None
 
 
 def read_checkpoint(path: str, key: str) -> dict[str, Any]:
-    """What a file of weights holds; nothing in it is executed.
+    """Read a checkpoint without running code in it.
 
     Args:
         path: see `fetch`; PyTorch's format, safetensors, or a pickle of arrays (``.pkl``).
-        key: the config key or argument that gave the path, for messages.
+        key: config key or argument of the path, for error messages.
 
     Raises:
-        OSError: if there is no such file, or it cannot be downloaded.
-        ValueError: if it is not such a file, is damaged, or holds what could run code. A download
-            is removed from the cache then.
+        OSError: if the file does not exist or cannot be downloaded.
+        ValueError: if it is not a checkpoint, is damaged, or could run code. A damaged download is
+            removed from the cache.
     """
     local = fetch(path, key)
     what = f"{key} {path!r}"
     try:
         content = _read(local)
-    except Exception as error:  # the libraries raise several, by the kind of damage
+    except Exception as error:  # libraries raise many kinds
         if (name := _refused(error)) is not None:
             raise ValueError(
-                f"{what} holds {name} beside tensors, and reading that can run any code; {REMEDY}"
+                f"{what} contains {name}, and loading that can run any code; {REMEDY}"
             ) from None
-        again = "; it is removed from the cache, try again" if drop_download(path, local) else ""
+        again = "; removed from the cache, try again" if drop_download(path, local) else ""
         raise ValueError(
-            f"{what} is no file of weights, or is damaged ({_reason(error, local)}){again}"
+            f"{what} is not a checkpoint, or is damaged ({_reason(error, local)}){again}"
         ) from None
     if not isinstance(content, dict):
-        raise ValueError(f"{what} must hold weights by name, got a {type(content).__name__}")
+        raise ValueError(f"{what} must contain weights by name, got a {type(content).__name__}")
     return content
 
 
 def _reason(error: Exception, file: str) -> str:
     if os.path.isfile(file) and os.path.getsize(file) == 0:
         return "it has 0 bytes"
-    if isinstance(error, pickle.UnpicklingError):  # of several lines, about versions of PyTorch
+    if isinstance(error, pickle.UnpicklingError):  # its long message is about versions of PyTorch
         return "it cannot be unpickled"
     line = str(error).strip().partition("\n")[0].partition(". ")[0]
     return f"{type(error).__name__}: {line}" if line else type(error).__name__
 
 
 def check_tensors(weights: Mapping[str, Any], what: str) -> None:
-    """Raise a ValueError unless there are tensors or arrays by name, and nothing else.
+    """Raise a ValueError unless all values are tensors or arrays by name.
 
     Args:
-        weights: to look at.
-        what: their name in the message.
+        weights: the values to check.
+        what: their description in the error message.
     """
     other = [
         name
@@ -185,21 +185,21 @@ def check_tensors(weights: Mapping[str, Any], what: str) -> None:
         if not isinstance(name, str) or not isinstance(value, (Tensor, np.ndarray))
     ]
     if other or not weights:
-        found = f"{other[0]!r} is a {type(weights[other[0]]).__name__}" if other else "it is empty"
+        reason = f"{other[0]!r} is a {type(weights[other[0]]).__name__}" if other else "it is empty"
         raise ValueError(
-            f"{what} must hold tensors by name, or an entry 'model' that does, but {found}"
+            f"{what} must contain tensors by name, or an entry 'model' with them, but {reason}"
         )
 
 
 def read_weights(path: str, key: str, below: Sequence[str] = ("model",)) -> dict[str, Tensor]:
-    """The tensors of a file by their names.
+    """The tensors of a checkpoint by name.
 
     Args:
         path, key: see `read_checkpoint`.
-        below: where they may lie in it, one below the other too; else they are all that is in it.
+        below: entries that may contain them, possibly nested; without these, the whole file does.
 
     Raises:
-        OSError, ValueError: as `read_checkpoint`, and if there is something else among the tensors.
+        OSError, ValueError: from `read_checkpoint`, or if a value is not a tensor.
     """
     content: Mapping[str, Any] = read_checkpoint(path, key)
     while inner := [content[n] for n in below if isinstance(content.get(n), Mapping)]:
@@ -212,12 +212,12 @@ def read_weights(path: str, key: str, below: Sequence[str] = ("model",)) -> dict
 
 
 def check_finite(weights: Mapping[str, Tensor], what: str) -> None:
-    """Raise a ValueError that names the first tensor with an infinity or a NaN.
+    """Raise a ValueError that names the first tensor with an infinity or NaN.
 
     Args:
         weights: tensors by name.
-        what: the file that they are of, for the message.
+        what: their file, for the error message.
     """
     for name, weight in weights.items():
         if not torch.isfinite(weight).all():
-            raise ValueError(f"{what}: {name} is not finite, it has an infinity or a NaN")
+            raise ValueError(f"{what}: {name} is not finite, it has an infinity or NaN")

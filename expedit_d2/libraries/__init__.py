@@ -1,7 +1,7 @@
-"""Vision transformers of other libraries by name, as models whose output is a map of features.
+"""Vision transformers of other libraries by name, as models that output feature maps.
 
 ``hf:facebook/dinov2-base``, ``timm:vit_base_patch14_dinov2.lvd142m``, ``torchvision:vit_b_16``,
-``sam:sam_vit_b_01ec64.pth``: each library has a file here, which is imported when it is asked for.
+``sam:sam_vit_b_01ec64.pth``: each library has a module here, imported when first used.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from .features import FeatureModel, Source
 
 __all__ = ["LIBRARIES", "FeatureModel", "load_feature_model"]
 
-#: Prefix -> the module here, the package to install, and what comes after the prefix.
+#: Prefix -> module, package to install, and what follows the prefix.
 LIBRARIES = {
     "hf": ("from_transformers", "transformers", "a name on the Hugging Face Hub, or a folder"),
     "timm": ("from_timm", "timm", "a name that timm knows"),
@@ -24,17 +24,16 @@ LIBRARIES = {
 def load_feature_model(
     source: str, size: tuple[int, int] | None = None, random_weights: bool = False
 ) -> FeatureModel:
-    """The model that a source names, in evaluation mode, on the CPU.
+    """Load a model by its library and name, in evaluation mode, on the CPU.
 
     Args:
         source: prefix and name, see `LIBRARIES`.
-        size: (height, width) in pixels of the images it is to run on; None: its own.
-        random_weights: do not look for the trained weights.
+        size: (height, width) of the input images in pixels; None: the model's default.
+        random_weights: initialise randomly instead of loading trained weights.
 
     Raises:
-        ValueError: for a source that is none, a model that the library does not know, or a size
-            that does not fit it.
-        OSError: if its files are not there, or cannot be downloaded.
+        ValueError: for a malformed source, an unknown model, or a size that does not fit it.
+        OSError: if files are missing or cannot be downloaded.
         ImportError: if the library is not installed.
     """
     library, colon, name = source.partition(":")
@@ -50,7 +49,7 @@ def load_feature_model(
     size = size or loaded.size
     if any(side % loaded.patch for side in size):
         raise ValueError(
-            f"--size must be multiples of the patch of {source}, {loaded.patch} pixels, got "
+            f"--size must be a multiple of the patch size of {source}, {loaded.patch} pixels, got "
             f"{size[0]}x{size[1]}"
         )
     return FeatureModel(loaded, size).eval()

@@ -1,4 +1,4 @@
-"""A transformer of any library behind Detectron2's interface: images in, maps of features out."""
+"""Feature maps of a transformer of any library, with Detectron2's model interface."""
 
 from __future__ import annotations
 
@@ -21,15 +21,16 @@ IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 @dataclass(frozen=True)
 class Source:
-    """A model of a library, and how the library itself prepares images for it.
+    """A model of a library, and the preprocessing that the library defines for it.
 
     Attributes:
-        model: of the library.
-        features: from it and normalised images (B, 3, H, W) to its last map (B, C, h, w).
-        size: (height, width) of its images, in pixels.
+        model: the library's module.
+        features: maps the model and normalised images (B, 3, H, W) to its last feature map
+            (B, C, h, w).
+        size: default (height, width) of the images, in pixels.
         patch: side of a patch, in pixels.
         mean, std: of each channel, RGB from 0 to 1.
-        resampling: how images are resized.
+        resampling: filter to resize images with.
     """
 
     model: nn.Module
@@ -42,25 +43,25 @@ class Source:
 
 
 class FeatureModel(nn.Module):
-    """From Detectron2's list of inputs to the map (C, h, w) of each, under both of its keys."""
+    """Detectron2's list of inputs to feature maps (C, h, w), under both keys of such outputs."""
 
     def __init__(self, source: Source, size: tuple[int, int]) -> None:
         """
         Args:
-            source: what is run.
-            size: (height, width) that `prepare` gives images, in pixels.
+            source: the model and its preprocessing.
+            size: (height, width) in pixels that `prepare` resizes images to.
         """
         super().__init__()
         self.model = source.model
         self.features = source.features
         self.size, self.resampling = size, source.resampling
-        # As Detectron2's models have them, of pixels from 0 to 255.
+        # For pixels from 0 to 255, as in Detectron2's models.
         for name, values in (("pixel_mean", source.mean), ("pixel_std", source.std)):
             pixels = 255 * torch.tensor(values).view(3, 1, 1)
             self.register_buffer(name, pixels, persistent=False)
 
     def prepare(self, record: dict[str, Any]) -> dict[str, Any]:
-        """An input from a record with ``file_name``: all of the image, resized to `size`."""
+        """Model input for a record with ``file_name``: the whole image, resized to `size`."""
         height, width = self.size
         image = load_image(record["file_name"]).convert("RGB")
         pixels = np.array(image.resize((width, height), self.resampling))
@@ -70,7 +71,7 @@ class FeatureModel(nn.Module):
     def forward(self, inputs: list[dict[str, Any]]) -> list[dict[str, Tensor]]:
         """
         Args:
-            inputs: each with an ``image`` (3, H, W), RGB, 0 to 255; all of one size.
+            inputs: each with an ``image`` (3, H, W), RGB, 0 to 255; all of the same size.
         """
         images = torch.stack([item["image"] for item in inputs]).to(self.pixel_mean.device)
         maps = self.features(self.model, (images - self.pixel_mean) / self.pixel_std)
@@ -78,6 +79,6 @@ class FeatureModel(nn.Module):
 
 
 def drop_prefix(tokens: Tensor, images: Tensor, patch: int) -> Tensor:
-    """The map (B, C, h, w) in tokens (B, N, C), which end with it; class and registers go first."""
+    """Tokens (B, N, C) as a map (B, C, h, w), without the prefix tokens."""
     height, width = (side // patch for side in images.shape[-2:])
     return tokens[:, -height * width :].transpose(1, 2).unflatten(2, (height, width))

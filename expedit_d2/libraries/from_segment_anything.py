@@ -1,6 +1,7 @@
 """``sam:FILE``: the image encoder of a checkpoint of segment-anything.
 
-The file says all that has to be known; ``sam:vit_b``, ``vit_l``, ``vit_h`` are for random weights.
+The architecture is inferred from the weights; ``sam:vit_b``, ``vit_l`` and ``vit_h`` name the
+official ones for random weights.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from .features import IMAGENET, Source
 
 _PREFIX = "image_encoder."
 _WINDOW = 14
-#: Channels, blocks, heads, blocks without windows.
+#: Channels, blocks, heads, indices of global blocks.
 _VARIANTS = {
     "vit_b": (768, 12, 12, (2, 5, 8, 11)),
     "vit_l": (1024, 24, 16, (5, 11, 17, 23)),
@@ -30,7 +31,7 @@ def load(name: str, size: tuple[int, int] | None, random_weights: bool) -> Sourc
     if random_weights:
         if name not in _VARIANTS:
             raise ValueError(
-                f"--random-weights takes sam: and one of {sorted(_VARIANTS)}, got {name!r}"
+                f"with --random-weights, sam: needs one of {sorted(_VARIANTS)}, got {name!r}"
             )
         state, shape = None, _variant(*_VARIANTS[name])
     else:
@@ -43,7 +44,7 @@ def load(name: str, size: tuple[int, int] | None, random_weights: bool) -> Sourc
     side = shape["img_size"]
     if size not in (None, (side, side)):
         raise ValueError(
-            f"sam:{name} has positions for {side}x{side} pixels and takes no other --size, got "
+            f"sam:{name} has positions for {side}x{side} pixels, so --size must be that, got "
             f"{size[0]}x{size[1]}"
         )
     encoder = ImageEncoderViT(
@@ -57,7 +58,9 @@ def load(name: str, size: tuple[int, int] | None, random_weights: bool) -> Sourc
     )
 
 
-def _variant(channels: int, depth: int, heads: int, whole: tuple[int, ...]) -> dict[str, Any]:
+def _variant(
+    channels: int, depth: int, heads: int, global_blocks: tuple[int, ...]
+) -> dict[str, Any]:
     return {
         "img_size": 1024,
         "patch_size": 16,
@@ -65,30 +68,31 @@ def _variant(channels: int, depth: int, heads: int, whole: tuple[int, ...]) -> d
         "depth": depth,
         "num_heads": heads,
         "window_size": _WINDOW,
-        "global_attn_indexes": whole,
+        "global_attn_indexes": global_blocks,
     }
 
 
 def _shape(state: Mapping[str, Tensor], name: str) -> dict[str, Any]:
-    """Arguments of an encoder that these weights fit.
+    """Arguments of the encoder that these weights belong to.
 
     Raises:
-        ValueError: if they are not those of an image encoder.
+        ValueError: if they are not weights of an image encoder.
     """
     try:
         _, side, _, channels = state["pos_embed"].shape
         patch = state["patch_embed.proj.weight"].shape[-1]
         depth = 1 + max(int(key.split(".")[1]) for key in state if key.startswith("blocks."))
-        # A block has 2 s - 1 relative positions a side, for a window of s tokens or the whole map.
+        # A block has 2 s - 1 relative positions per axis, for a window or a map of side s.
         tables = [state[f"blocks.{index}.attn.rel_pos_h"].shape for index in range(depth)]
         hidden = state["blocks.0.mlp.lin1.weight"].shape[0]
         out = state["neck.0.weight"].shape[0]
     except (KeyError, ValueError):
         raise ValueError(
-            f"sam:{name} is no checkpoint of segment-anything: it has no image_encoder as there"
+            f"sam:{name} is not a checkpoint of segment-anything: it has no image encoder of that "
+            "library"
         ) from None
-    whole = tuple(i for i, (length, _) in enumerate(tables) if length == 2 * side - 1)
-    windows = [(length + 1) // 2 for i, (length, _) in enumerate(tables) if i not in whole]
+    global_blocks = tuple(i for i, (length, _) in enumerate(tables) if length == 2 * side - 1)
+    windows = [(length + 1) // 2 for i, (length, _) in enumerate(tables) if i not in global_blocks]
     return {
         "img_size": side * patch,
         "patch_size": patch,
@@ -98,7 +102,7 @@ def _shape(state: Mapping[str, Tensor], name: str) -> dict[str, Any]:
         "mlp_ratio": hidden / channels,
         "out_chans": out,
         "window_size": windows[0] if windows else 0,
-        "global_attn_indexes": whole,
+        "global_attn_indexes": global_blocks,
     }
 
 

@@ -1,6 +1,6 @@
-"""``timm:NAME``: any model of timm that is a supported ViT, prepared as its data config says.
+"""``timm:NAME``: any supported ViT of timm, with the preprocessing of its data config.
 
-``timm:NAME@FILE`` takes the weights of a file, or of anything iopath opens, instead of the hub's.
+``timm:NAME@FILE`` loads the weights from a file, or anything iopath opens, instead of the Hub.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ def load(name: str, size: tuple[int, int] | None, random_weights: bool) -> Sourc
     try:
         model = timm.create_model(name, pretrained=not random_weights, num_classes=0, **options)
     except TypeError:
-        raise ValueError(f"timm:{name} is no supported ViT: it takes no size of images") from None
-    except Exception as error:  # of the hub, the network
+        raise ValueError(f"timm:{name} is not a supported ViT: it has no img_size") from None
+    except Exception as error:  # the Hub and the network raise many kinds
         if random_weights:
             raise
         why = str(error).strip().partition("\n")[0]
         raise OSError(
-            f"timm:{name}: its weights cannot be loaded ({why}); --random-weights goes without"
+            f"timm:{name}: its weights cannot be loaded ({why}); --random-weights needs none"
         ) from None
     return _source(model, name)
 
@@ -42,7 +42,7 @@ def _source(model: nn.Module, name: str) -> Source:
     config = resolve_model_data_config(model)
     patch = getattr(getattr(model, "patch_embed", None), "patch_size", None)
     if patch is None or not hasattr(model, "forward_features"):
-        raise ValueError(f"timm:{name} is no supported ViT: it has no patches")
+        raise ValueError(f"timm:{name} is not a supported ViT: it has no patch embedding")
     return Source(
         model=model,
         features=partial(_features, patch=patch[0]),

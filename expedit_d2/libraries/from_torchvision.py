@@ -1,6 +1,6 @@
 """``torchvision:vit_l_16``, or weights, ``torchvision:ViT_L_16_Weights.IMAGENET1K_SWAG_E2E_V1``.
 
-Images are prepared as the weights' transforms say.
+Images are preprocessed by the transforms of the weights.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 from functools import partial
 
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 from torchvision import models
 from torchvision.models.vision_transformer import VisionTransformer, interpolate_embeddings
 
@@ -26,12 +26,11 @@ def load(name: str, size: tuple[int, int] | None, random_weights: bool) -> Sourc
     except (ValueError, KeyError) as error:
         raise ValueError(f"torchvision:{name}: {error}") from None
     preset = weights.transforms()
-    own = preset.crop_size[0]
     if size is not None and size[0] != size[1]:
         raise ValueError(
-            f"torchvision's ViT takes square images only, got --size {size[0]}x{size[1]}"
+            f"torchvision's ViT takes only square images, got --size {size[0]}x{size[1]}"
         )
-    side = own if size is None else size[0]
+    side = preset.crop_size[0] if size is None else size[0]
     model = models.get_model(builder, weights=None, image_size=side)
     if not random_weights:
         try:
@@ -39,7 +38,7 @@ def load(name: str, size: tuple[int, int] | None, random_weights: bool) -> Sourc
         except OSError as error:
             raise OSError(
                 f"torchvision:{name}: its weights cannot be downloaded ({error}); "
-                "--random-weights goes without"
+                "--random-weights needs none"
             ) from None
         model.load_state_dict(interpolate_embeddings(side, model.patch_size, state))
     return Source(
@@ -54,15 +53,8 @@ def load(name: str, size: tuple[int, int] | None, random_weights: bool) -> Sourc
 
 
 def _features(model: VisionTransformer, images: Tensor, patch: int) -> Tensor:
-    # It has no method that stops at the map: what the encoder puts out is looked at.
-    seen: list[Tensor] = []
-
-    def look(module: nn.Module, inputs: tuple, output: Tensor) -> None:
-        seen.append(output)
-
-    handle = model.encoder.register_forward_hook(look)
-    try:
+    # No method returns the tokens, so a hook on the encoder reads them.
+    outputs: list[Tensor] = []
+    with model.encoder.register_forward_hook(lambda *args: outputs.append(args[-1])):
         model(images)
-    finally:
-        handle.remove()
-    return drop_prefix(seen[0], images, patch)
+    return drop_prefix(outputs[0], images, patch)

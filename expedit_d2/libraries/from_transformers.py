@@ -1,6 +1,6 @@
-"""``hf:NAME``: what ``AutoModel`` makes of a name on the Hub, or of a folder.
+"""``hf:NAME``: the ``AutoModel`` of a name on the Hub or of a local folder.
 
-Images are prepared as its image processor says.
+Images are preprocessed as its image processor is configured.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ def load(name: str, size: tuple[int, int] | None, random_weights: bool) -> Sourc
     except (OSError, ValueError, ImportError) as error:
         why = str(error).strip().partition("\n")[0]
         raise OSError(
-            f"hf:{name} cannot be loaded ({why}); give a name that the Hub has, where it can be "
-            "reached, or the folder of a model saved by save_pretrained"
+            f"hf:{name} cannot be loaded ({why}); give the name of a model on the Hub, if that can "
+            "be reached, or a folder written by save_pretrained"
         ) from None
     patch = getattr(config, "patch_size", None)
     if not isinstance(patch, int):
-        raise ValueError(f"hf:{name}, a {type(model).__name__}, is no supported ViT")
+        raise ValueError(f"hf:{name}, a {type(model).__name__}, is not a supported ViT")
     processor = _processor(name)
     return Source(
         model=model,
@@ -49,12 +49,12 @@ def _processor(name: str) -> Any:
     try:
         return AutoImageProcessor.from_pretrained(name)
     except (OSError, ValueError, ImportError):
-        logger.warning("hf:%s has no image processor: taking ImageNet's mean and deviation", name)
+        logger.warning("hf:%s has no image processor: using ImageNet's mean and std", name)
         return None
 
 
 def _size(processor: Any) -> tuple[int, int] | None:
-    """(height, width) of what a processor makes; None if that depends on the image."""
+    """(height, width) that a processor resizes to; None if that depends on the image."""
     for attribute in ("crop_size", "size"):
         value = getattr(processor, attribute, None) or {}
         if "height" in value:
@@ -67,8 +67,8 @@ def _pair(value: int | tuple[int, int]) -> tuple[int, int]:
 
 
 def _features(model: nn.Module, images: Tensor, patch: int) -> Tensor:
-    # Some interpolate their positions only if asked to; the others always do.
-    asked = "interpolate_pos_encoding" in inspect.signature(model.forward).parameters
-    options = {"interpolate_pos_encoding": True} if asked else {}
+    # Some models interpolate positions only if this argument is set; the others always do.
+    has_argument = "interpolate_pos_encoding" in inspect.signature(model.forward).parameters
+    options = {"interpolate_pos_encoding": True} if has_argument else {}
     tokens = model(pixel_values=images, **options).last_hidden_state
     return tokens if tokens.dim() == 4 else drop_prefix(tokens, images, patch)

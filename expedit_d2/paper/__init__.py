@@ -1,10 +1,10 @@
-"""The tables of arXiv 2210.01035 that are ours to make: their figures next to ours.
+"""The reproducible tables of arXiv 2210.01035: published numbers next to ours.
 
-- ``tables``: the published rows, and the config that each one is; figures are in ``tables.json``.
+- ``tables``: the published rows with their configs; the numbers are in ``tables.json``.
 - ``rules``: how the published GFLOPs were counted.
 - ``counting``: GFLOPs of a row by that rule and by fvcore, on PyTorch's meta device.
 - ``speed``: measured speed-ups.
-- ``report``: results as text and as JSON.
+- ``report``: results as text and JSON.
 """
 
 from .counting import count_row

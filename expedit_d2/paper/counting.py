@@ -1,4 +1,4 @@
-"""GFLOPs of a row by both ways of counting, on PyTorch's meta device: no weights, no arithmetic."""
+"""GFLOPs of a row by both counts, on PyTorch's meta device: no weights, no arithmetic."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["count_row"]
 
 
 def count_row(table: Table, row: Row) -> Result:
-    """Count a row by the published rule and by fvcore; figures are 10⁹ FLOPs."""
+    """Count the GFLOPs of a row by the published rule and by fvcore."""
     model, inputs = table.build(row, "meta")
     with traceable():
         fvcore = count_flops(model, inputs).total

@@ -1,4 +1,4 @@
-"""What was found for a row, as a line of text and as an object of JSON."""
+"""Results of rows as text and JSON."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ __all__ = ["Result", "to_text", "write_json"]
 
 @dataclass(frozen=True)
 class Result:
-    """One row; its fields are those of the JSON.
+    """Result of one row, with the fields of the JSON.
 
     Attributes:
         model, dataset: as in `Table`.
         alpha, grid: as published; None for the plain model.
         gflops_published: as published.
-        gflops_published_rule: ours, counted as the published ones were.
-        gflops_fvcore: ours, by fvcore: every operator that costs, one FLOP a multiply-add.
-        speedup_published: ratio of the row's FPS to the plain model's.
-        speedup_measured: the same here; None where it was not measured.
+        gflops_published_rule: of our model, counted by the published rule.
+        gflops_fvcore: of our model, counted by fvcore.
+        speedup_published: published FPS relative to the plain model.
+        speedup_measured: measured speed-up; None if not measured.
     """
 
     model: str
@@ -41,12 +41,12 @@ class Result:
 
     @property
     def deviation(self) -> float:
-        """Of ours by the published rule from the published figure, relative."""
+        """Relative deviation of our count by the published rule from the published GFLOPs."""
         return self.gflops_published_rule / self.gflops_published - 1
 
 
 def write_json(results: Sequence[Result], path: Path) -> None:
-    """Write results as a list of objects; at no moment is there half a file."""
+    """Write results as a list of objects, atomically."""
     rows = [
         {k: round(v, 4) if isinstance(v, float) else v for k, v in asdict(result).items()}
         for result in results
@@ -64,7 +64,7 @@ HEAD = [
 
 
 def to_text(results: Sequence[Result], style: str = "github") -> str:
-    """Results as a table, ``style`` is one of tabulate's, and what the columns mean below it."""
+    """Results as a table in one of tabulate's styles, with explanations below."""
     lines = [
         [
             result.model,
@@ -83,13 +83,13 @@ def to_text(results: Sequence[Result], style: str = "github") -> str:
     align = ["left", "left", *["right"] * (len(HEAD) - 2)]
     table = tabulate(lines, HEAD, tablefmt=style, disable_numparse=True, colalign=align)
     notes = [
-        "Weights are random: neither GFLOPs nor speed depend on them, and nothing here is about "
+        "Weights are random, as GFLOPs and speed do not depend on them; this says nothing about "
         "accuracy.",
         "α and h × w are as published.",
-        "fvcore: one FLOP a multiply-add; every product, convolution, norm and interpolation, the "
-        "two operators as they run here and the decoder included; no softmax, GELU or sums.",
+        "fvcore: one FLOP per multiply-add; all products, convolutions, norms and interpolations, "
+        "including our two operators and the decoder; no softmax, GELU or sums.",
     ]
     for model in dict.fromkeys(result.model for result in results):
-        note = RULES[model].note if model in RULES else "fvcore's, of the backbone alone"
+        note = RULES[model].note if model in RULES else "that of fvcore, for the backbone only"
         notes.append(f"Published rule, {model}: {note}.")
     return "\n".join([table, "", *notes])

@@ -1,13 +1,13 @@
-"""How the published GFLOPs were counted: by hooks on layers, with a formula for the rest.
+"""How the published GFLOPs were counted: by hooks on layers, with formulas for the rest.
 
-A hook sees a module's input and output, so what runs outside of modules is not counted: residual
-sums, positions, interpolation, the products by which Segmenter's decoder makes masks. Attention has
-a formula in the encoder alone; of the decoder's, the linear layers count. The two operators have
-formulas that are not what they cost, here or there.
+A hook sees the input and output of a module, so operations outside of modules are not counted:
+residual sums, positions, interpolation, the mask products of Segmenter's decoder. Attention has a
+formula in the encoder only; in the decoder, its linear layers count. The formulas of the two
+operators differ from their actual cost, here and in the published code.
 
-Segmenter's rule is that of the counter its authors published, term by term. The counters of DPT and
-SWAG are not known: theirs are the simplest rules that meet all figures, DPT's with their
-differences to 0.2 GFLOPs, SWAG's all of them to 0.03 %.
+Segmenter's rule follows its authors' published counter, term by term. The counters of DPT and SWAG
+are unknown: their rules here are the simplest that reproduce all numbers, to 0.2 GFLOPs for DPT's
+differences and to 0.03 % for SWAG.
 
 Shorthand: B images, N tokens, M clusters, C channels, A attention heads.
 """
@@ -36,14 +36,14 @@ Cost = Callable[[tuple[Any, ...], Any], float]
 
 @dataclass(frozen=True)
 class Rule:
-    """One way of counting.
+    """A way of counting.
 
-    Every linear layer and convolution counts its multiply-adds, a convolution its bias as well;
-    the encoder's attention 2 N² C (both products) and N C (scaling the queries).
+    Linear layers and convolutions count their multiply-adds, convolutions also their biases; the
+    encoder's attention counts 2 N² C (both products) and N C (scaling the queries).
 
     Attributes:
-        operation: FLOPs of one operation; a multiply-add is one.
-        element: operations for each element of a norm, of a GELU, and of the A N² logits.
+        operation: FLOPs per operation; a multiply-add is one operation.
+        element: operations per element of norms, GELU, and the A N² logits.
         clustering, reconstruction: operations of the two operators.
         note: the rule in words.
     """
@@ -56,11 +56,11 @@ class Rule:
 
 
 def _local_clustering(n: int, m: int, c: int, s: Settings) -> float:
-    """Distances to the centroids of the window only, yet the means as a dense product.
+    """Distances to the centroids in the window only, but means as a dense product.
 
-    An iteration has, for each token and each centroid of its window, the distance (2 C), its
-    temperature (1) and the softmax (2); for each centroid the sum over all tokens (N C) and its
-    normalisation (C). Before the first one: the pooling (N C) and the window's mask, 2 (N + M).
+    An iteration counts, per token and centroid of its window, the distance (2 C), its temperature
+    (1) and the softmax (2); per centroid, the sum over all tokens (N C) and its normalisation (C).
+    Before the first one: the pooling (N C) and the mask of the window, 2 (N + M).
     """
     near = s.window**2
     each = near * (2 * n * c + 3 * n) + m * n * c + m * c
@@ -68,20 +68,20 @@ def _local_clustering(n: int, m: int, c: int, s: Settings) -> float:
 
 
 def _local_reconstruction(n: int, m: int, c: int, s: Settings) -> float:
-    """For each token and each of its neighbors the sum (C), the weight (2) and its division (1).
+    """Per token and neighbor the sum (C), the weight (2) and its division (1), without distances.
 
-    C is that of the tokens, also where class scores are rebuilt. Distances are left out.
+    C is the channels of the tokens, even if class scores are reconstructed.
     """
     return s.neighbors * (n * c + 3 * n)
 
 
-def _means_alone(n: int, m: int, c: int, s: Settings) -> float:
+def _means_only(n: int, m: int, c: int, s: Settings) -> float:
     """The product of affinities and tokens, in every iteration."""
     return s.iterations * m * n * c
 
 
 def _both_products(n: int, m: int, c: int, s: Settings) -> float:
-    """In every iteration the product of tokens and centroids, and that of affinities and tokens."""
+    """The products of tokens and centroids and of affinities and tokens, in every iteration."""
     return 2 * s.iterations * m * n * c
 
 
@@ -90,27 +90,27 @@ _SWAG = Rule(
     element=5,
     clustering=_both_products,
     reconstruction=lambda n, m, c, s: 0.0,
-    note="one FLOP a multiply-add; 5 for each element of a norm, GELU or softmax; of the two "
-    "operators only the dense products of an iteration, which are two",
+    note="one FLOP per multiply-add; 5 per element of norms, GELU and softmax; of the operators "
+    "only the two dense products of each iteration",
 )
 
-#: `Table.model` -> its rule; a model that is not here was counted by fvcore.
+#: `Table.model` -> its rule; other models were counted by fvcore.
 RULES = {
     "Segmenter": Rule(
         operation=1,
         element=2,
         clustering=_local_clustering,
         reconstruction=_local_reconstruction,
-        note="one FLOP a multiply-add; 2 for each element of a norm, GELU or softmax; without the "
-        "attention products and masks of the decoder; the two operators by a local formula",
+        note="one FLOP per multiply-add; 2 per element of norms, GELU, softmax; without attention "
+        "products and masks of the decoder; the two operators by a local formula",
     ),
     "DPT": Rule(
         operation=2,
         element=1,
-        clustering=_means_alone,
+        clustering=_means_only,
         reconstruction=lambda n, m, c, s: 0.0,
-        note="two FLOPs a multiply-add, and for each element of a norm, GELU or softmax; of the "
-        "two operators only the product of affinities and tokens",
+        note="two FLOPs per multiply-add and per element of norms, GELU and softmax; of the two "
+        "operators only the product of affinities and tokens",
     ),
     "SWAG ViT-L": _SWAG,
     "SWAG ViT-H": _SWAG,
@@ -118,7 +118,7 @@ RULES = {
 
 
 def _product(layer: nn.Linear | nn.Conv2d, out: Tensor) -> float:
-    """Multiply-adds of a layer with the output ``out``, and the bias of a convolution."""
+    """Multiply-adds of a layer with output ``out``, plus the bias of a convolution."""
     bias = isinstance(layer, nn.Conv2d) and layer.bias is not None
     return out.numel() * (layer.weight[0].numel() + bias)
 
@@ -130,13 +130,13 @@ def _attention(tokens: Tensor, heads: int, element: int) -> float:
 
 
 def _whole_attention(layer: nn.MultiheadAttention, tokens: Tensor, rule: Rule) -> float:
-    """The same with its linear layers, which PyTorch does not call as modules there."""
+    """Attention with its linear layers, which PyTorch does not call as modules here."""
     linear = 4 * tokens.numel() * layer.embed_dim
     return linear + _attention(tokens, layer.num_heads, rule.element)
 
 
 def _costs(model: nn.Module, rule: Rule) -> Iterator[tuple[nn.Module, Cost]]:
-    """The modules that count, and what a call of each one costs."""
+    """The modules that are counted, and the cost of a call of each."""
     blocks = find_transformer(model).blocks
     encoder = {id(block.attn) for block in blocks.children() if hasattr(block, "attn")}
     for module in model.modules():
@@ -162,13 +162,13 @@ def _costs(model: nn.Module, rule: Rule) -> Iterator[tuple[nn.Module, Cost]]:
 
 
 def count_published(model: nn.Module, inputs: Any, rule: Rule) -> float:
-    """FLOPs of one forward by a published rule.
+    """FLOPs of one forward pass by a published rule.
 
     Args:
-        model: with one plain ViT whose blocks have an ``attn`` or PyTorch's own, in evaluation
-            mode; expedited or not, on any device.
-        inputs: what ``model(inputs)`` takes.
-        rule: of `RULES`.
+        model: a model in evaluation mode with one plain ViT, expedited or not, on any device; its
+            blocks have an ``attn`` or PyTorch's multi-head attention.
+        inputs: input of the model.
+        rule: one of `RULES`.
 
     Raises:
         ValueError: if the model has no supported transformer.

@@ -1,4 +1,4 @@
-"""Speed-ups of a table's rows, measured in one interleaved run."""
+"""Interleaved timing of the rows of a table."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ def time_table(
     dtype: torch.dtype = torch.float32,
     progress: bool = True,
 ) -> list[Timing]:
-    """Time one forward of every row of a table, in turns; all of them share one set of weights.
+    """Time forward passes of all rows of a table, interleaved; they share their weights.
 
     Args:
-        table: the plain model comes first.
-        repeats: timed rounds, after one that is not.
+        table: the table.
+        repeats: timed rounds, after one warm-up.
         device: "cpu" or "cuda".
-        dtype: of the products, by autocast unless it is float32.
+        dtype: of autocast; float32 disables it.
         progress: show a progress bar.
 
     Returns:

@@ -1,4 +1,4 @@
-"""The published rows: figures as printed, and the config of ours that each one is."""
+"""The published rows: numbers as printed, and our config for each."""
 
 from __future__ import annotations
 
@@ -23,22 +23,22 @@ __all__ = ["Row", "Table", "load_tables", "select_tables"]
 
 HERE = Path(__file__).resolve().parent
 
-# As in configs/expedit/published.yaml, which is for models with windows besides.
+# As in configs/expedit/published.yaml, without its keys for windowed models.
 _PUBLISHED = {"iterations": 5, "window": 5, "neighbors": 20, "size_aware": False}
 
 
 @dataclass(frozen=True)
 class Row:
-    """One line of a published table.
+    """One row of a published table.
 
     Attributes:
-        alpha: as printed; what our configs call ALPHA, blocks run before clustering, is one more
+        alpha: as printed; ALPHA in our configs, the number of blocks before clustering, is one more
             for DPT and up to one less for Swin-L. None: the plain model.
-        grid: clusters (h, w) as printed, for Swin-L of a window. KITTI's 28 x 28 do not fit into
-            22 rows of tokens; the config has 14 x 56, as many.
-        gflops: as printed; `rules` says of what.
-        fps: as printed, of the authors' GPU: only ratios carry over.
-        config: path under ``projects``; "" where the model is torchvision's.
+        grid: clusters (h, w) as printed, of a window for Swin-L. KITTI's 28 x 28 exceed its 22 rows
+            of tokens; the config has 14 x 56, the same number.
+        gflops: as printed; see `rules`.
+        fps: as printed, on the authors' GPU; only ratios are comparable.
+        config: path under ``projects``; "" for models of torchvision.
     """
 
     alpha: int | None
@@ -50,17 +50,17 @@ class Row:
 
 @dataclass(frozen=True)
 class Table:
-    """A published table: the plain model's row, then those with Expedit.
+    """A published table: the row of the plain model, then those with Expedit.
 
     Attributes:
-        model, dataset: its name here.
-        section: its name there.
+        model, dataset: identify the table.
+        section: in the paper.
         backbone: of the model.
-        size: (height, width) in pixels of the image, or window, that is counted and timed.
-        backbone_alone: figures leave out what comes after the backbone.
-        opts: config overrides, as keys and values in turn.
-        rows: the lines.
-        torchvision: the model's name in `torchvision.models`; None where configs say what it is.
+        size: (height, width) in pixels of the image or window that is counted and timed.
+        backbone_alone: whether the numbers are of the backbone only.
+        opts: config overrides, alternating keys and values.
+        rows: the rows.
+        torchvision: name of the model in `torchvision.models`; None if configs define it.
     """
 
     model: str
@@ -82,13 +82,13 @@ class Table:
         return load_cfg(SHIPPED / "projects" / row.config, [*self.opts, "MODEL.DEVICE", device])
 
     def settings(self, row: Row, device: str) -> Settings | None:
-        """How a row is expedited; None for the plain model."""
+        """Settings of a row; None for a plain model of torchvision."""
         if self.torchvision is None:
             return Settings.from_node(self.cfg(row, device).MODEL.EXPEDIT)
         return None if row is self.plain else Settings(alpha=row.alpha, grid=row.grid, **_PUBLISHED)
 
     def build(self, row: Row, device: str) -> tuple[nn.Module, Any]:
-        """The model of a row with random weights, in evaluation mode, and one image for it."""
+        """The model of a row with random weights, in evaluation mode, and a random input."""
         if self.torchvision is not None:
             with torch.device(device):
                 model = torchvision.models.get_model(self.torchvision, image_size=self.size[0])
@@ -106,7 +106,7 @@ class Table:
 
 
 def load_tables() -> list[Table]:
-    """All tables, in the order in which they are printed."""
+    """All tables, in the order of output."""
     tables = []
     for entry in json.loads((HERE / "tables.json").read_text()):
         rows = tuple(
@@ -120,10 +120,10 @@ def load_tables() -> list[Table]:
 def select_tables(
     models: Sequence[str] | None = None, datasets: Sequence[str] | None = None
 ) -> list[Table]:
-    """The tables of some models and data sets; None: of all.
+    """The tables of the given models and data sets; None: all.
 
     Raises:
-        ValueError: for a name that no table has, or names that none has together.
+        ValueError: for an unknown name, or if no table has this combination.
     """
     tables = load_tables()
     for option, field, names in (
@@ -134,11 +134,11 @@ def select_tables(
         for name in names or ():
             if name not in known:
                 raise ValueError(f"{option} must be among {known}, got {name!r}")
-    chosen = [
+    selected = [
         table
         for table in tables
         if (not models or table.model in models) and (not datasets or table.dataset in datasets)
     ]
-    if not chosen:
-        raise ValueError(f"no table is of --models {models} and of --datasets {datasets}")
-    return chosen
+    if not selected:
+        raise ValueError(f"no table has --models {models} and --datasets {datasets}")
+    return selected

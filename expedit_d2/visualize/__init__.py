@@ -1,4 +1,4 @@
-"""Pictures: where the clusters lie, predictions, and predictions side by side."""
+"""Visualisation of clusters and predictions, and predictions side by side."""
 
 from ..predictions.depth import colorize_depth, draw_depth
 from ..predictions.drawing import draw_difference

@@ -1,4 +1,4 @@
-"""Where the clusters of an image lie, whichever method made them."""
+"""Cluster maps of any method."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ __all__ = ["Reduction", "cluster_labels", "draw_clusters", "record_reductions"]
 
 
 class Reduction(NamedTuple):
-    """What one reduction left.
+    """Result of one reduction.
 
     Attributes:
-        method: whose ``rebuild`` takes the record.
-        tokens: the reduced ones.
-        record: of the reduction.
+        method: the method, whose ``rebuild`` takes the record.
+        tokens: the reduced tokens.
+        record: what reconstruction needs.
     """
 
     method: nn.Module
@@ -35,9 +35,9 @@ class Reduction(NamedTuple):
 
 @contextmanager
 def record_reductions(blocks: ExpeditedBlocks) -> Iterator[list[Reduction]]:
-    """Collect every reduction of the forwards run inside, in order.
+    """Record all reductions of the forward passes inside the context, in order.
 
-    A forward that runs the blocks once leaves one for each of ``blocks.methods``.
+    Each pass through the blocks adds one for each of ``blocks.methods``.
     """
     reductions: list[Reduction] = []
 
@@ -56,11 +56,11 @@ def record_reductions(blocks: ExpeditedBlocks) -> Iterator[list[Reduction]]:
 
 @torch.no_grad()
 def cluster_labels(reductions: Sequence[Reduction]) -> Tensor:
-    """The cluster that each token is rebuilt from, or most of it where there are several.
+    """The cluster with the largest weight in the reconstruction of each token.
 
     Args:
-        reductions: of one run through the blocks, in order; each starts from what the one before
-            it has left.
+        reductions: of one pass through the blocks, in order; each reduces the tokens of the
+            previous one.
 
     Returns:
         (B, H, W) long, index of the cluster after the last reduction.
@@ -68,7 +68,7 @@ def cluster_labels(reductions: Sequence[Reduction]) -> Tensor:
     final = reductions[-1].tokens.features
     batch, *shape, _ = shape_of(final)
     count = prod(shape)
-    # One-hot clusters, rebuilt, are the share that each cluster has in each token.
+    # Reconstructing one-hot clusters gives the weight of each cluster in each token.
     shares = torch.eye(count, device=final.device).view(1, *shape, count)
     shares = shares.expand(batch, *shares.shape[1:])
     for method, _, record in reversed(reductions):
@@ -77,7 +77,7 @@ def cluster_labels(reductions: Sequence[Reduction]) -> Tensor:
 
 
 def draw_clusters(image: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Cluster boundaries over an image: where neighbouring tokens are not in the same cluster.
+    """Draw cluster boundaries on an image, between neighbouring tokens of different clusters.
 
     Args:
         image: (height, width, 3) uint8 RGB.

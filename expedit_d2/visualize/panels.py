@@ -1,4 +1,4 @@
-"""Plain and expedited predictions side by side, and pages of such panels."""
+"""Plain and expedited predictions side by side."""
 
 from __future__ import annotations
 
@@ -24,27 +24,26 @@ from .clusters import cluster_labels, draw_clusters, record_reductions
 
 __all__ = ["save_panels", "side_by_side"]
 
-matplotlib.use("Agg")  # only files are written
+matplotlib.use("Agg")  # needs no display
 
 
 @torch.no_grad()
 def side_by_side(
     model: nn.Module, settings: Settings, item: dict, metadata: Metadata, color_format: str
 ) -> list[dict[str, np.ndarray]]:
-    """Run a plain model without and with token reduction on an image, and draw all its outputs.
+    """Run a model on an image without and with token reduction, and draw all outputs.
 
     Args:
-        model: a plain Detectron2 model in evaluation mode; it is left as it was.
-        settings: of any method.
+        model: a plain Detectron2 model in evaluation mode; it is restored afterwards.
+        settings: settings of any method.
         item: Detectron2's input: ``image`` (3, height, width) and the size of the output.
         metadata: of the data set, for names and colours.
         color_format: of the image, ``INPUT.FORMAT``.
 
     Returns:
-        for each kind of output one row of panels, title to uint8 RGB: the image, the clusters'
-        borders over what the transformer saw of it (with padding; where the model slides a window,
-        the first place of that), the plain prediction, the one with reduced tokens, and where they
-        differ.
+        One row of panels per kind of output, uint8 RGB by title: the image; cluster boundaries on
+        the transformer's input (padded; the first window of models with sliding windows); the plain
+        prediction; the expedited one; and their difference.
 
     Raises:
         ValueError: for settings that reduce nothing.
@@ -82,8 +81,7 @@ def side_by_side(
 
 @contextmanager
 def _seen_pixels(model: nn.Module) -> Iterator[list[Tensor]]:
-    """What a transformer's first convolution is given in the forwards run inside: (3, H, W) each,
-    of the first image, with the normalisation undone."""
+    """Record the transformer's unnormalised input (3, H, W), for the first image of each batch."""
     seen: list[Tensor] = []
 
     def keep(_: nn.Module, args: tuple[Tensor, ...]) -> None:
@@ -96,7 +94,7 @@ def _seen_pixels(model: nn.Module) -> Iterator[list[Tensor]]:
 
 
 def _drawable(pixels: Tensor, color_format: str, large: bool = True) -> np.ndarray:
-    """Pixels (3, H, W) as uint8 RGB (H, W, 3), a small image enlarged as for predictions."""
+    """Pixels (3, H, W) as uint8 RGB (H, W, 3), with small images enlarged as for predictions."""
     pixels = enlarge(pixels) if large else pixels
     pixels = pixels.float().round().clamp(0, 255).permute(1, 2, 0)
     return convert_image_to_rgb(pixels, color_format).astype(np.uint8)
@@ -109,11 +107,11 @@ def _resize(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 
 def save_panels(rows: list[Mapping[str, np.ndarray]], path: str | Path) -> None:
-    """Write a picture with one row of titled panels for each image.
+    """Save a figure with one row of titled panels per image.
 
     Args:
-        rows: for each image, title to (height, width, 3) uint8 RGB.
-        path: of the file; its folder is made if missing.
+        rows: for each image, (height, width, 3) uint8 RGB panels by title.
+        path: of the file; missing folders are created.
     """
     columns = max(len(row) for row in rows)
     shape = next(iter(rows[0].values())).shape

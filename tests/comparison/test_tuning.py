@@ -311,7 +311,7 @@ def test_tool_finds_a_setting_that_train_net_runs(segmenter_opts, tmp_path, caps
     options += ["--output", str(output)]
     tool.run([*options, "--agreement", "70", "--", *segmenter_opts])
     printed = capsys.readouterr().out
-    assert "For agreement at least 70 %: " in printed and "On everything" in printed
+    assert "For agreement at least 70 %: " in printed and "On all images" in printed
     confirmed = Comparison.from_json((output / "small_segmenter.json").read_text())
     sweep = Comparison.from_json((output / "small_segmenter_sweep.json").read_text())
     assert len(sweep.rows) == 1 + len(FEW) and sweep.images == 2 and confirmed.images == 4
@@ -327,7 +327,7 @@ def test_tool_finds_a_setting_that_train_net_runs(segmenter_opts, tmp_path, caps
     with pytest.raises(SystemExit) as stopped:
         tool.run([*options, "--agreement", "100", "--", *segmenter_opts])
     assert stopped.value.code == 1
-    assert "No setting was found for agreement at least 100 %." in capsys.readouterr().out
+    assert "Found no setting for agreement at least 100 %." in capsys.readouterr().out
     with pytest.raises(SystemExit, match="tune.py: there is no target"):
         tool.run(options)
     with pytest.raises(

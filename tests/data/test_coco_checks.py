@@ -21,10 +21,13 @@ pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("cat
 
 
 BROKEN = {
-    "unknown image": (put("image_id", 99), "annotation 2 of image 99 is of an image that is not"),
+    "unknown image": (
+        put("image_id", 99),
+        "annotation 2 of image 99 belongs to an image that is not",
+    ),
     "image id twice": (put("id", 1, "images"), "two of its images have the id 1"),
     "category id twice": (put("id", 5, "categories"), "two of its categories have the id 5"),
-    "annotation id twice": (put("id", 1), "annotation 1 of image 2 has the id of another one"),
+    "annotation id twice": (put("id", 1), "annotation 1 of image 2 has the same id as another"),
     "unknown category": (put("category_id", 77), "annotation 2 of image 2 has category_id 77"),
     "negative box": (put("bbox", [2, 3, -10, 6]), r"a box of negative size, \[2, 3, -10, 6\]"),
     "three numbers": (put("bbox", [2, 3, 10]), r"the box \[2, 3, 10\], which must be four"),
@@ -33,11 +36,11 @@ BROKEN = {
     "no box": (lambda c: c["annotations"][1].pop("bbox"), "annotation number 1 is malformed"),
     "odd polygon": (put("segmentation", [[1, 2, 3, 4, 5, 6, 7]]), "a polygon of 7 numbers"),
     "two points": (put("segmentation", [[1, 2, 3, 4]]), "a polygon of 4 numbers"),
-    "far away": (put("segmentation", [[1, 2, 3, 4, 1e9, 6]]), "a point far from every image"),
+    "far away": (put("segmentation", [[1, 2, 3, 4, 1e9, 6]]), "a point far outside"),
     "ignored": (put("ignore", 1), "a true 'ignore'"),
     "mask of another size": (
         put("segmentation", compressed(box_mask(30, 20))),
-        r"a mask of \(30, 20\), but its image is of \(20, 30\)",
+        r"a mask of \(30, 20\), but its image has \(20, 30\)",
     ),
     "counts too short": (
         put("segmentation", {"size": [20, 30], "counts": [5, 5]}),
@@ -57,7 +60,7 @@ BROKEN = {
     ),
     "code of text": (
         put("segmentation", {"size": [20, 30], "counts": "no code at all"}),
-        "its string is no code",
+        "its string is not pycocotools",
     ),
     "code of huge runs": (
         put("segmentation", {"size": [20, 30], "counts": "oooooo?oooooo?"}),
@@ -67,11 +70,14 @@ BROKEN = {
         lambda c: c["images"][1].pop("height"),
         "number 1 of its images has no 'height'",
     ),
-    "no annotation at all": (lambda c: c.update(annotations=None), "its annotations are no list"),
+    "no annotation at all": (
+        lambda c: c.update(annotations=None),
+        "its annotations are not a list",
+    ),
     "wrong size": (put("width", 40, "images", 2), r"3\.png has 20 x 30 pixels.*are for 20 x 40"),
     "missing images": (
         lambda c: [image.update(file_name=f"x{i}.png") for i, image in enumerate(c["images"]) if i],
-        r"2 of its 3 images are not in .*, x1\.png for one",
+        r"2 of its 3 images are not in .*, such as x1\.png",
     ),
 }
 

@@ -255,7 +255,19 @@ def test_a_complete_set_is_not_written_again(tmp_path, monkeypatch):
     assert write_collage(tmp_path, COUNTS, SIZE) == folder
 
 
-def test_a_run_that_breaks_off_leaves_nothing(tmp_path, monkeypatch):
+def test_a_split_is_written_without_the_other(tmp_path):
+    folder = write_collage(tmp_path, COUNTS, SIZE, splits=["val"])
+    names = sorted(path.name for path in folder.iterdir())
+    assert names == ["annotations", "depth_val", "info.json", "panoptic_val", "semantic_val", "val"]
+    (folder / "depth_train").mkdir()  # of a run that was interrupted while moving its files
+    write_collage(tmp_path, COUNTS, SIZE)
+    both = write_collage(tmp_path / "both", COUNTS, SIZE)
+    for path in both.rglob("*.*"):
+        assert (folder / path.relative_to(both)).read_bytes() == path.read_bytes()
+    assert list(tmp_path.iterdir()) in ([folder, both.parent], [both.parent, folder])
+
+
+def test_an_interrupted_run_leaves_whole_splits_only(tmp_path, monkeypatch):
     def fail(split, index, size):
         if split == "val":
             raise KeyboardInterrupt
@@ -264,7 +276,10 @@ def test_a_run_that_breaks_off_leaves_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(write, "make_scene", fail)
     with pytest.raises(KeyboardInterrupt):
         write_collage(tmp_path, COUNTS, SIZE)
-    assert list(tmp_path.iterdir()) == []
+    (folder,) = tmp_path.iterdir()
+    assert not list(folder.rglob("*val*"))
+    monkeypatch.undo()
+    assert len(list(write_collage(tmp_path, COUNTS, SIZE).rglob("*.png"))) == 4 * 4
 
 
 def test_writers_at_the_same_time_leave_one_whole_set(tmp_path):
@@ -280,7 +295,7 @@ def test_a_foreign_folder_is_left_alone(tmp_path):
     folder = collage.collage_folder(tmp_path, COUNTS, SIZE)
     folder.mkdir()
     (folder / "mine.txt").write_text("keep")
-    with pytest.raises(FileExistsError, match="no complete collage data set"):
+    with pytest.raises(FileExistsError, match="is not a collage data set"):
         write_collage(tmp_path, COUNTS, SIZE)
     assert (folder / "mine.txt").read_text() == "keep"
 

@@ -33,7 +33,7 @@ BROKEN_LABELS = {
     "text": (lambda file: file.write_text("hello"), r"1\.png cannot be read as an image"),
     "colours": (
         lambda file: Image.new("RGB", (32, 24)).save(file),
-        r"1\.png has colours \(RGB\), where pixels must be class ids",
+        r"1\.png has colours \(mode RGB\), but its pixels must be class ids",
     ),
     "another size": (
         lambda file: Image.new("L", (24, 32)).save(file),
@@ -155,11 +155,11 @@ def test_an_unreadable_image_is_named_or_skipped(
     expedit = ["MODEL.EXPEDIT.ALPHA", "1", "MODEL.EXPEDIT.RATIO", "0.5"]
     output = tmp_path / "pictures"
     draw.run(["--images", str(file.parent), "--output", str(output), *arguments, *expedit])
-    assert f"3 pictures in {output}, 1 left out" in capsys.readouterr().out
-    assert f"left out: {file} " in caplog.text
+    assert f"3 pictures in {output}, 1 skipped" in capsys.readouterr().out
+    assert f"skipped: {file} " in caplog.text
     assert len(list(output.iterdir())) == 3
     name = register_images(str(file.parent))
-    assert len(DatasetCatalog.get(name)) == 3 and name.endswith(", 1 unreadable left out)")
+    assert len(DatasetCatalog.get(name)) == 3 and name.endswith(", 1 unreadable skipped)")
     assert len(DatasetCatalog.get(register_images(str(file.parent), limit=2))) == 2
     file.write_bytes(good)
     assert len(DatasetCatalog.get(register_images(str(file.parent)))) == 4
@@ -205,5 +205,5 @@ def test_defects_of_a_mapper_stay_defects(tmp_path):
     record = {"file_name": str(tmp_path / "a.png")}
     with pytest.raises(KeyError, match="nothing"):
         CheckedMapper(lambda record: record["nothing"])(record)
-    with pytest.raises(DataError, match="there is no file .*b.png"):
+    with pytest.raises(DataError, match="the file .*b.png does not exist"):
         CheckedMapper(lambda record: record)({"file_name": str(tmp_path / "b.png")})

@@ -50,10 +50,10 @@ class Broken(Dataset):
     ("action", "words"),
     [
         (lambda: TokenClustering(grid=(0, 3)), ["grid", "(0, 3)"]),
-        (lambda: open("/no/such/file"), ["'/no/such/file'", "no such file", "give a path"]),
+        (lambda: open("/no/such/file"), ["'/no/such/file'", "no such file", "give an existing"]),
         (lambda: open("/"), ["'/'", "is a directory", "give a file"]),
         (lambda: Image.open(__file__), ["cannot identify image file", "test_errors.py"]),
-        (lambda: yaml.safe_load("a: [1,"), ["line 1", "not YAML"]),
+        (lambda: yaml.safe_load("a: [1,"), ["line 1", "invalid YAML"]),
         (
             lambda: BACKBONE_REGISTRY.get("build_resnet"),
             ["MODEL.BACKBONE.NAME", "resnet_backbone?"],
@@ -123,8 +123,8 @@ def test_one_sentence_and_status(capsys, monkeypatch):
 
 TOOLS = {
     "train_net": (["--config-file", VITDET], "no checkpoint"),
-    "compare": ([], "the same command goes on"),
-    "tune": (["--keep", "99"], "the same command goes on"),
+    "compare": ([], "the same command resumes"),
+    "tune": (["--keep", "99"], "the same command resumes"),
     "draw": (["--config-file", VITDET, "--output", "some/folder"], "some/folder"),
     "demo": (["--output", "some/folder"], "some/folder"),
     "export": (["--config-file", VITDET, "--output", "x.onnx"], "nothing was written"),

@@ -143,7 +143,7 @@ def test_the_tool_says_so_and_keeps_the_table(confident_opts, monkeypatch, tmp_p
     with pytest.raises(SystemExit) as stopped:
         load_tool("compare").run(options)
     assert stopped.value.code == 130
-    assert "the same command goes on" in capsys.readouterr().err
+    assert "the same command resumes" in capsys.readouterr().err
     stored = Comparison.from_json((tmp_path / "vitdet.json").read_text())
     assert stored.unfinished == ["half"]
 
@@ -159,5 +159,5 @@ def test_ctrl_c_while_drawing_keeps_the_report(confident_opts, monkeypatch, tmp_
     options = ["--config-file", VITDET, "--timed", "0", "--first", "1", "--output", str(tmp_path)]
     with pytest.raises(SystemExit) as stopped:
         tool.run([*options, "--setting", "alpha=1 ratio=0.5", "--", *confident_opts])
-    assert stopped.value.code == 130 and "All of it" in capsys.readouterr().out
+    assert stopped.value.code == 130 and "Saved to" in capsys.readouterr().out
     assert "<svg" in (tmp_path / "vitdet.html").read_text()

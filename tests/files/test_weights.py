@@ -23,16 +23,16 @@ def test_files_that_are_no_weights(tiny_opts, tmp_path):
     good = (tmp_path / "weights.pth").read_bytes()
     bad = tmp_path / "bad.pth"
     for content, words in (
-        (b"", "is no file of weights, or is damaged (it has 0 bytes)"),
-        (b"some text\n", "is no file of weights, or is damaged ("),
-        (good[: len(good) // 2], "is no file of weights, or is damaged ("),
-        (pickle.dumps({"model": 1}), "is no file of weights, or is damaged ("),
+        (b"", "is not a checkpoint, or is damaged (it has 0 bytes)"),
+        (b"some text\n", "is not a checkpoint, or is damaged ("),
+        (good[: len(good) // 2], "is not a checkpoint, or is damaged ("),
+        (pickle.dumps({"model": 1}), "is not a checkpoint, or is damaged ("),
     ):
         bad.write_bytes(content)
         message = fails([*tiny_opts, "MODEL.WEIGHTS", str(bad)])
         assert f"MODEL.WEIGHTS {str(bad)!r} {words}" in message, message
     for content, words in (
-        ([torch.zeros(1)], "must hold weights by name, got a list"),
+        ([torch.zeros(1)], "must contain weights by name, got a list"),
         ({}, "but it is empty"),
         ({"model": {}}, "but it is empty"),
         ({"model": {"a": 1}}, "but 'a' is a int"),
@@ -59,7 +59,7 @@ def test_flipped_bytes_are_noticed(tiny_opts, tmp_path):
     path.write_bytes(content)
     assert torch.load(path)  # PyTorch does not mind
     message = fails(tiny_opts)
-    assert f"MODEL.WEIGHTS {str(path)!r} is no file of weights, or is damaged" in message
+    assert f"MODEL.WEIGHTS {str(path)!r} is not a checkpoint, or is damaged" in message
 
 
 def test_archives_without_checksums_load(tmp_path):

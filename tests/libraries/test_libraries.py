@@ -148,8 +148,8 @@ def test_segment_anything(sam_file, tmp_path):
         ("dinov2", None, False, "hf: and a name"),
         ("tf:resnet", None, False, "hf: and a name"),
         ("timm:vit_smal_patch16_224", None, True, "did you mean"),
-        ("timm:test_vit", (60, 64), True, "multiples of the patch"),
-        ("timm:resnet18", None, True, "no supported ViT"),
+        ("timm:test_vit", (60, 64), True, "multiple of the patch size"),
+        ("timm:resnet18", None, True, "not a supported ViT"),
         ("torchvision:vit_b_61", None, True, "did you mean vit_b_16"),
         ("torchvision:vit_b_16", (64, 96), True, "square"),
         ("sam:vit_x", None, True, "one of ['vit_b'"),
@@ -168,7 +168,7 @@ def test_files_that_are_not_there(tmp_path, monkeypatch):
             load_feature_model(source)
         assert "\n" not in str(error.value)
     torch.save({"model": {"a": torch.zeros(1)}}, tmp_path / "other.pth")
-    with pytest.raises(ValueError, match="no checkpoint of segment-anything"):
+    with pytest.raises(ValueError, match="not a checkpoint of segment-anything"):
         load_feature_model(f"sam:{tmp_path / 'other.pth'}")
 
 
@@ -232,17 +232,17 @@ def test_compare_and_tune(hf_folder, tmp_path, capsys, monkeypatch):
     assert {path.suffix for path in output.glob("hf*")} == {".json", ".md", ".csv", ".html"}
     monkeypatch.setattr(tune, "candidates", lambda spec: {"half": Settings(budget=0.5)})
     main(["tune", *model[:2], "--output", str(tmp_path / "t"), *quick, "--agreement", "1"])
-    assert "To be given to `expedite`" in capsys.readouterr().out
+    assert "Use it with `expedite`" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["--size", "64x64"], "goes with --model"),
-        (["--random-weights"], "goes with --model"),
+        (["--size", "64x64"], "needs --model"),
+        (["--random-weights"], "needs --model"),
         (
             ["--model", "timm:test_vit", "--random-weights", "MODEL.WEIGHTS", "x"],
-            "--model has none",
+            "--model has no config",
         ),
         (["--model", "timm:test_vit", "--config-file", "x.yaml"], "not allowed with"),
     ],

@@ -112,7 +112,7 @@ def test_interruption_is_told_and_ends_with_130(tiny_opts, output, monkeypatch, 
             run(output, *options, opts=tiny_opts)
     assert stopped.value.code == 130
     printed = capsys.readouterr()
-    assert "the same command goes on" in printed.err and "Not finished: alpha=1" in printed.out
+    assert "the same command resumes" in printed.err and "Not finished: alpha=1" in printed.out
     stored = Comparison.from_json((output / "vitdet.json").read_text())
     assert [row.name for row in stored.rows] == ["plain"]
     run(output, *options, opts=tiny_opts)
@@ -192,7 +192,7 @@ def test_slim_checkpoint_keeps_the_weights_and_overwrites_nothing(tmp_path):
     kept = torch.load(target)
     assert set(kept) == {"model"} and kept["model"]["weight"].dtype == torch.float16
     torch.testing.assert_close(kept["model"]["weight"].float(), model.weight, atol=1e-3, rtol=1e-3)
-    with pytest.raises(SystemExit, match="is there already"):
+    with pytest.raises(SystemExit, match="already exists"):
         slim.run([source, target])
     with pytest.raises(SystemExit, match="there is no file"):
         slim.run([str(tmp_path / "none.pth"), str(tmp_path / "other.pth")])

@@ -46,8 +46,8 @@ def test_draw(config, tiny_data, tmp_path, capsys, caplog):
     (photos / "bad.jpg").write_bytes(b"no image")
     draw.run(["--output", str(output), *config, *EXPEDIT, "--images", str(photos)])
     out = capsys.readouterr().out
-    assert (output / "000_good.png").is_file() and f"1 pictures in {output}, 1 left out" in out
-    assert "left out: " in caplog.text and "bad.jpg" in caplog.text
+    assert (output / "000_good.png").is_file() and f"1 pictures in {output}, 1 skipped" in out
+    assert "skipped: " in caplog.text and "bad.jpg" in caplog.text
     (photos / "good.jpg").unlink()
     with pytest.raises(SystemExit, match="no image at .* can be read: .*bad.jpg"):
         draw.run(["--output", str(output), *config, *EXPEDIT, "--images", str(photos)])

@@ -1,15 +1,15 @@
-"""The embedded labelled data set "collage": small scenes with exact labels, made by this package.
+"""The embedded labelled data set "collage": small scenes with exact labels, rendered locally.
 
-A scene is a ground plane (grass or gravel) under a backdrop (a brick wall or the sky), with three
-to eight silhouettes (disk, square, triangle, star, ring, cross) standing on the ground or hanging
-in the air. All texture is photographic. Every label is exact because the scene is rendered from
-it: visible instance masks, panoptic ids, semantic classes and metric depth.
+A scene has a ground plane (grass or gravel), a backdrop (a brick wall or the sky), and three to
+eight silhouettes (disk, square, triangle, star, ring, cross) that stand on the ground or hang in
+the air. All textures are photographs. Labels are exact as scenes are rendered: visible instance
+masks, panoptic ids, semantic classes and metric depth.
 
-The photographs are those that the scikit-image wheel itself carries; nothing is downloaded. Only
-pictures that scikit-image documents as CC0, public domain or without known restrictions are used:
+The photographs are part of the scikit-image wheel; nothing is downloaded. Only photographs that
+scikit-image documents as CC0, public domain or without known restrictions are used:
 
 =====================  =======================================  =====================
-file                   what, by whom                            licence
+file                   subject, source                          licence
 =====================  =======================================  =====================
 astronaut.png          Eileen Collins, NASA                     public domain
 brick.png              brick wall, CC0Textures "Bricks25"       CC0
@@ -26,8 +26,8 @@ retina.jpg             fundus, Mikael Häggström                 CC0
 rocket.jpg             launch of DSCOVR, SpaceX                 public domain
 =====================  =======================================  =====================
 
-The two splits never show the same piece of a photograph: training scenes take their texture from
-the left 65 % of every picture, validation scenes from the rest.
+The two splits share no part of a photograph: textures of training scenes come from the left 65 % of
+each, those of validation scenes from the rest.
 
 Shapes: H, W are the image height and width in pixels; lengths are metres unless named pixels.
 """

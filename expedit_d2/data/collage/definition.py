@@ -1,6 +1,6 @@
-"""What the data set is: its version, classes, splits, sizes and units."""
+"""Definition of the data set: version, classes, splits, sizes and units."""
 
-#: Raise whenever a scene of the same (split, index) would look different: it names the folder.
+#: To be raised when the scene of a (split, index) changes; part of the folder's name.
 VERSION = 2
 
 THING_CLASSES = ("disk", "square", "triangle", "star", "ring", "cross")
@@ -26,7 +26,7 @@ LARGE_COUNTS = {"train": 1200, "val": 200}
 LARGE_SIZE = (448, 448)
 LABEL_DIVISOR = 1000  # panoptic id = COCO category id * LABEL_DIVISOR + number in the image
 DEPTH_SCALE = 1000  # depth PNG values per metre
-MIN_SIDE = 64  # pixels, of an image
+MIN_SIDE = 64  # smallest image side in pixels
 
 
 def categories() -> list[dict]:

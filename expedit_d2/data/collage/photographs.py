@@ -1,4 +1,4 @@
-"""The photographs that all texture comes from, and bilinear samples of them."""
+"""The photographs that textures come from, and bilinear sampling."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def _split_part(photo: np.ndarray, split: str) -> np.ndarray:
 
 
 def _halve(texture: np.ndarray) -> np.ndarray:
-    """Averages 2 x 2 texels; by hand so that no library version can change the bytes."""
+    """Average 2 x 2 texels, in NumPy so that the result does not depend on library versions."""
     h, w = texture.shape[0] // 2 * 2, texture.shape[1] // 2 * 2
     t = texture[:h, :w]
     return (t[::2, ::2] + t[1::2, ::2] + t[::2, 1::2] + t[1::2, 1::2]) / np.float32(4)
@@ -65,13 +65,13 @@ def _pyramid(texture: np.ndarray, levels: int) -> list[np.ndarray]:
 
 @lru_cache(maxsize=len(SPLITS))
 def load_photos(split: str) -> list[list[np.ndarray]]:
-    """Pyramids of float32 [h, w, 3] in 0..1, one a photograph."""
+    """Pyramids of float32 [h, w, 3] in 0..1, one per photograph."""
     pyramids = []
     for name in _PHOTOS:
         with Image.open(_photo_path(name)) as photo:
             pixels = np.asarray(photo.convert("RGB"), dtype=np.float32) / np.float32(255)
         part = _split_part(pixels, split)
-        if max(pixels.shape) > 1024:  # a crop of a huge photograph would show no structure
+        if max(pixels.shape) > 1024:  # crops of a large photograph would show little structure
             part = _halve(part)
         pyramids.append(_pyramid(part, 4))
     return pyramids
@@ -79,7 +79,7 @@ def load_photos(split: str) -> list[list[np.ndarray]]:
 
 @lru_cache(maxsize=len(SPLITS))
 def load_materials(split: str) -> dict[str, list[np.ndarray]]:
-    """Pyramids of grey float32 [h, w] with mean 0 and deviation 1 at the finest level."""
+    """Pyramids of grey float32 [h, w] with mean 0 and standard deviation 1 at the finest level."""
     pyramids = {}
     for name, file in _MATERIALS.items():
         with Image.open(_photo_path(file)) as photo:
@@ -92,7 +92,7 @@ def load_materials(split: str) -> dict[str, list[np.ndarray]]:
 
 
 def _mirror(index: np.ndarray, length: int) -> np.ndarray:
-    """Folds any integer index into 0..length-1, reflecting at both ends."""
+    """Fold any integer index into 0..length-1 by reflection at both ends."""
     index = index % (2 * length)
     return np.minimum(index, 2 * length - 1 - index)
 
@@ -119,6 +119,6 @@ def sample(texture: np.ndarray, rows: np.ndarray, cols: np.ndarray) -> np.ndarra
 def sample_pyramid(
     pyramid: list[np.ndarray], rows: np.ndarray, cols: np.ndarray, stride: float
 ) -> np.ndarray:
-    """Samples the level whose texels are about as far apart as the samples (stride texels)."""
+    """Sample the level whose texel spacing is closest to that of the samples (stride texels)."""
     level = int(np.clip(round(np.log2(max(stride, 1e-6))), 0, len(pyramid) - 1))
     return sample(pyramid[level], rows / 2**level, cols / 2**level)

@@ -1,7 +1,7 @@
-"""Registers the embedded data set "collage" with Detectron2.
+"""Register the embedded data set "collage" with Detectron2.
 
 ``register_collage()`` adds ``collage_train`` and ``collage_val``, and ``collage_448_train`` and
-``collage_448_val``; nothing is written before one of them is first read.
+``collage_448_val``; each is written when it is first read.
 """
 
 from __future__ import annotations
@@ -9,7 +9,9 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import load_coco_json
@@ -20,7 +22,7 @@ from .write import collage_folder, write_collage
 
 
 def _collage_metadata(folder: Path, split: str) -> dict:
-    """Metadata that Detectron2's COCO, panoptic and semantic evaluators all accept."""
+    """Metadata for Detectron2's COCO, panoptic and semantic evaluators."""
     annotations = folder / "annotations"
     return {
         **class_metadata(categories()),
@@ -36,7 +38,7 @@ def _collage_metadata(folder: Path, split: str) -> dict:
 
 
 def _load_collage(name: str) -> list[dict]:
-    """Dataset dicts from the files that the metadata of ``name`` names."""
+    """Dataset dicts from the files in the metadata of ``name``."""
     meta = MetadataCatalog.get(name)
     records = load_coco_json(meta.json_file, meta.image_root, name)
     panoptic = json.loads(Path(meta.panoptic_json).read_text())["annotations"]
@@ -56,24 +58,24 @@ def register_collage(
     size: tuple[int, int] | None = None,
     name: str = "collage",
 ) -> None:
-    """Registers ``<name>_train`` and ``<name>_val``; again is harmless.
+    """Register ``<name>_train`` and ``<name>_val``; repeated calls have no effect.
 
-    Without arguments ``collage_448_train`` and ``collage_448_val`` as well: the same scenes at
-    448 x 448 pixels, 1200 and 200 of them.
+    Without arguments, also ``collage_448_train`` and ``collage_448_val``: the same scenes at 448 x
+    448 pixels, 1200 and 200 of them.
 
-    The files are written when a data set is first read (``DatasetCatalog.get``), not here. Each
-    record has an image's annotations (run-length masks: set ``INPUT.MASK_FORMAT`` to "bitmask"),
-    ``sem_seg_file_name``, ``pan_seg_file_name``, ``segments_info`` and ``depth_file_name``
-    (16-bit PNG, ``depth_scale`` of the metadata to the metre).
+    The files of a split are written when it is first read (``DatasetCatalog.get``). Records have
+    ``annotations`` (run-length masks: set ``INPUT.MASK_FORMAT`` to "bitmask"),
+    ``sem_seg_file_name``, ``pan_seg_file_name``, ``segments_info`` and ``depth_file_name`` (16-bit
+    PNG, in units of 1 / ``depth_scale`` metres, see the metadata).
 
     Args:
         root: the folder of all data sets; default ``$DETECTRON2_DATASETS`` or ``datasets``.
         counts: number of scenes of "train" and "val"; default 2000 and 200.
         size: (height, width) in pixels; default 256 x 256.
-        name: prefix of the two names; another one for another root, counts or size.
+        name: prefix of the two names; must be unique for each root, counts and size.
 
     Raises:
-        ValueError: when arguments are given and the names already stand for another folder.
+        ValueError: if arguments are given and the names are registered for another folder.
     """
     given = not (root is None and counts is None and size is None)
     if not given and name == "collage":
@@ -88,14 +90,15 @@ def _register(
     size: tuple[int, int],
     check: bool,
 ) -> None:
-    """One size of the data set; ``check`` refuses names that stand for another folder."""
+    """Register one size; ``check`` refuses names that are registered for another folder."""
     folder = collage_folder(root, counts, size)
     for split in SPLITS:
         full_name = f"{name}_{split}"
         metadata = _collage_metadata(folder, split)
         if full_name not in DatasetCatalog.list():
             DatasetCatalog.register(
-                full_name, _CollageLoader(full_name, root=folder.parent, counts=counts, size=size)
+                full_name,
+                _CollageLoader(full_name, folder.parent, counts=counts, size=size, splits=[split]),
             )
             MetadataCatalog.get(full_name).set(**metadata)
         elif check and MetadataCatalog.get(full_name).get("json_file") != metadata["json_file"]:
@@ -107,11 +110,11 @@ def _register(
 
 
 class _CollageLoader:
-    """What the catalog calls: writes the data set if it is missing, then loads one split."""
+    """Loads one split for the catalog, after writing it if it is missing."""
 
-    def __init__(self, name: str, **place) -> None:
-        self.name, self.place = name, place
+    def __init__(self, name: str, *args: Any, **kwargs: Any) -> None:
+        self.name, self.write = name, partial(write_collage, *args, **kwargs)
 
     def __call__(self) -> list[dict]:
-        write_collage(**self.place)
+        self.write()
         return _load_collage(self.name)

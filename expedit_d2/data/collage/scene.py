@@ -1,4 +1,4 @@
-"""Renders scenes with their labels."""
+"""Rendering of scenes with their labels."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ class Scene:
 
     Attributes:
         image: uint8 RGB [H, W, 3].
-        panoptic: int32 [H, W], a segment's id at each pixel; never 0.
+        panoptic: int32 [H, W], segment ids; never 0.
         semantic: uint8 [H, W], contiguous class ids, positions in ``CLASSES``.
         depth: float32 [H, W] in metres along the optical axis.
-        segments: one dict a segment with ``id``, ``category_id`` (contiguous) and ``isthing``;
+        segments: one dict per segment with ``id``, ``category_id`` (contiguous) and ``isthing``;
             things first, nearest first.
     """
 
@@ -33,7 +33,7 @@ class Scene:
     segments: list[dict]
 
     def instances(self) -> list[tuple[int, np.ndarray]]:
-        """Returns (contiguous class id, visible bool mask [H, W]) for every thing."""
+        """(contiguous class id, visible bool mask [H, W]) of every thing."""
         return [
             (segment["category_id"], self.panoptic == segment["id"])
             for segment in self.segments
@@ -44,7 +44,7 @@ class Scene:
 def _expose(
     rng: np.random.Generator, color: np.ndarray, stage: Stage, depth: np.ndarray, clear: np.ndarray
 ) -> np.ndarray:
-    """Adds haze (except where clear [H, W]), exposure and sensor noise; returns uint8 RGB."""
+    """Add haze (except where clear [H, W]), exposure and sensor noise; return uint8 RGB."""
     thinness = np.exp(depth / np.float32(-rng.uniform(14, 22)))
     thinness[clear] = 1
     color = stage.haze + (color - stage.haze) * thinness[..., None]
@@ -61,19 +61,16 @@ def check_arguments(split: str, index: int, size: tuple[int, int]) -> None:
     if index < 0:
         raise ValueError(f"index must not be negative, got {index}.")
     if min(size) < MIN_SIDE:
-        raise ValueError(f"size must be at least {MIN_SIDE} pixels each way, got {tuple(size)}.")
+        raise ValueError(f"size must be at least {MIN_SIDE} pixels per side, got {tuple(size)}.")
 
 
 def make_scene(split: str, index: int, size: tuple[int, int] = SIZE) -> Scene:
-    """Renders one scene; the same arguments always give the same scene.
+    """Render one scene; the same arguments always give the same scene.
 
     Args:
-        split: "train" or "val"; decides which part of the photographs is used.
-        index: number of the scene in its split, from 0; there is no upper end.
+        split: "train" or "val"; selects the part of the photographs to use.
+        index: number of the scene in its split, from 0, without an upper limit.
         size: (height, width) in pixels.
-
-    Returns:
-        The scene with all its labels.
 
     Raises:
         ValueError: for an unknown split, a negative index or a side below ``MIN_SIDE``.

@@ -1,4 +1,4 @@
-"""Silhouettes of things: their shapes, the pixels that they cover, and which of them are seen."""
+"""Silhouettes of things: their shapes, the pixels they cover, and their visibility."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ MIN_VISIBLE_FRACTION = 0.15
 
 
 def _distance_to_star(u: np.ndarray, v: np.ndarray) -> np.ndarray:
-    """A pentagram is where at most one of its five edge lines has the point outside."""
+    """Inside a pentagram, a point is outside of at most one of the five edge lines."""
     angles = np.arange(5) * (2 * np.pi / 5) - np.pi / 2  # each line cuts off one tip
     lines = [np.cos(a) * u + np.sin(a) * v for a in angles]
     return np.partition(np.stack(lines), 3, axis=0)[3] - 1.15 * np.cos(np.pi * 0.4)
@@ -37,7 +37,7 @@ def _distance(shape: str, u: np.ndarray, v: np.ndarray) -> np.ndarray:
 
 
 def lowest_point(shape: str, angle: float) -> float:
-    """How far the turned silhouette reaches below its centre, in units of the radius."""
+    """How far the rotated silhouette extends below its centre, in units of the radius."""
     if shape in ("disk", "ring"):
         return 1.0
     if shape == "square":
@@ -55,7 +55,7 @@ def lowest_point(shape: str, angle: float) -> float:
 
 @dataclass
 class Thing:
-    """One silhouette to be painted; x, y and radius in pixels, depth in metres."""
+    """One silhouette to paint; x, y and radius in pixels, depth in metres."""
 
     category: int
     x: float
@@ -63,13 +63,13 @@ class Thing:
     radius: float
     angle: float
     depth: float
-    base: float | None  # row where it touches the ground; None when it hangs
+    base: float | None  # row where it touches the ground; None if it hangs
     frame: tuple[int, int]  # H, W
-    window: tuple[slice, slice] = field(init=False)  # the part of its patch inside the frame
-    u: np.ndarray = field(init=False)  # its own coordinates over the window, in radii
+    window: tuple[slice, slice] = field(init=False)  # part of its bounding box inside the frame
+    u: np.ndarray = field(init=False)  # local coordinates over the window, in radii
     v: np.ndarray = field(init=False)
     coverage: np.ndarray = field(init=False)  # 0..1 over the window, soft at the edge
-    pixels: int = field(init=False)  # of the whole silhouette, also outside the frame
+    pixels: int = field(init=False)  # of the whole silhouette, including outside of the frame
 
     def __post_init__(self) -> None:
         half = 1.2 * self.radius + 1
@@ -97,10 +97,10 @@ class Thing:
 
 
 def keep_visible(things: list[Thing], frame: tuple[int, int]) -> list[Thing]:
-    """The things to paint, nearest first: one too well hidden is left out of the picture.
+    """The sufficiently visible things, nearest first.
 
-    Going front to back, a thing that is left out hides nothing, so what is kept is seen by exactly
-    the rule when only the kept ones are painted.
+    Going front to back, dropped things occlude nothing, so the visible areas are exact when only
+    the kept things are painted.
     """
     taken = np.zeros(frame, dtype=bool)
     kept = []

@@ -1,4 +1,4 @@
-"""The stage of a scene: a ground plane in perspective under a brick wall or the sky."""
+"""The stage of a scene: a ground plane in perspective, and a brick wall or the sky."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from .definition import CLASSES
 from .photographs import load_materials, load_photos, sample, sample_pyramid
 
 CAMERA_HEIGHT = 1.3
-FOCAL = 0.8  # focal length over the shorter image side
-SKY_DEPTH = 40.0  # also where the ground ends under a sky
+FOCAL = 0.8  # focal length relative to the shorter image side
+SKY_DEPTH = 40.0  # also of the far end of the ground under a sky
 
-_TEXELS_PER_METRE = 90.0  # of ground texture: about one texel a pixel where a 256² image begins
-_TINTS = {  # each material's colour is drawn between these two
+_TEXELS_PER_METRE = 90.0  # of ground textures: about one texel per pixel nearby, in 256² images
+_TINTS = {  # each material's colour is sampled between these two
     "grass": ((0.20, 0.40, 0.14), (0.48, 0.48, 0.20)),
     "gravel": ((0.38, 0.40, 0.46), (0.58, 0.50, 0.42)),
     "brick": ((0.50, 0.24, 0.18), (0.66, 0.52, 0.44)),
@@ -24,7 +24,7 @@ _TINTS = {  # each material's colour is drawn between these two
 
 @dataclass
 class Stage:
-    """Everything behind the things: depth, classes and colours."""
+    """The background of the things: depth, classes and colours."""
 
     horizon: np.ndarray  # [W] row of the horizon in each column
     focal: float  # pixels
@@ -63,7 +63,7 @@ def _paint_wall(
     stride = rng.uniform(0.8, 2.0) / scale
     start = rng.uniform(0, 1024, 2)
     rows, cols = start[0] + rows * stride, start[1] + cols * stride
-    # The photograph shows the wall turned by 90 degrees.
+    # The photograph shows the wall rotated by 90 degrees.
     grey = sample_pyramid(load_materials(split)["brick"], cols, rows, stride)
     return _tint(rng, "brick") * (1 + rng.uniform(0.15, 0.3) * grey)[:, None]
 
@@ -71,9 +71,9 @@ def _paint_wall(
 def _paint_sky(
     rng: np.random.Generator, split: str, height: np.ndarray, cols: np.ndarray, haze: np.ndarray
 ) -> np.ndarray:
-    """Colours [N, 3] of a sky; height [N] and cols [N] over the shorter image side.
+    """Colours [N, 3] of a sky; height [N] and cols [N] relative to the shorter image side.
 
-    Clouds are a strongly magnified piece of a photograph.
+    Clouds are a strongly magnified part of a photograph.
     """
     photos = load_photos(split)
     photo = photos[rng.integers(len(photos))][-1].mean(axis=-1)

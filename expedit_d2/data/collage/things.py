@@ -1,4 +1,4 @@
-"""The things of a scene: where they stand or hang, their shadows and their texture."""
+"""The things of a scene: positions, shadows and textures."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from .photographs import load_photos, sample_pyramid
 from .silhouettes import Thing, keep_visible, lowest_point
 from .stage import CAMERA_HEIGHT, Stage
 
-_DIAMETERS = (20 / 256, 120 / 256)  # apparent diameters over the shorter image side
+_DIAMETERS = (20 / 256, 120 / 256)  # apparent diameters relative to the shorter image side
 
 
 def _draw_thing(rng: np.random.Generator, stage: Stage, frame: tuple[int, int]) -> Thing:
@@ -25,14 +25,14 @@ def _draw_thing(rng: np.random.Generator, stage: Stage, frame: tuple[int, int]) 
     stands = rng.random() < 0.6
     if stands:
         y = touch - lowest_point(THING_CLASSES[category], angle) * radius
-    else:  # above the row where it would stand, or it would be under the ground
+    else:  # above the row where it would stand, so not below the ground
         lowest = min(touch - 1.15 * radius, h - radius / 2)
         y = rng.uniform(min(radius, lowest), lowest)
     return Thing(category, x, y, radius, angle, depth, touch if stands else None, frame)
 
 
 def draw_things(rng: np.random.Generator, stage: Stage, frame: tuple[int, int]) -> list[Thing]:
-    """Three to eight things, nearest first, each visible by the rule of ``keep_visible``."""
+    """Three to eight things, nearest first, each visible as defined by ``keep_visible``."""
     wanted = int(rng.integers(3, 9))
     things: list[Thing] = []
     for _ in range(8 * wanted):
@@ -43,7 +43,7 @@ def draw_things(rng: np.random.Generator, stage: Stage, frame: tuple[int, int]) 
 
 
 def cast_shadow(stage: Stage, thing: Thing) -> None:
-    """Darkens the ground where a standing thing touches it, in place."""
+    """Darken the ground where a standing thing touches it, in place."""
     h, w = thing.frame
     r = thing.radius
     rows = np.arange(max(int(thing.base - r), 0), min(int(thing.base + r), h))
@@ -59,7 +59,7 @@ def cast_shadow(stage: Stage, thing: Thing) -> None:
 
 
 def fill_thing(rng: np.random.Generator, split: str, thing: Thing, light: float) -> np.ndarray:
-    """Colours [h, w, 3] over a thing's window: a jittered photo crop, shaded towards the light."""
+    """Colours [h, w, 3] over a thing's window: a jittered crop of a photograph, shaded by light."""
     photos = load_photos(split)
     pyramid = photos[rng.integers(len(photos))]
     stride = float(2 ** rng.uniform(-0.5, 1.5))
@@ -71,7 +71,8 @@ def fill_thing(rng: np.random.Generator, split: str, thing: Thing, light: float)
     mean = crop.mean(axis=(0, 1))
     target = (0.4 * mean + 0.6 * rng.uniform(0.1, 0.95, 3)).astype(np.float32)
     fill = (crop - mean) * np.float32(rng.uniform(0.7, 1.3)) + target
-    # Plain floats leave float32 arrays float32; the gradient keeps its side when the thing turns.
+    # Python floats keep float32 arrays float32. The light's direction does not rotate with the
+    # thing.
     turn = thing.angle + light
     across = float(np.cos(turn)) * thing.u - float(np.sin(turn)) * thing.v
     return fill * (1 + 0.22 * across + 0.06 * (1 - thing.u**2 - thing.v**2))[..., None]

@@ -1,12 +1,12 @@
-"""Writes the data set, in COCO's formats."""
+"""Write the data set in COCO's formats."""
 
 from __future__ import annotations
 
 import json
 import os
-import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -19,35 +19,37 @@ from ..coco_checks import run_lengths
 from .definition import COUNTS, DEPTH_SCALE, SIZE, SPLITS, VERSION, categories
 from .scene import Scene, check_arguments, make_scene
 
+_LABELS = ("panoptic", "semantic", "depth")
+
 
 def _describe_segments(scene: Scene, image_id: int) -> tuple[list[dict], list[dict]]:
-    """What COCO's panoptic and instance formats say of a scene: ``segments_info``, annotations."""
+    """``segments_info`` and instance annotations of a scene, in COCO's formats."""
     segments, instances = [], []
     for segment in scene.segments:
         mask = np.asfortranarray(scene.panoptic == segment["id"], dtype=np.uint8)
         code = mask_util.encode(mask)
-        described = {
+        common = {
             "id": segment["id"],
             "category_id": segment["category_id"] + 1,
             "area": int(mask_util.area(code)),
             "bbox": mask_util.toBbox(code).astype(int).tolist(),
             "iscrowd": 0,
         }
-        segments.append(described)
+        segments.append(common)
         if segment["isthing"]:
-            counts = run_lengths(code["counts"].decode()).tolist()  # plain JSON, and readable
+            counts = run_lengths(code["counts"].decode()).tolist()  # readable JSON
             encoded = {"size": code["size"], "counts": counts}
-            instances.append({**described, "image_id": image_id, "segmentation": encoded})
+            instances.append({**common, "image_id": image_id, "segmentation": encoded})
     return segments, instances
 
 
 def _write_png(path: Path, pixels: np.ndarray) -> None:
-    Image.fromarray(pixels).save(path, compress_level=1)  # sensor noise hardly compresses anyway
+    Image.fromarray(pixels).save(path, compress_level=1)  # sensor noise hardly compresses
 
 
 def _write_split(folder: Path, split: str, count: int, size: tuple[int, int]) -> None:
-    for kind in ("", "panoptic_", "semantic_", "depth_"):
-        (folder / f"{kind}{split}").mkdir()
+    for kind in ("annotations", split, *(f"{kind}_{split}" for kind in _LABELS)):
+        (folder / kind).mkdir()
     images, instances, panoptics = [], [], []
     for index in tqdm(range(count), desc=f"collage: writing {split}", unit="scene", disable=None):
         scene = make_scene(split, index, size)
@@ -62,7 +64,7 @@ def _write_split(folder: Path, split: str, count: int, size: tuple[int, int]) ->
         images.append({"id": index, "file_name": name, "height": size[0], "width": size[1]})
         panoptics.append({"image_id": index, "file_name": name, "segments_info": segments})
         for thing in things:
-            instances.append({**thing, "id": len(instances) + 1})  # COCOeval: 0 is no match
+            instances.append({**thing, "id": len(instances) + 1})  # to COCOeval, 0 means no match
     _write_json(folder, f"instances_{split}", images, instances, things_only=True)
     _write_json(folder, f"panoptic_{split}", images, panoptics, things_only=False)
 
@@ -86,7 +88,7 @@ def collage_folder(
 ) -> Path:
     """The folder of the data set, whether or not it exists yet.
 
-    It is ``collage-v<VERSION>``; counts or a size other than the usual ones show in the name, so
+    It is ``collage-v<VERSION>``; counts and sizes other than the defaults are part of the name, so
     that no two different sets share a folder.
 
     Args:
@@ -112,21 +114,18 @@ def _check_counts(counts: Mapping[str, int]) -> None:
         )
 
 
-def _is_complete(folder: Path) -> bool:
-    return (folder / "info.json").is_file()
-
-
 def write_collage(
     root: str | os.PathLike | None = None,
     counts: Mapping[str, int] | None = None,
     size: tuple[int, int] = SIZE,
+    splits: Sequence[str] = SPLITS,
 ) -> Path:
-    """Writes the data set unless it is there already; about a minute for the usual 2200 scenes.
+    """Write the splits that do not exist yet; about a minute for the default 2200 scenes.
 
-    The files are written to a temporary folder next to the final one, which appears by a single
-    rename: a run that is broken off leaves no half set, and of two at once one wins.
+    A split is written to a temporary folder and then moved into place, so interrupted and
+    concurrent calls leave no partial split.
 
-    Layout, in the folder that is returned::
+    Layout of the returned folder::
 
         info.json                            version, counts, size
         {train,val}/000000.png               images
@@ -137,42 +136,50 @@ def write_collage(
 
     Args:
         root, counts, size: as in ``collage_folder``.
+        splits: "train", "val" or both.
 
     Returns:
         The folder of the data set.
 
     Raises:
-        FileExistsError: when the folder exists but was not written by this function.
-        ValueError: for counts or a size that cannot be.
+        FileExistsError: if the folder exists but was not written by this function.
+        ValueError: for invalid counts, size or splits.
     """
     folder = collage_folder(root, counts, size)
-    check_arguments(SPLITS[0], 0, size)
-    if _is_complete(folder):
-        return folder
-    if folder.exists():
+    for split in splits:
+        check_arguments(split, 0, size)
+    if folder.exists() and not (folder / "info.json").is_file():
         raise FileExistsError(
-            f"{folder} exists but holds no complete collage data set (there is no info.json); "
-            "remove it or set DETECTRON2_DATASETS to another folder."
+            f"{folder} exists but is not a collage data set (it has no info.json); remove it or "
+            "set DETECTRON2_DATASETS to another folder."
         )
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
-        _write_and_publish(scratch / folder.name, folder, counts or COUNTS, size)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+    counts = counts or COUNTS
+    for split in splits:
+        if (folder / "annotations" / f"instances_{split}.json").is_file():
+            continue
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as scratch:
+            draft = Path(scratch) / folder.name
+            draft.mkdir()
+            _write_split(draft, split, counts[split], size)
+            info = {"name": "collage", "version": VERSION, "counts": dict(counts)}
+            info["size"] = list(size)
+            (draft / "info.json").write_text(json.dumps(info, indent=2) + "\n")
+            _publish(draft, folder, split)
     return folder
 
 
-def _write_and_publish(
-    draft: Path, folder: Path, counts: Mapping[str, int], size: tuple[int, int]
-) -> None:
-    (draft / "annotations").mkdir(parents=True)
-    for split in SPLITS:
-        _write_split(draft, split, counts[split], size)
-    info = {"name": "collage", "version": VERSION, "counts": dict(counts), "size": list(size)}
-    (draft / "info.json").write_text(json.dumps(info, indent=2) + "\n")
-    try:
+def _publish(draft: Path, folder: Path, split: str) -> None:
+    """Move a split to its place, its instances last. What is already there has the same content."""
+    with suppress(OSError):  # the first split brings the folder
         draft.rename(folder)
-    except OSError:
-        if not _is_complete(folder):  # otherwise another process was first: same content
-            raise
+        return
+    for part in (split, *(f"{kind}_{split}" for kind in _LABELS)):
+        try:
+            (draft / part).rename(folder / part)
+        except OSError:
+            if not (folder / part).is_dir():
+                raise
+    for kind in ("panoptic", "instances"):
+        name = f"annotations/{kind}_{split}.json"
+        os.replace(draft / name, folder / name)

@@ -82,5 +82,5 @@ def test_missing_images_are_named(coco, tmp_path):
 @pytest.mark.parametrize("text", ["{", "[]", '{"images": []}', '{"images": [{"id": 1}]}'])
 def test_a_file_of_another_format_is_named(tmp_path, text):
     (tmp_path / "x.json").write_text(text)
-    with pytest.raises(ValueError, match="no COCO instance file"):
+    with pytest.raises(ValueError, match="not a COCO instance"):
         register_by_path([str(tmp_path / "x.json")])

@@ -192,7 +192,7 @@ def test_broken_panoptic_files_are_refused_at_once(tmp_path, spoil, message):
     content = json.loads(file.read_text())
     spoil(content)
     file.write_text(json.dumps(content))
-    with pytest.raises(ValueError, match=f"DATASETS.*p.json is no COCO panoptic file.*{message}"):
+    with pytest.raises(ValueError, match=f"DATASETS.*not a valid COCO panoptic file.*{message}"):
         register_by_path([str(file)])
 
 

@@ -301,13 +301,13 @@ def test_files_that_are_refused(config, source, tmp_path):
     torch.save({"layer.weight": torch.ones(1)}, other)
     refused(other, "no checkpoint of DPT or Depth Anything V2.*'layer.weight'")
     torch.save([1, 2], other)
-    refused(other, "must hold weights by name, got a list")
+    refused(other, "must contain weights by name, got a list")
     torch.save({"scratch.x": _Harmful()}, other)
-    refused(other, "holds .*exec beside tensors, and reading that can run any code")
+    refused(other, "contains .*exec, and loading that can run any code")
     other.write_bytes(b"nothing")
-    refused(other, "is no file of weights, or is damaged")
+    refused(other, "is not a checkpoint, or is damaged")
     target.write_text("mine")
-    with pytest.raises(SystemExit, match="is there already"):
+    with pytest.raises(SystemExit, match="already exists"):
         tool.run(["--config-file", str(config), str(source), str(target)])
     assert target.read_text() == "mine"
     with pytest.raises(SystemExit, match="there is no folder '.*nowhere' to write to"):

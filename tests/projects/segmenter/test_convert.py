@@ -256,10 +256,10 @@ def test_files_that_are_something_else(tmp_path):
         convert_checkpoint(source, target)
     write_official(tmp_path, {})
     torch.save({"weights": {}}, source)
-    with pytest.raises(ValueError, match="must hold tensors by name.*but 'weights' is a dict"):
+    with pytest.raises(ValueError, match="must contain tensors by name.*but 'weights' is a dict"):
         convert_checkpoint(source, target)
     source.write_text("text")
-    with pytest.raises(ValueError, match="is no file of weights, or is damaged"):
+    with pytest.raises(ValueError, match="is not a checkpoint, or is damaged"):
         convert_checkpoint(source, target)
     source.unlink()
     with pytest.raises(FileNotFoundError, match="the checkpoint: there is no file"):
@@ -270,7 +270,7 @@ def test_files_that_are_something_else(tmp_path):
 def test_objects_are_not_unpickled(tmp_path):
     source = write_official(tmp_path, {})
     torch.save({"model": {}, "args": nn.Linear(1, 1)}, source)
-    with pytest.raises(ValueError, match="holds torch.nn.modules.linear.Linear beside tensors"):
+    with pytest.raises(ValueError, match="contains torch.nn.modules.linear.Linear, and loading"):
         convert_checkpoint(source, tmp_path / "out.pth")
 
 
@@ -296,5 +296,5 @@ def test_tool(tmp_path, capsys):
     arguments = [str(write_official(tmp_path, official(tiny_model()))), str(tmp_path / "out.pth")]
     tool.run(arguments)
     assert "left out, classifier of the pretrained ViT: encoder.head" in capsys.readouterr().out
-    with pytest.raises(SystemExit, match="convert_segmenter.py: .*there already"):
+    with pytest.raises(SystemExit, match="convert_segmenter.py: .*already exists"):
         tool.run(arguments)
