@@ -10,12 +10,17 @@ Examples::
 
     python tools/benchmark_families.py --threads 1
     python tools/benchmark_families.py --threads 1 --models DINOv3 SWAG --repeats 1
+
+With several budgets, large models with windows are measured at each: ViTDet, Swin-L, SAM's ViT-H::
+
+    python tools/benchmark_families.py --budget 0.7 0.5 0.35 --repeats 3 --output output/large
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -27,14 +32,31 @@ from expedit_d2.comparison import Store
 from expedit_d2.comparison.origin import versions
 from expedit_d2.comparison.store import fingerprint
 from expedit_d2.engine import one_sentence
-from expedit_d2.families import FAMILIES, Family, Row, measure, table
+from expedit_d2.families import (
+    FAMILIES,
+    LARGE,
+    BudgetRow,
+    Family,
+    Row,
+    budget_table,
+    measure,
+    measure_budgets,
+    table,
+)
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser = ToolParser("benchmark_families.py", __doc__)
     option = parser.add_argument
     option("--models", nargs="+", metavar="NAME", help="those with this in their names (all)")
-    option("--budget", type=float, default=0.5, help="of the blocks' GFLOPs (%(default)s)")
+    option(
+        "--budget",
+        nargs="+",
+        type=float,
+        default=[0.5],
+        metavar="SHARE",
+        help="of the blocks' GFLOPs (0.5)",
+    )
     option("--repeats", type=at_least(1), default=5, help="timed rounds (%(default)s)")
     option("--warmup", type=at_least(0), default=1, help="rounds before these (%(default)s)")
     option("--threads", type=at_least(1), help="CPU threads of torch (its own choice)")
@@ -42,7 +64,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def chosen(parts: list[str] | None) -> list[Family]:
+def chosen(parts: list[str] | None, families: Sequence[Family]) -> list[Family]:
     """The families with one of these in their names, in any case; None: all.
 
     Raises:
@@ -50,17 +72,18 @@ def chosen(parts: list[str] | None) -> list[Family]:
     """
     found = [
         family
-        for family in FAMILIES
+        for family in families
         if parts is None or any(part.lower() in str(family).lower() for part in parts)
     ]
     if not found:
-        known = "; ".join(map(str, FAMILIES))
+        known = "; ".join(map(str, families))
         raise ValueError(f"--models {' '.join(parts)} is in no name of: {known}")
     return found
 
 
-def main(args: argparse.Namespace) -> list[Row]:
-    families, store = chosen(args.models), Store(args.output)
+def main(args: argparse.Namespace) -> list[Row] | list[BudgetRow]:
+    several = len(args.budget) > 1
+    families, store = chosen(args.models, LARGE if several else FAMILIES), Store(args.output)
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     conditions = {
@@ -78,15 +101,20 @@ def main(args: argparse.Namespace) -> list[Row]:
             continue
         key = fingerprint(str(family), conditions)
         if store.get(key) is None:
-            row = measure(family, args.budget, args.repeats, args.warmup)
-            store.put(key, asdict(row), str(family))
+            if several:
+                measured = measure_budgets(family, args.budget, args.repeats, args.warmup)
+            else:
+                measured = [measure(family, args.budget[0], args.repeats, args.warmup)]
+            store.put(key, {"rows": [asdict(row) for row in measured]}, str(family))
             gc.collect()  # of traced models, before the next one is built
-        rows.append(Row(**store.get(key)))
+        kind = BudgetRow if several else Row
+        rows += [kind(**row) for row in store.get(key)["rows"]]
         print(f"{family}: {rows[-1].setting}", flush=True)
     text = (
         f"{conditions['processor']}, {conditions['threads']} threads, torch {torch.__version__}, "
-        f"batch 1, medians of {args.repeats} rounds in turns, budget {args.budget:g}\n\n"
-        f"{table(rows)}\n"
+        f"batch 1, medians of {args.repeats} rounds in turns, budget "
+        f"{', '.join(f'{budget:g}' for budget in args.budget)}\n\n"
+        f"{(budget_table if several else table)(rows)}\n"
     )
     print(f"\n{text}")
     (Path(args.output) / "table.md").write_text(text, encoding="utf-8")

@@ -11,7 +11,7 @@ from torch import nn
 
 from ..analysis.gpu_models import MODELS
 
-__all__ = ["FAMILIES", "Family"]
+__all__ = ["FAMILIES", "LARGE", "Family"]
 
 
 @dataclass(frozen=True)
@@ -40,10 +40,10 @@ class Family:
         return f"{self.model}, {self.size}², {self.package}"
 
 
-def _sam() -> nn.Module:
+def _sam(name: str) -> nn.Module:
     from segment_anything import sam_model_registry
 
-    return sam_model_registry["vit_b"]().image_encoder
+    return sam_model_registry[name]().image_encoder
 
 
 #: Of a ViT-L, as transformers calls them.
@@ -112,6 +112,19 @@ def _mask2former() -> nn.Module:
     return Mask2FormerForUniversalSegmentation(config)
 
 
+def _swin() -> nn.Module:
+    from detectron2.modeling.backbone.swin import SwinTransformer
+
+    return SwinTransformer(
+        pretrain_img_size=384,
+        embed_dim=192,
+        depths=(2, 2, 18, 2),
+        num_heads=(6, 12, 24, 48),
+        window_size=12,
+        out_indices=(0, 1, 2, 3),
+    )
+
+
 def _timm(name: str) -> nn.Module:
     import timm
 
@@ -120,7 +133,9 @@ def _timm(name: str) -> nn.Module:
 
 #: In the order of the table.
 FAMILIES = (
-    Family("SAM's encoder ViT-B", 1024, "segment_anything", "segment-anything", _sam),
+    Family(
+        "SAM's encoder ViT-B", 1024, "segment_anything", "segment-anything", partial(_sam, "vit_b")
+    ),
     Family("DINOv2-L", 518, "transformers", "transformers", _dinov2),
     Family("DINOv3-L", 512, "transformers", "transformers", _dinov3),
     Family("Depth Anything V2-L", 518, "transformers", "transformers", _depth_anything),
@@ -128,4 +143,14 @@ FAMILIES = (
     Family("DINOv3-L", 512, "timm", "timm", partial(_timm, "vit_large_patch16_dinov3")),
     Family("SWAG ViT-L", 512, "torchvision", "torchvision", _swag),
     Family("ViTDet's ViT-B", 1024, "detectron2", "detectron2", MODELS["ViTDet-B, 1024"].build),
+)
+
+#: With windows, for several budgets at once.
+LARGE = (
+    FAMILIES[-1],
+    Family("Mask2Former's Swin-L", 1024, "detectron2", "detectron2", _swin),
+    Family("ViTDet's ViT-L", 1024, "detectron2", "detectron2", MODELS["ViTDet-L, 1024"].build),
+    Family(
+        "SAM's encoder ViT-H", 1024, "segment_anything", "segment-anything", partial(_sam, "vit_h")
+    ),
 )

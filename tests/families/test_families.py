@@ -34,6 +34,7 @@ SMALL = (
 def tool(monkeypatch):
     tool = load_tool("benchmark_families")
     monkeypatch.setattr(tool, "FAMILIES", SMALL)
+    monkeypatch.setattr(tool, "LARGE", SMALL)
     return tool
 
 
@@ -53,7 +54,7 @@ def test_rows(tool, tmp_path, capsys):
     options = ["--repeats", "3", "--warmup", "0", "--budget", "0.6", "--output", str(tmp_path)]
     tool.run(options)
     kept = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
-    rows = {entry["value"]["model"]: entry["value"] for entry in kept}
+    rows = {row["model"]: row for entry in kept for row in entry["value"]["rows"]}
     assert [*rows] == ["ViT", "ViTDet", "Swin"]
     assert set(rows["ViT"]["methods"]) == set(METHOD_REGISTRY)
     for row in rows.values():
@@ -77,6 +78,24 @@ def test_rows(tool, tmp_path, capsys):
     seconds = rows["ViT"]["seconds"]
     ratios = [a / b for a, b in zip(seconds["plain"], seconds["expedited"], strict=True)]
     assert cells[7].startswith(f"{statistics.median(ratios):.2f}×")
+
+
+def test_several_budgets(tool, tmp_path):
+    options = ["--repeats", "3", "--budget", "0.7", "0.5", "--output", str(tmp_path)]
+    rows = tool.main(tool.parse_arguments(options))
+    assert [row.budget for row in rows] == [1.0, 0.7, 0.5] * 3
+    for plain, *others in zip(*[iter(rows)] * 3, strict=True):
+        assert plain.memory > 0 and len(plain.seconds) == 3
+        for row in others:
+            assert row.block_gflops / plain.block_gflops == pytest.approx(row.budget, abs=0.08)
+            difference = plain.block_gflops - row.block_gflops
+            assert plain.gflops - row.gflops == pytest.approx(difference, rel=1e-6)
+    line = (tmp_path / "table.md").read_text().splitlines()[6].split("|")
+    plain, row = rows[0], rows[2]
+    ratio = statistics.median(a / b for a, b in zip(plain.seconds, row.seconds, strict=True))
+    assert [cell.strip() for cell in line[1:3]] == ["ViT, 32²", "0.5"]
+    assert line[6].strip().startswith(f"{ratio:.2f}×")
+    assert line[7].strip() == f"{ratio * row.gflops / plain.gflops:.2f}"
 
 
 def test_finished_rows_are_kept(tool, tmp_path, monkeypatch):
