@@ -1,4 +1,4 @@
-"""Models as `torch.export` programs and as ONNX files, for images of any height and width.
+"""Export models as `torch.export` programs and ONNX files, for images of any height and width.
 
 Needs torch >= 2.7; ONNX also needs the extra "onnx" (onnx, onnxruntime, onnxscript).
 """
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .adapters import detectron2_vit
+from .adapters import find_transformer
 from .api import is_expedited
 from .compat import tree_flatten
 from .methods import METHOD_REGISTRY
@@ -23,16 +23,16 @@ __all__ = ["ImageModel", "check_onnx", "export_onnx", "export_program", "onnx_se
 
 
 class ImageModel(nn.Module):
-    """Tensor in, tensor out: what a Detectron2 model does to a whole image, without its lists.
+    """A Detectron2 model as a function from a tensor to a tensor, for whole images.
 
-    The model's own resizing, sliding windows and resizing of the output stay outside.
+    The resizing of images and outputs and sliding windows are not part of it.
     """
 
     def __init__(self, model: nn.Module) -> None:
         """
         Args:
-            model: Segmenter or DPT, or any other with ``predict``, normalised images (B, 3, H, W)
-                to a tensor, and ``pixel_mean`` and ``pixel_std``.
+            model: Segmenter, DPT, or any model with ``pixel_mean``, ``pixel_std`` and ``predict``,
+                from normalised images (B, 3, H, W) to a tensor.
 
         Raises:
             ValueError: for a model without these.
@@ -47,7 +47,7 @@ class ImageModel(nn.Module):
         self.model = model
 
     def forward(self, images: Tensor) -> Tensor:
-        """Images (B, 3, H, W) of 0 to 255, channels as the model has them, to scores or depth."""
+        """Images (B, 3, H, W) of 0 to 255, in the model's channel order, to scores or depth."""
         return self.model.predict((images - self.model.pixel_mean) / self.model.pixel_std)
 
 
@@ -57,52 +57,63 @@ def export_program(
     """Trace a model, plain or expedited, with `torch.export`.
 
     Args:
-        model: a module that takes one tensor of images (B, 3, H, W) and gives tensors, in
-            evaluation mode.
-        example: such a tensor; the program takes as many images at a time.
-        dynamic: images may have any height and width that the model takes; False fixes the
-            example's, which traces faster.
+        model: a module in evaluation mode, from a tensor of images (B, 3, H, W) to tensors.
+        example: such a tensor; its batch size is fixed.
+        dynamic: allow any height and width that the model allows; False fixes those of the example,
+            which traces faster.
 
     Raises:
-        ValueError: for an example of another shape, a model in training mode, or a torch that is
-            too old; or if only one size can be exported of this model, and it must be dynamic.
+        ValueError: for an example of the wrong shape, a model in training mode, a torch that is too
+            old, or a model that can only be exported for one size, if dynamic.
     """
     if example.dim() != 4:
         raise ValueError(f"example must be images (B, 3, H, W), got {shape_of(example)}")
     if model.training:
-        raise ValueError("a model in training mode cannot be exported; call eval() before")
+        raise ValueError("a model in training mode cannot be exported; call model.eval() first")
     if not hasattr(torch.compiler, "is_exporting"):
         raise ValueError(f"export needs torch >= 2.7, got {torch.__version__}")
     shapes = None
     if dynamic:
         _check_free_size(model, onnx=False)
-        size = torch.export.Dim.DYNAMIC  # not AUTO, which may fix it without a word
+        size = torch.export.Dim.DYNAMIC  # AUTO may silently fix it
         shapes = ({2: size, 3: size},)
-    # With gradients torch chooses attention kernels that leave other strides than the
-    # ones it uses for ONNX. Not strict: the hook keeps its state in Python.
+    # With gradients, torch chooses attention kernels with other output strides than for ONNX. Not
+    # strict, as the hook keeps its state in Python.
     with torch.no_grad():
         return torch.export.export(model, (example,), dynamic_shapes=shapes, strict=False)
 
 
 def _check_free_size(model: nn.Module, onnx: bool) -> None:
-    """Whether a model can be traced for any height and width, before that is tried for minutes.
+    """Check that a model can be traced for any height and width, which takes minutes to fail.
 
     Raises:
-        ValueError: if not; docs/export.md says why.
+        ValueError: if not; docs/export.md explains why.
     """
     remedy = "export one file for each size: --fixed, or dynamic=False in Python"
-    reduced = is_expedited(model)
     for name, method in METHOD_REGISTRY.items():
         if method.unstructured and any(type(module) is method for module in model.modules()):
             raise ValueError(
-                f"METHOD {name} leaves no grid, so the number of tokens in each block follows from "
-                f"the size of the image, and it cannot be exported for any size; {remedy}"
+                f"METHOD {name} is unstructured, so the number of tokens in each block depends on "
+                f"the size of the image and cannot be exported for any size; {remedy}"
             )
-    for vit in filter(detectron2_vit.matches, model.modules()):
-        if (onnx or reduced) and any(getattr(m, "use_rel_pos", False) for m in vit.modules()):
-            raise ValueError(
-                "ViTDet's relative positions cannot be exported for images of any size; " + remedy
-            )
+    if (onnx or is_expedited(model)) and _has_decomposed_positions(model):
+        raise ValueError(
+            "decomposed relative positions, such as ViTDet's, cannot be exported for images of any "
+            f"size; {remedy}"
+        )
+
+
+def _has_decomposed_positions(model: nn.Module) -> bool:
+    try:
+        spec = find_transformer(model)
+    except ValueError:
+        return False
+    stages = spec.stages or (spec,)
+    return any(
+        stage.costs(stage.blocks[index]).position_heads
+        for stage in stages
+        for index in range(len(stage.blocks))
+    )
 
 
 def export_onnx(
@@ -112,13 +123,13 @@ def export_onnx(
 
     Args:
         model, example, dynamic: see `export_program`.
-        path: of the file. Weights are in it, or next to it where they exceed 2 GB.
+        path: of the file, which includes the weights; above 2 GB they are next to it.
 
     Returns:
-        The program that was written.
+        The exported program.
 
     Raises:
-        ValueError: as `export_program`.
+        ValueError: from `export_program`.
         ModuleNotFoundError: without onnx or onnxscript.
     """
     _need("onnx", "onnxscript")
@@ -134,7 +145,7 @@ def export_onnx(
 
 
 def _translations() -> dict[Callable, Callable]:
-    """What torch's exporter has no rule for: rounding a size (RATIO), stable sorts (merge)."""
+    """Operators that torch's exporter lacks: rounding a size (RATIO) and stable sorts (merge)."""
     from onnxscript import INT64
     from onnxscript import opset18 as op
 
@@ -142,7 +153,7 @@ def _translations() -> dict[Callable, Callable]:
         return op.Cast(op.Round(x), to=INT64.dtype)  # halves to even, as in Python
 
     def sort(x: Any, stable: bool = True, dim: int = -1, descending: bool = False) -> Any:
-        # Of equal values TopK puts the one with the lower index first.
+        # Of equal values, TopK returns the lower index first.
         count = op.Gather(op.Shape(x), op.Constant(value_ints=[dim]))
         return op.TopK(x, count, axis=dim, largest=int(descending), sorted=1)
 
@@ -154,10 +165,10 @@ def onnx_session(path: str | os.PathLike, threads: int | None = None) -> Callabl
 
     Args:
         path: of a file by `export_onnx`.
-        threads: of one operator; None: as many as torch has.
+        threads: per operator; None: as many as torch uses.
 
     Returns:
-        images to a tuple of outputs, all on the CPU.
+        A function from images to a tuple of outputs, all on the CPU.
 
     Raises:
         ModuleNotFoundError: without onnxruntime.
@@ -179,13 +190,13 @@ def onnx_session(path: str | os.PathLike, threads: int | None = None) -> Callabl
 
 
 def check_onnx(model: nn.Module, path: str | os.PathLike, images: Tensor) -> float:
-    """The largest absolute difference between what PyTorch and ONNX Runtime make of images."""
+    """The largest absolute difference between outputs of PyTorch and ONNX Runtime."""
     with torch.no_grad():
         expected, _ = tree_flatten(model(images))
-    found = onnx_session(path)(images)
+    actual = onnx_session(path)(images)
     return max(
         float((ours.cpu() - theirs).abs().max())
-        for ours, theirs in zip(expected, found, strict=True)
+        for ours, theirs in zip(expected, actual, strict=True)
     )
 
 

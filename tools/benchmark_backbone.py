@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Time a config's transformer: as it is, with fused attention, with Expedit, and with both.
+"""Time a config's transformer: plain, with fused attention, with Expedit, and with both.
 
 The transformer alone runs, with random weights, on random images. All four are timed in turns; the
 clustering and the rebuilding are timed inside of the forward, in rounds of their own. GFLOPs are
@@ -93,7 +93,7 @@ def build(args: argparse.Namespace) -> tuple[nn.Module, Settings]:
 
 
 def expedited(vit: nn.Module, settings: Settings, fused: bool) -> Expedited:
-    """A transformer alone has no head that could rebuild: it is done after the last block."""
+    """Reconstruct after the last block, as a transformer alone has no head to do it."""
     settings = replace(settings, reconstruct_at="backbone", fused_attention=fused)
     spec = find_transformer(vit)
     only_last = None if spec.stages or spec.outputs else (len(spec.blocks) - 1,)
@@ -103,7 +103,7 @@ def expedited(vit: nn.Module, settings: Settings, fused: bool) -> Expedited:
 def operator_seconds(
     handle: Expedited, forward: Callable[[], object], repeats: int, clock: Callable[[], float]
 ) -> tuple[float, float]:
-    """Median seconds of clustering and of rebuilding in a forward."""
+    """Median seconds of clustering and reconstruction in a forward pass."""
     starts: list[float] = []
     spent = {"reduce": 0.0, "rebuild": 0.0}
 
@@ -132,7 +132,7 @@ def operator_seconds(
 
 
 def measure(args: argparse.Namespace, vit: nn.Module, settings: Settings, images: Tensor) -> dict:
-    """Seconds, GFLOPs and bytes of all four, for images of one size."""
+    """Seconds, GFLOPs and bytes of all four for one image size."""
     clock = time.process_time if args.cpu_time else time.perf_counter
     models = {name: share_weights(vit) for name in ("plain", "fused", "expedit", "expedit, fused")}
     fuse_attention(models["fused"])
@@ -169,7 +169,7 @@ def measure(args: argparse.Namespace, vit: nn.Module, settings: Settings, images
 
 
 def report(result: dict) -> str:
-    """One size's table and what follows from it."""
+    """The table of one size, and a summary."""
     times, plain = result["seconds"], result["seconds"]["plain"].median
     rows = [
         [
@@ -218,13 +218,13 @@ def main(args: argparse.Namespace) -> None:
     print("Time: median (middle half) of the repeats. Peak memory: beyond weights and images.")
     if args.json:
         content = {"environment": environment, "settings": vars(settings), "results": results}
-        # Timings are the only thing that json does not know.
+        # Only timings need conversion for JSON.
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps(content, indent=2, default=vars) + "\n", encoding="utf-8")
 
 
 def run(arguments: list[str] | None = None) -> None:
-    """Parse the arguments and run; an expected error ends with one sentence."""
+    """Parse the arguments and run; expected errors end with one sentence."""
     args = parse_arguments(arguments)
     with code_in_files(args.run_code_in_files), one_sentence("benchmark_backbone.py"):
         main(args)

@@ -74,7 +74,7 @@ def main(argv: list[str] | None = None) -> int:
     rows: list[dict] = []
     deviations: list[dict] = []
     left = list(units)
-    # A file of its own for each run, opened once: what is written is there if this one is killed.
+    # A new file for each run, flushed after each row, so that results survive if it is killed.
     with (args.output / "rows.jsonl").open("w", encoding="utf-8") as lines:
 
         def keep(kept: list[dict], row: dict) -> None:

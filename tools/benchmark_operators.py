@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Time the two operators, a dense implementation and the ViT-L that they are used in.
+"""Time the two operators, a dense implementation, and the blocks of a ViT-L.
 
 Dense is what the published code does (expedit_d2/analysis/dense.py). Everything for one map size
 is timed in turns in one run, after a check that both implementations agree.
@@ -94,7 +94,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def vit_blocks(args: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> nn.Module:
-    """The first blocks of a ViT-L with random weights: their speed is that of any weights."""
+    """The first blocks of a ViT-L with random weights, which do not affect speed."""
     import timm
 
     model = timm.create_model(
@@ -108,7 +108,7 @@ def vit_blocks(args: argparse.Namespace, device: torch.device, dtype: torch.dtyp
 
 
 def check_agreement(name: str, ours: Call, dense: Call) -> None:
-    """Leave unless both compute the same; a token in a hundred may differ.
+    """Exit unless both results are equal for 99 % of the tokens.
 
     Such tokens have two clusters equally far and take another one as their last neighbor.
     """
@@ -122,9 +122,9 @@ def check_agreement(name: str, ours: Call, dense: Call) -> None:
 def make_calls(
     args: argparse.Namespace, tokens: Tensor, refined: Tensor
 ) -> tuple[dict[str, Call], list[tuple[str, str]]]:
-    """What to time, by name, and which of them have the same result."""
+    """Functions to time by name, and pairs that must have equal results."""
     grid = (refined.shape[1], refined.shape[2])
-    # Of the order that "auto" would choose for such tokens.
+    # As "auto" would choose for such tokens.
     temperature = 6 / args.channels
     clustering = (tokens, grid, args.iterations, temperature, args.window)
     rebuild = (refined, tokens, cluster_tokens(*clustering)[0], args.neighbors, temperature)
@@ -151,7 +151,7 @@ def measure(args: argparse.Namespace, size: Size, grid: Size, blocks: nn.Module 
         return torch.randn(args.batch, *shape, args.channels, generator=generator).to(device)
 
     tokens, refined = random(*size), random(*grid)
-    # In full precision: the dense code in half precision is too coarse to compare with.
+    # In full precision, as the dense code is too inaccurate in half precision.
     calls, same = make_calls(args, tokens, refined)
     for ours, dense in same:
         check_agreement(ours, calls[ours], calls[dense])
@@ -197,7 +197,7 @@ def table_rows(result: dict, window: int) -> list[list[str]]:
         return [label, *both, *compared(mine.median, theirs.median), *sizes]
 
     def total(label: str, rebuild: str) -> list[str]:
-        """Sum of the medians; of the memory, the larger."""
+        """Sum of the medians, and the larger memory."""
         mine = ["ours clustering", f"ours {rebuild}"]
         theirs = ["dense clustering", "dense rebuild"]
         seconds = [sum(times[name].median for name in names) for names in (theirs, mine)]
@@ -252,13 +252,13 @@ def main(args: argparse.Namespace) -> None:
     print("Median (middle half) of the repeats; memory: most at once, beyond the inputs.")
     if args.json:
         report = {"environment": environment, "settings": settings, "results": results}
-        # Timings are the only thing that json does not know.
+        # Only timings need conversion for JSON.
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps(report, indent=2, default=vars) + "\n", encoding="utf-8")
 
 
 def run(arguments: list[str] | None = None) -> None:
-    """Parse the arguments and run; an expected error ends with one sentence."""
+    """Parse the arguments and run; expected errors end with one sentence."""
     args = parse_arguments(arguments)
     with one_sentence("benchmark_operators.py"):
         main(args)

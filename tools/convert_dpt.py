@@ -22,7 +22,7 @@ from expedit_d2.projects.DPT.convert import convert_checkpoint
 
 
 def build_on_meta(cfg: CfgNode) -> nn.Module:
-    """The configured model without its weights: only names and shapes are needed."""
+    """The configured model without weights, for names and shapes."""
     if cfg.MODEL.META_ARCHITECTURE != "DPT":
         raise ValueError(
             "--config-file must be one of projects/DPT/configs, or on top of one: its "
@@ -35,7 +35,7 @@ def build_on_meta(cfg: CfgNode) -> nn.Module:
 
 
 def run(arguments: list[str] | None = None) -> None:
-    """Parse the arguments and run; an expected error ends with one sentence."""
+    """Parse the arguments and run; expected errors end with one sentence."""
     parser = ToolParser("convert_dpt.py", __doc__)
     parser.add_argument("source", help="official checkpoint, or its URL")
     parser.add_argument("target", help="file to write; must not exist yet")

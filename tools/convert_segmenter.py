@@ -18,7 +18,7 @@ from expedit_d2.projects.Segmenter.convert import convert_checkpoint
 
 
 def run(arguments: list[str] | None = None) -> None:
-    """Parse the arguments and run; an expected error ends with one sentence."""
+    """Parse the arguments and run; expected errors end with one sentence."""
     parser = ToolParser("convert_segmenter.py", __doc__)
     parser.add_argument(
         "source", help="official checkpoint.pth or its URL, with variant.yml beside it"

@@ -55,7 +55,7 @@ WHEEL_NEEDS = [
 
 
 class InstallError(Exception):
-    """Ends the installation; the message is one sentence for the person in front of it."""
+    """Ends the installation with a one-sentence message."""
 
 
 class Installer:
@@ -72,7 +72,7 @@ class Installer:
             return
         if not self.verbose:
             command.append("--quiet")
-        # Recent versions of pip pass on setuptools' general word of caution on "--editable".
+        # Recent versions of pip pass on a general warning of setuptools about "--editable".
         filters = [os.environ.get("PYTHONWARNINGS", ""), "ignore:Editable installation"]
         environment = {**os.environ, "PYTHONWARNINGS": ",".join(filter(None, filters))}
         sys.stdout.flush()  # or the lines above come after pip's in a log
@@ -121,7 +121,7 @@ def check_interpreter(system: bool) -> None:
 
 
 def find_detectron2() -> str | None:
-    """Says which Detectron2 is there, "wheel" for the pinned one; None if there is none.
+    """The installed Detectron2, "wheel" for the pinned one; None if there is none.
 
     Raises:
         InstallError: there is one, but it cannot be imported or has no ViTDet.
@@ -144,7 +144,7 @@ def find_detectron2() -> str | None:
 
 
 def install_torch(installer: Installer) -> str:
-    """Installs torch and torchvision unless they are there; returns the version of torch."""
+    """Installs torch and torchvision if missing; returns the version of torch."""
     torch, torchvision = TORCH.get(platform.machine(), TORCH["default"])
     have = installed_version("torch")
     if have is None:
@@ -152,7 +152,7 @@ def install_torch(installer: Installer) -> str:
         wanted = [f"torch=={torch}", f"torchvision=={torchvision}", NUMPY]
     else:
         print(f"[1/3] torch {have} is already there, leaving it alone")
-        # Naming the torch that is there lets pip find the torchvision that goes with it.
+        # Naming the installed torch lets pip find the matching torchvision.
         torch, wanted = have, []
         if installed_version("torchvision") is None:
             wanted = [f"torch=={have}", "torchvision", NUMPY]
@@ -169,7 +169,7 @@ def setuptools_is_right() -> bool:
 
 
 def install_detectron2(installer: Installer) -> bool:
-    """Installs the wheel unless there is a Detectron2; returns whether the wheel is used."""
+    """Installs the wheel if Detectron2 is missing; returns whether the wheel is used."""
     have = find_detectron2()
     if have == "wheel":
         print(f"[2/3] Detectron2 ({WHEEL} {WHEEL_VERSION}) is already there")
@@ -204,12 +204,13 @@ def install_detectron2(installer: Installer) -> bool:
 
 def install_project(installer: Installer, extras: str, torch: str, uses_wheel: bool) -> None:
     print(f"[3/3] expedit_d2{extras} and the packages it needs: installing")
-    # One call, so that pip weighs all requirements together; it knows neither of the torch that
-    # must not change nor of what a wheel installed without its dependencies needs.
+    # One call, so that pip resolves all requirements together, with the torch that must not change
+    # and the dependencies of the wheel that was installed without them.
     installer.pip_install(
         "expedit_d2 or one of the packages it needs",
-        # Nothing is compiled: the setuptools that is there will do for the project itself.
-        # --use-pep517 builds the few pure-Python source archives with it too, by any age of pip.
+        # Nothing is compiled, so the installed setuptools is enough for the project itself.
+        # --use-pep517 also builds the few pure-Python source archives with it, with any version of
+        # pip.
         "--use-pep517",
         "--no-build-isolation",
         *("--editable", f".{extras}"),

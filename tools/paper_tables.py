@@ -77,7 +77,7 @@ def time_all(
 
 
 def conditions(args: argparse.Namespace) -> str:
-    """How the speed-ups were measured, in a sentence."""
+    """A sentence on how the speed-ups were measured."""
     if args.no_timing:
         return "Speed was not measured (--no-timing)."
     where = f"the CPU (threads: {torch.get_num_threads()})"
@@ -112,7 +112,7 @@ def main(args: argparse.Namespace) -> None:
 
 
 def run(arguments: list[str] | None = None) -> None:
-    """Parse the arguments and run; an expected error ends with one sentence."""
+    """Parse the arguments and run; expected errors end with one sentence."""
     args = parse_arguments(arguments)
     with one_sentence("paper_tables.py", "the table is what was done"):
         main(args)

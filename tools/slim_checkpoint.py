@@ -1,11 +1,11 @@
 #!/usr/bin/env python
-"""Keep a checkpoint's weights only, in half precision: small enough to ship.
+"""Keep only the weights of a checkpoint, in half precision.
 
 Examples::
 
     python tools/slim_checkpoint.py output/my_vitdet/model_final.pth my_vitdet.pth
 
-    # the head alone, of a model whose backbone is frozen and has a checkpoint of its own
+    # only the head of a model with a frozen backbone from another checkpoint
     python tools/slim_checkpoint.py output/segmenter/model_final.pth head.pth \
         --head-of my_segmenter.yaml
 """
@@ -22,7 +22,7 @@ from expedit_d2.projects import frozen_part, load_cfg
 
 
 def frozen_weights_of(config_file: str) -> dict[str, Tensor]:
-    """What a config freezes; some models look at the metadata of their data sets."""
+    """The weights that a config freezes; registers data sets, as models may need their metadata."""
     register_collage()
     cfg = load_cfg(config_file)
     register_by_path([*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST])
@@ -30,7 +30,7 @@ def frozen_weights_of(config_file: str) -> dict[str, Tensor]:
 
 
 def run(arguments: list[str] | None = None) -> None:
-    """Parse the arguments and run; an expected error ends with one sentence."""
+    """Parse the arguments and run; expected errors end with one sentence."""
     parser = ToolParser("slim_checkpoint.py", __doc__)
     parser.add_argument("source", help="checkpoint of a training run, or its URL")
     parser.add_argument("target", help="file to write; must not exist yet")

@@ -21,6 +21,7 @@ from ..tokens import Layout, Tokens
 from ..tracing import shape_of
 from .map_size import MapSizes, Size
 from .spec import BlockCosts, TransformerSpec, block_costs, is_class, mean_keys, mean_of_heads
+from .versions import unfit
 
 FAMILY = "timm's VisionTransformer"
 
@@ -46,10 +47,7 @@ def spec_of(vit: nn.Module, layout: Callable[..., PrefixLayout]) -> TransformerS
         if size_aware and not all(
             "attn_mask" in inspect.signature(block.forward).parameters for block in vit.blocks
         ):
-            raise ValueError(
-                f"SIZE_AWARE needs blocks that take attn_mask, and {type(vit.blocks[0]).__name__} "
-                "does not; set SIZE_AWARE False or update timm"
-            )
+            raise unfit(type(vit.blocks[0]).__name__, "timm")
         return layout(prefix=vit.num_prefix_tokens, size_aware=size_aware, sizes=sizes)
 
     return TransformerSpec(

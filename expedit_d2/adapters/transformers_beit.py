@@ -1,7 +1,7 @@
 """Hugging Face's BEiT, as a model and as the backbone of ZoeDepth, DPT and UperNet.
 
-Tokens (B, 1 + H * W, C). Its relative positions are a bias of all pairs of tokens, one for all
-layers, one for each, or both: reduced tokens read it between its entries, at their mean positions.
+Tokens (B, 1 + H * W, C). Its relative position bias is shared by all layers, separate for each, or
+both. Reduced tokens interpolate it at their mean positions.
 """
 
 from __future__ import annotations
@@ -57,20 +57,20 @@ def adapt(beit: nn.Module) -> TransformerSpec:
 
 
 def _refuse_mask(beit: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Forward pre-hook: later, a mask cannot be separated from the positions it is added to."""
+    """Forward pre-hook, as the model adds the mask to the shared position bias."""
     if kwargs.get("attention_mask") is not None:
         raise ValueError(
-            "a model with Expedit takes no attention_mask: it is for all tokens; leave it out"
+            "attention_mask is not supported with Expedit, as it is for all tokens: leave it out"
         )
 
 
 @dataclass(frozen=True)
 class _Context:
-    """What every later layer needs to know of reduced tokens.
+    """Inputs of all later layers that depend on the reduced tokens.
 
     Attributes:
         mask: of cluster sizes; see `PrefixLayout.prepare`.
-        positions: (B or 1, M, 2) of the tokens; None where nothing reads them.
+        positions: (B or 1, M, 2) of the tokens; None without a position bias.
     """
 
     mask: Tensor | None
@@ -85,7 +85,7 @@ class _Layout(LayerLayout):
         return config.use_relative_position_bias or config.use_shared_relative_position_bias
 
     def prepare(self, x: Tensor, tokens: Tokens) -> _Context:
-        # Not those of `LayerLayout`, which knows of rotary positions.
+        # Skips `LayerLayout`, which has rotary positions.
         mask = super(LayerLayout, self).prepare(x, tokens)
         positions = positions_of(tokens).flatten(1, -2) if self.reads_positions else None
         return _Context(mask, positions)
@@ -113,7 +113,7 @@ class _Layout(LayerLayout):
     def weighed(
         self, block: nn.Module, tokens: Tokens, mask: Tensor | None, kwargs: dict[str, Any]
     ) -> tuple[Tensor | None, dict[str, Any]]:
-        """The mask is what the model adds for all layers."""
+        """The mask of the model is the shared position bias."""
         others = dict(kwargs)
         interpolate = others.pop("interpolate_pos_encoding", False)
         others.pop("resolution", None)
@@ -133,13 +133,13 @@ class _Layout(LayerLayout):
 
 
 def _reduced(bias: Tensor, size: tuple[int, int], positions: Tensor) -> Tensor:
-    """The bias of a class token and of tokens at any positions of a map.
+    """The bias for the class token and for tokens at any positions of a map.
 
     Args:
-        bias: (heads, 1 + H * W, 1 + H * W) of the class token and the whole map. It depends on
-            offsets alone, so that a part of it is a table of them.
+        bias: (heads, 1 + H * W, 1 + H * W) of the class token and the whole map. It depends only on
+            offsets, so a part of it is a table of all offsets.
         size: (H, W) of the map.
-        positions: (B or 1, M, 2) in it.
+        positions: (B or 1, M, 2) in the map.
 
     Returns:
         (B or 1, heads, 1 + M, 1 + M).
@@ -150,7 +150,7 @@ def _reduced(bias: Tensor, size: tuple[int, int], positions: Tensor) -> Tensor:
     query = rows.clamp_min(0) * width + cols.clamp_min(0)
     key = (-rows).clamp_min(0) * width + (-cols).clamp_min(0)
     body = position_bias(bias[:, 1:, 1:][:, query, key], positions)
-    # Class to class, class to token, token to class: one number each for all tokens.
+    # Class to class, class to token, token to class: a scalar per head each.
     corner, above, beside = (bias[None, :, i, j, None, None] for i, j in ((0, 0), (0, 1), (1, 0)))
     batch, _, count, _ = shape_of(body)
     beside = beside.expand(batch, -1, count, 1)

@@ -1,8 +1,8 @@
-"""What the adapters of Hugging Face's models share."""
+"""Parts shared by the adapters of Hugging Face's models."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -13,11 +13,11 @@ from ..compat import attention_of, checkpointing_of, recorded_outputs
 from .versions import unfit
 
 __all__ = [
+    "RecordedLayout",
     "check_masks",
     "check_parts",
     "checkpointed",
     "pair",
-    "records_hidden_states",
     "refuse_attentions",
 ]
 
@@ -26,7 +26,7 @@ _MASKED = ("sdpa", "eager")
 
 
 def pair(value: Any) -> tuple[int, int]:
-    """The two sides of a setting that may name one for both."""
+    """(height, width) of a setting that may be a single number."""
     return tuple(value) if isinstance(value, (tuple, list)) else (value, value)
 
 
@@ -38,20 +38,20 @@ def check_masks(config: Any) -> None:
     implementation = attention_of(config)
     if implementation not in _MASKED:
         raise ValueError(
-            f"SIZE_AWARE needs attention that takes a mask, attn_implementation one of {_MASKED}, "
-            f"got {implementation!r}; load the model so, or set SIZE_AWARE False"
+            f"SIZE_AWARE needs attn_implementation to be one of {_MASKED}, which take a mask, got "
+            f"{implementation!r}; load the model with one of these, or set SIZE_AWARE False"
         )
 
 
 def check_parts(model: nn.Module, modules: Any, *names: str) -> None:
     """
     Args:
-        model: the transformer, whom a message names.
+        model: the transformer, for error messages.
         modules: its layers.
-        names: attributes that each must have, with dots between those of its parts.
+        names: attributes that each layer must have, dotted for those of its parts.
 
     Raises:
-        ValueError: if one is missing: another version of the library.
+        ValueError: if one is missing, as in another version of the library.
     """
     for module in modules:
         for name in names:
@@ -62,25 +62,29 @@ def check_parts(model: nn.Module, modules: Any, *names: str) -> None:
                 part = getattr(part, step)
 
 
-def records_hidden_states() -> bool:
-    """Whether the model that runs now records hidden states, by forward hooks on its layers."""
-    return "hidden_states" in recorded_outputs()
+class RecordedLayout:
+    """Mixin for layouts of models that record hidden states by forward hooks on their layers."""
+
+    watched = True
+
+    def reads_outputs(self, kwargs: Mapping[str, Any]) -> bool:
+        return "hidden_states" in recorded_outputs()
 
 
-def refuse_attentions(asked: bool) -> None:
+def refuse_attentions(requested: bool) -> None:
     """
     Raises:
-        ValueError: if attention weights are asked for.
+        ValueError: if attention weights are requested.
     """
-    if asked:
+    if requested:
         raise ValueError(
-            "output_attentions is not supported with Expedit, whose attention is that of clusters: "
-            "set it False"
+            "output_attentions is not supported with Expedit, which attends to clusters: set it "
+            "False"
         )
 
 
 def checkpointed(layer: nn.Module, function: Callable, *args: Any, **kwargs: Any) -> Any:
-    """``function(*args, **kwargs)``, checkpointed where the layer would checkpoint its forward."""
+    """``function(*args, **kwargs)``, with gradient checkpointing if the layer uses it."""
     if layer.gradient_checkpointing and layer.training and torch.is_grad_enabled():
         return checkpointing_of(layer)(partial(function, **kwargs), *args)
     return function(*args, **kwargs)

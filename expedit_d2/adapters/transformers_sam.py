@@ -1,15 +1,12 @@
 """Hugging Face's ``SamVisionEncoder`` and ``SamHQVisionEncoder``, alone or in their models.
 
-Their attention, windows and relative positions are those of Detectron2's ViT. SAM-HQ also reads
-the outputs of its global layers. Hidden states are recorded by forward hooks on the layers, which
-are therefore called with whole maps; see ``watched`` of `Layout`.
+Attention, windows and relative positions are as in Detectron2's ViT. SAM-HQ also reads the outputs
+of its global layers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
 
 from torch import Tensor, nn
 
@@ -17,7 +14,7 @@ from ..tokens import Tokens
 from .detectron2_vit import attend_layer, spec_of
 from .segment_anything import SamLayout
 from .spec import TransformerSpec, is_class
-from .transformers_parts import check_parts, checkpointed, records_hidden_states
+from .transformers_parts import RecordedLayout, check_parts, checkpointed
 
 FAMILY = "Hugging Face's SAM, SAM-HQ"
 
@@ -46,13 +43,8 @@ def adapt(encoder: nn.Module) -> TransformerSpec:
     return replace(spec, size=(side, side), outputs=tuple(sorted(outputs)), fused=_fused)
 
 
-class _Layout(SamLayout):
+class _Layout(RecordedLayout, SamLayout):
     norms = ("layer_norm1", "layer_norm2")
-    watched = True
-
-    def reads_outputs(self, kwargs: Mapping[str, Any]) -> bool:
-        """Whether hidden states are recorded."""
-        return records_hidden_states()
 
     def run(self, block: nn.Module, x: Tensor, tokens: Tokens) -> Tensor:
         return checkpointed(block, super().run, block, x, tokens)
@@ -61,5 +53,5 @@ class _Layout(SamLayout):
 def _fused(
     attn: nn.Module, hidden_states: Tensor, output_attentions: bool = False
 ) -> tuple[Tensor, None]:
-    """The layer as it is, which returns its weights too where it has them."""
+    """The layer with fused attention; it also returns attention weights, which are not computed."""
     return attend_layer(attn, hidden_states), None

@@ -1,8 +1,8 @@
-"""Hugging Face's Swin, as its ``SwinModel`` and as the backbone of Mask2Former, OneFormer, UperNet
-and, in a class of its own, of MaskFormer.
+"""Hugging Face's Swin: ``SwinModel``, also the backbone of Mask2Former, OneFormer and UperNet, and
+``MaskFormerSwinModel``.
 
-Blocks take tokens (B, H * W, C) and the size of their map, and return tuples. Their hidden states
-are those of the stages, whole maps.
+Blocks take tokens (B, H * W, C) and the size of their map, and return tuples. Hidden states are the
+outputs of stages, which are whole maps.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ class _Layout(SwinLayout):
         return replace(self, size=size or tuple(input_dimensions))
 
     def returned(self, x: Tensor) -> tuple[Tensor, None]:
-        """The layer's tokens and its attention weights, which there are none of."""
+        """The tokens, and None for the attention weights."""
         return x, None
 
     def run(
@@ -84,7 +84,7 @@ class _Layout(SwinLayout):
         **kwargs: Any,
     ) -> Tensor:
         refuse_attentions(kwargs.get("output_attentions", block.attention.config.output_attentions))
-        if not always_partition:  # on maps that are one window there is no shift
+        if not always_partition:  # no shift on maps of a single window
             block.set_shift_and_window_size(input_dimensions)
         return super().run(block, x, tokens)
 
@@ -141,7 +141,7 @@ class _MaskFormer(_Layout):
 
 
 def _split_parts(layers: tuple[nn.Linear, nn.Linear, nn.Linear], **others: Any) -> Parts:
-    """`Parts` of an attention whose queries, keys and values are three layers."""
+    """`Parts` of an attention with separate layers for queries, keys and values."""
     keys = layers[1]
     return Parts(
         qkv=lambda x: torch.cat([layer(x) for layer in layers], dim=-1),

@@ -1,15 +1,14 @@
 """Hugging Face's ViT, DINOv2 (with registers too) and DINOv3-ViT, as models and as backbones; EoMT.
 
 Tokens (B, prefix + H * W, C), global attention in every layer. Their layers take an additive
-``attention_mask``, so nothing of theirs is replaced. Hidden states are recorded by forward hooks on
-the layers, which are therefore called with whole maps; see ``watched`` of `Layout`. EoMT's last
-layers also run on its queries, and on all tokens.
+``attention_mask``, so none of them is replaced. EoMT's last layers also run on its queries, and on
+all tokens.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,10 +20,10 @@ from .spec import BlockCosts, TransformerSpec, block_costs, is_class, mean_of_he
 from .timm_eva import positions_of
 from .timm_vit import PrefixLayout
 from .transformers_parts import (
+    RecordedLayout,
     check_masks,
     check_parts,
     pair,
-    records_hidden_states,
     refuse_attentions,
 )
 from .versions import unfit
@@ -34,16 +33,16 @@ FAMILY = "Hugging Face's ViT, DINOv2, DINOv3, EoMT"
 
 @dataclass(frozen=True)
 class Kind:
-    """Where the classes of a family have their parts.
+    """Names of the parts of a family's classes.
 
     Attributes:
-        classes: those that own all of the transformer.
-        module: they are defined in.
+        classes: classes of the whole transformer.
+        module: module that defines them.
         encoder: attribute with the module that loops over the layers; "" for the model itself.
-        layers: name of the container in it.
-        norms: of a layer, before attention and before the MLP.
-        scales: of a layer, after attention and after the MLP, in order.
-        output: of an attention, its last layer.
+        layers: attribute of that with the layers.
+        norms: norms of a layer before attention and before the MLP.
+        scales: parts of a layer applied after attention and after the MLP, in order.
+        output: output projection of the attention.
     """
 
     classes: tuple[str, ...]
@@ -119,8 +118,8 @@ def adapt(vit: nn.Module) -> TransformerSpec:
     end = len(spec.blocks) - vit.config.num_blocks
     if end == 0:
         raise ValueError(
-            f"all {len(spec.blocks)} blocks of this {type(vit).__name__} run on its queries too, "
-            "so there is none whose tokens could be reduced"
+            f"all {len(spec.blocks)} blocks of this {type(vit).__name__} also run on its queries, "
+            "so tokens cannot be reduced in any"
         )
     return replace(spec, end=end, outputs=(end - 1,))
 
@@ -175,12 +174,12 @@ def _costs(layer: nn.Module) -> BlockCosts:
 
 @dataclass(frozen=True)
 class _Context:
-    """What every later layer needs to know of reduced tokens.
+    """Inputs of all later layers that depend on the reduced tokens.
 
     Attributes:
         mask: of cluster sizes; see `PrefixLayout.prepare`.
-        rotation: cosines and sines (B or 1, 1, N, D) of the tokens' places; None without rotary
-            positions.
+        rotation: cosines and sines (B or 1, 1, N, D) of the tokens' positions; None without rotary
+            position embedding.
     """
 
     mask: Tensor | None
@@ -188,18 +187,12 @@ class _Context:
 
 
 @dataclass(frozen=True)
-class LayerLayout(PrefixLayout):
-    """Attributes: ``kind`` and ``config`` of the model; ``rope``: its rotary positions, if any."""
+class LayerLayout(RecordedLayout, PrefixLayout):
+    """Attributes: ``kind`` and ``config`` of the model; ``rope``: its rotary embedding, if any."""
 
     kind: Kind | None = None
     config: Any = None
     rope: nn.Module | None = None
-
-    watched = True
-
-    def reads_outputs(self, kwargs: Mapping[str, Any]) -> bool:
-        """Whether hidden states are recorded."""
-        return records_hidden_states()
 
     @property
     def reads_positions(self) -> bool:
@@ -210,7 +203,7 @@ class LayerLayout(PrefixLayout):
         return _Context(super().prepare(x, tokens), rotation)
 
     def _rotation(self, tokens: Tokens) -> tuple[Tensor, Tensor]:
-        """DINOv3's, which is linear in the coordinates, -1 to 1 over the map, at any place."""
+        """DINOv3's rotation at any position; its angles are linear in coordinates from -1 to 1."""
         positions = positions_of(tokens).flatten(1, -2)
         coordinates = 2 * (positions + 0.5) / positions.new_tensor(tokens.size) - 1
         angles = 2 * math.pi * coordinates[..., None] * self.rope.inv_freq.float()
@@ -248,14 +241,14 @@ class LayerLayout(PrefixLayout):
         with self._masks(x):
             attended, _ = block.attention(getattr(block, first)(x), attention_mask=mask, **kwargs)
         attended, before = self.added(block, x, attended, 0), tokens.features.flatten(1, -2)
-        # The keys are those of this attention, whatever came out of it.
+        # Tokens are compared by the keys of this attention, not by its output.
         tokens, record = reduce(self.split(attended, tokens), lambda _: self.keys(block, before))
         x = self.join(attended, tokens.features)
         tokens = replace(tokens, context=self.prepare(x, tokens))
         return self.added(block, x, block.mlp(getattr(block, second)(x)), 1), tokens, record
 
     def added(self, block: nn.Module, x: Tensor, change: Tensor, index: int) -> Tensor:
-        """``x`` with what the attention (0) or the MLP (1) of a layer adds to it."""
+        """``x`` plus the scaled output of the attention (0) or the MLP (1) of a layer."""
         for name in self.kind.scales[index]:
             change = getattr(block, name)(change)
         return change + x
@@ -263,10 +256,11 @@ class LayerLayout(PrefixLayout):
     def weighed(
         self, block: nn.Module, tokens: Tokens, mask: Tensor | None, kwargs: dict[str, Any]
     ) -> tuple[Tensor | None, dict[str, Any]]:
-        """The mask and the other arguments of a layer, for the tokens that are left."""
+        """The mask and the other arguments of a layer, for the reduced tokens."""
         if mask is not None:
             raise ValueError(
-                "a model with Expedit takes no attention_mask: it is for all tokens; leave it out"
+                "attention_mask is not supported with Expedit, as it is for all tokens: leave it "
+                "out"
             )
         default = getattr(self.config, "output_attentions", False)
         refuse_attentions(kwargs.get("output_attentions", default))

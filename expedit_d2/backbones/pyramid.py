@@ -34,7 +34,7 @@ class ViTPyramid(SimpleFeaturePyramid):
     than scales adds the max-pooled level), or ``res2, res3, …`` for Mask2Former.
     """
 
-    #: Config node of the subclass, for error messages.
+    #: Config node of the ViT.
     node = "MODEL"
 
     @configurable

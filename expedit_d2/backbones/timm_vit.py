@@ -227,3 +227,6 @@ def build_timm_vit_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> TimmViT:
         ValueError: from `create_timm_vit`, `TimmNet`, `ViTPyramid` or `expedit_d2.expedite`.
     """
     return TimmViT(cfg, input_shape)
+
+
+build_timm_vit_backbone.node = TimmViT.node

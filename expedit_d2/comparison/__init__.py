@@ -1,7 +1,7 @@
-"""The plain model compared with expedited ones: metrics, agreement, FLOPs, speed and memory.
+"""Compare a plain model with expedited ones: metrics, agreement, FLOPs, speed and memory.
 
-A `Workload` is a model with its data; `compare` measures it with a list of settings, which gives a
-`Comparison`; `tables` writes that down.
+A `Workload` is a model with its data; `compare` measures it with several settings and returns a
+`Comparison`; `tables` formats that.
 """
 
 from ..settings import describe, parse_setting

@@ -9,14 +9,14 @@ from ..settings import Settings, describe
 
 __all__ = ["candidates"]
 
-#: Where reducing starts, as shares of the depth.
+#: First reduced block, as a share of the depth.
 _STARTS = (1 / 6, 1 / 4, 1 / 3, 1 / 2, 2 / 3)
-#: Clusters along each side, as shares of the tokens.
+#: Clusters along each side, as a share of the tokens.
 _RATIOS = (0.5, 0.6, 0.7, 0.8, 0.85)
-#: Merges before each block of this first part of the network, and none after.
+#: Leading part of the network in which each block merges.
 _MERGED = (1 / 3, 1 / 2, 1)
 _KEEPS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
-#: What the rules of `expedit_d2.budget` choose.
+#: For the rules of `expedit_d2.budget`.
 _BUDGETS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
 
 

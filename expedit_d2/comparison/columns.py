@@ -1,6 +1,6 @@
-"""Columns of a comparison, each defined once: terminal, Markdown, CSV and HTML follow from these.
+"""Columns of a comparison, defined once for terminal, Markdown, CSV and HTML.
 
-A new figure is one more `Column` in a function below.
+To add one, yield another `Column` in a function below.
 """
 
 from __future__ import annotations
@@ -29,19 +29,19 @@ _PARTS = tuple(field.name for field in fields(Flops) if field.name != "uncounted
 
 @dataclass(frozen=True)
 class Column:
-    """One figure of every row.
+    """A column of tables.
 
     Attributes:
-        key: its head in CSV, where numbers are in base units and not rounded.
-        value: its value for a row; None where it was not measured or is undefined.
+        key: head in CSV, where numbers are in base units and not rounded.
+        value: value of a row; None if it was not measured or is undefined.
         group: the table that shows it, of `GROUPS`.
-        head: its head in tables for people.
-        form: format of its number there.
+        head: head in other tables.
+        form: number format there.
         unit: unit after the number.
         scale: base units per unit.
         where: formats that show it, besides CSV.
-        below: whether it adds to the previous column: in HTML, as the second line there.
-        note: a remark on the number of a row, shown in brackets.
+        below: whether HTML shows it as a further line in the previous column.
+        note: remark on the number of a row, in brackets.
     """
 
     key: str
@@ -56,23 +56,23 @@ class Column:
     note: Callable[[Row], str] = lambda row: ""
 
     def shown(self, row: Row) -> float | None:
-        """The number in its unit; None also for what is not finite."""
+        """The number in its unit; None if it is not finite."""
         value = self.value(row)
         return None if value is None or not math.isfinite(value) else value / self.scale
 
     def text(self, row: Row) -> str:
-        """The number as people read it, without the note; "-" for None."""
+        """The formatted number without the note; "-" for None."""
         value = self.shown(row)
         return "-" if value is None else f"{value:{self.form}}{self.unit}"
 
     def full_text(self, row: Row) -> str:
-        """The same with the note."""
+        """The formatted number with the note."""
         note = self.note(row)
         return f"{self.text(row)} ({note})" if note else self.text(row)
 
 
 def columns_of(comparison: Comparison, where: str | None = None) -> list[Column]:
-    """The columns to show; costs that no row has are left out.
+    """The columns to show, without costs that no row has.
 
     Args:
         comparison: its plain model determines the metrics and kinds of output.
@@ -91,12 +91,12 @@ def columns_of(comparison: Comparison, where: str | None = None) -> list[Column]
 
 
 def describe_settings(row: Row) -> str:
-    """A row's settings as a line to paste, and after an arrow the choice of a budget."""
+    """Settings of a row as a line to paste, and after an arrow those that a budget has chosen."""
     if row.settings is None:
         return ""
-    asked = describe(row.settings)
+    text = describe(row.settings)
     chosen = row.settings.budget is not None and row.resolved is not None
-    return f"{asked} -> {describe(row.resolved)}" if chosen else asked
+    return f"{text} -> {describe(row.resolved)}" if chosen else text
 
 
 def _quality(comparison: Comparison) -> Iterator[Column]:
@@ -156,8 +156,8 @@ def _cost(comparison: Comparison) -> Iterator[Column]:
     batch = comparison.conditions.batch
 
     def spread(ratio: Callable[[Row], Ratio | None], row: Row) -> str:
-        found = ratio(row)
-        return f"{found.low:.2f}-{found.high:.2f}" if found and found.is_wide else ""
+        value = ratio(row)
+        return f"{value.low:.2f}-{value.high:.2f}" if value and value.is_wide else ""
 
     def seconds(name: str, row: Row) -> float | None:
         return getattr(comparison.latency(row), name, None)

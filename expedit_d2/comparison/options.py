@@ -1,4 +1,4 @@
-"""How a comparison measures."""
+"""Measurement options of a comparison."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ __all__ = ["Options"]
 
 @dataclass(frozen=True)
 class Options:
-    """How to measure.
+    """Measurement options.
 
     Attributes:
-        dtype: of the forward, by autocast unless it is "float32".
-        timed_images: at batch 1, after one that is not timed; 0: no speed and no memory.
-        batch: images in a batch for the throughput; 1: none.
+        dtype: of autocast; "float32" disables it.
+        timed_images: images to time at batch 1, after one warm-up; 0: no speed and no memory.
+        batch: batch size for the throughput; 1: not measured.
         progress: show progress bars.
 
     Raises:

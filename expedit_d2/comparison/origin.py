@@ -1,4 +1,4 @@
-"""The origin of a result: digests of code and of data, so that results are never confused."""
+"""Digests of the code and data that a result depends on, so that results are never confused."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .store import fingerprint
 
 __all__ = ["code_digest", "data_digest", "sources", "versions"]
 
-#: Packages whose versions numbers depend on.
+#: Packages whose versions affect results.
 _LIBRARIES = (
     "detectron2",
     "numpy",
@@ -26,57 +26,57 @@ _LIBRARIES = (
     "torchvision",
     "transformers",
 )
-#: Folders in a data set's metadata with labels that no record names: Cityscapes' evaluators.
+#: Metadata keys of folders with labels that are not in records, for Cityscapes' evaluators.
 _LABEL_FOLDERS = ("gt_dir",)
 
 
 @cache
 def versions() -> dict[str, str]:
-    """Of the libraries that numbers depend on."""
-    found = {}
+    """Versions of the libraries that affect results; "" if not installed."""
+    installed = {}
     for name in _LIBRARIES:
         try:
-            found[name] = metadata.version(name)
+            installed[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
-            found[name] = ""
-    return found
+            installed[name] = ""
+    return installed
 
 
 def code_digest(paths: Iterable[Path]) -> str:
-    """Digest of Python files, and of all Python files in folders with their paths there."""
-    found = []
+    """Digest of Python files, and of all Python files in folders with their relative paths."""
+    digests = []
     for path in sorted(set(paths)):
         files = sorted(path.rglob("*.py")) if path.is_dir() else [path]
-        found += [(file.relative_to(path.parent).as_posix(), file_digest(file)) for file in files]
-    return fingerprint(found)
+        digests += [(file.relative_to(path.parent).as_posix(), file_digest(file)) for file in files]
+    return fingerprint(digests)
 
 
 def sources(definitions: Iterable[type | Callable[..., Any]]) -> set[Path]:
-    """Where classes and functions are defined: files, or folders of packages.
+    """Source files of classes and functions, or folders of their packages.
 
-    A file in a package that is not installed counts as the whole package, because its other files
-    are as likely to change. This package's own are left out: they always count.
+    A file of a package that is not installed stands for the whole package, as its other files may
+    change too. Files of this package are omitted, as they always count.
     """
-    found = set()
+    paths = set()
     for definition in definitions:
         if definition.__module__.partition(".")[0] == __name__.partition(".")[0]:
             continue
         try:
             file = Path(inspect.getsourcefile(definition) or "")
         except (TypeError, OSError):
-            continue  # built in, or typed into a console
+            continue  # built in, or defined interactively
         if not file.is_file():
             continue
         depth = definition.__module__.count(".") + (file.name == "__init__.py")
         installed = {"site-packages", "dist-packages"} & set(file.parts)
-        found.add(file.parents[depth - 1] if depth and not installed else file)
-    return found
+        paths.add(file.parents[depth - 1] if depth and not installed else file)
+    return paths
 
 
 def data_digest(
     records: Sequence[Mapping[str, Any]], metadatas: Sequence[Mapping[str, Any]]
 ) -> str:
-    """Digest of records with their labels, of metadata of data sets, and of all files they name."""
+    """Digest of records and metadata of data sets, and of all files that they name."""
     folders = [Path(meta[key]) for meta in metadatas for key in _LABEL_FOLDERS if key in meta]
     labels = sorted(file for folder in folders for file in folder.rglob("*") if file.is_file())
     files = [_file(label) for label in labels]

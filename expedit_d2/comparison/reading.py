@@ -1,5 +1,4 @@
-"""Dataclasses from JSON, with every type checked: files may have been edited, or be of another
-kind."""
+"""Dataclasses from JSON with type checks, as files may be edited or of another kind."""
 
 from __future__ import annotations
 
@@ -15,12 +14,12 @@ def read_dataclass(kind: type, values: Any, where: str) -> Any:
     """The inverse of `dataclasses.asdict`, also after a round trip through JSON.
 
     Args:
-        kind: the dataclass, of numbers, texts, lists, dicts and other dataclasses.
+        kind: the dataclass, with fields of numbers, strings, lists, dicts and dataclasses.
         values: the content of the JSON.
-        where: name of this value in messages.
+        where: name of this value, for error messages.
 
     Raises:
-        ValueError: for a key that is missing or unknown, or a value of another type.
+        ValueError: for a missing or unknown key, or a value of the wrong type.
     """
     if not isinstance(values, Mapping):
         raise ValueError(f"{where} must be an object, got {values!r:.60}")
@@ -61,7 +60,7 @@ def _is_a(hint: type, value: Any) -> bool:
 
 
 def _read_union(kinds: tuple[Any, ...], value: Any, where: str) -> Any:
-    """Read as the first kind that fits; a value that looks like a dataclass is read as one."""
+    """Read as the first type that fits; a mapping is read as a dataclass if possible."""
     if isinstance(value, Mapping):
         kinds = [kind for kind in kinds if is_dataclass(kind)] or kinds
     for kind in kinds[:-1]:

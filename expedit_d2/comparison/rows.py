@@ -1,4 +1,4 @@
-"""The data of a comparison: the plain model's row and one per setting, with their JSON form."""
+"""The data of a comparison: a row for the plain model and for each setting, and JSON."""
 
 from __future__ import annotations
 
@@ -30,28 +30,28 @@ _Item = TypeVar("_Item")
 
 @dataclass(frozen=True)
 class Row:
-    """One line of a comparison.
+    """One row of a comparison.
 
     Attributes:
-        name: of the setting; `PLAIN` is the model as it is.
+        name: of the setting; `PLAIN` for the plain model.
         settings: as requested; None for the plain model.
-        metrics: headline metric of each task, in percent; empty without labels.
-        agreement: of each kind of output with the plain model's, in percent; None where neither
-            model finds anything.
-        flops: of one forward on the first image.
-        parameters: of the model; no setting changes them.
-        latency: seconds of one forward at batch 1; None if it was not timed.
-        baseline: the plain model's latency, measured alternately with this one.
-        throughput: images per second in batches; None if these were not timed.
-        baseline_throughput: the plain model's, measured alternately with this one.
-        peak_memory: most bytes allocated at once by one forward at batch 1, without the weights
-            and the image; None if it was not measured.
-        resolved: the settings in force, after a budget has chosen; None if not recorded.
-        ratio: how many times faster than the plain model at batch 1, round by round.
-        batched_ratio: the same in batches.
-        not_finite: images on which the output is NaN or infinite somewhere.
-        worst: the image that agrees least with the plain model, and its agreement in percent.
-        launches: kernels that one forward on the first image launches; None if not counted.
+        metrics: main metric of each task, in percent; empty without labels.
+        agreement: with the plain model, by kind of output, in percent; None if neither model
+            detects anything.
+        flops: of a forward pass on the first image.
+        parameters: of the model; independent of settings.
+        latency: seconds of a forward pass at batch 1; None if not timed.
+        baseline: latency of the plain model, measured interleaved with this one.
+        throughput: images per second in batches; None if not timed.
+        baseline_throughput: throughput of the plain model, measured interleaved with this one.
+        peak_memory: most bytes allocated at once by a forward pass at batch 1, without the weights
+            and the image; None if not measured.
+        resolved: the settings that a budget has chosen; None if not recorded.
+        ratio: speed-up over the plain model at batch 1, by round.
+        batched_ratio: speed-up in batches.
+        not_finite: number of images whose output has NaN or infinity.
+        worst: the image with the lowest agreement, and its agreement in percent.
+        launches: kernel launches of a forward pass on the first image; None if not counted.
     """
 
     name: str
@@ -74,24 +74,24 @@ class Row:
 
     @property
     def lowest_agreement(self) -> float | None:
-        """The lowest over all tasks; None if one is undefined or there are none."""
+        """The lowest agreement over all tasks; None if one is undefined or there are none."""
         values = self.agreement.values()
         return None if None in values else min(values, default=None)
 
 
 @dataclass(frozen=True)
 class Conditions:
-    """How the numbers were taken.
+    """Conditions of the measurements.
 
     Attributes:
-        device: name of the GPU or processor.
-        threads: of torch on the CPU.
-        dtype: of the forward, by autocast where it is not "float32".
-        torch: its version.
+        device: name of the GPU or CPU.
+        threads: CPU threads of PyTorch.
+        dtype: of autocast; "float32" without it.
+        torch: version of PyTorch.
         date: day and time, ISO 8601.
-        timed_images: at batch 1; their median is the latency.
-        batch: images in a batch for the throughput; 1: no batches were timed.
-        command: the command that gives the same table.
+        timed_images: images timed at batch 1; the latency is their median.
+        batch: batch size of the throughput; 1: not measured.
+        command: the command that reproduces the table.
     """
 
     device: str
@@ -107,8 +107,8 @@ class Conditions:
 def check_finished(comparisons: Iterable[Comparison]) -> None:
     """
     Raises:
-        KeyboardInterrupt: if an interruption left settings out.
-        ValueError: names the settings that failed, and why.
+        KeyboardInterrupt: if settings are missing after an interruption.
+        ValueError: if settings failed; names them and the reasons.
     """
     comparisons = list(comparisons)
     if any(comparison.unfinished for comparison in comparisons):
@@ -123,14 +123,14 @@ class Comparison:
     """Rows of one model on one data set, the plain model's first.
 
     Attributes:
-        model: its name.
-        dataset: name of the data set, or where the images are.
-        images: how many were evaluated.
-        conditions: how the numbers were taken.
+        model: name of the model.
+        dataset: name of the data set, or path of the images.
+        images: number of images evaluated.
+        conditions: of the measurements.
         rows: the plain model's first.
-        unfinished: names of the settings that an interruption left out.
-        failed: names of the settings that could not be run to the end, and why.
-        config_file: of the model; empty if it came from no file.
+        unfinished: names of settings that are missing after an interruption.
+        failed: names of settings that failed, and the reasons.
+        config_file: of the model; empty if there is none.
 
     Raises:
         ValueError: without a row.
@@ -147,46 +147,50 @@ class Comparison:
 
     def __post_init__(self) -> None:
         if not self.rows:
-            raise ValueError("a comparison needs at least the plain model's row, it has none")
+            raise ValueError("a comparison needs at least the plain model's row, got no rows")
 
     @property
     def plain(self) -> Row:
         return self.rows[0]
 
     def retained(self, row: Row, metric: str) -> float | None:
-        """Percent of the plain model's metric; above 100 is better than the plain model.
+        """Retained metric in percent; above 100 is better than the plain model.
 
-        None where the ratio is undefined: one of the two is missing or not finite, or the divisor
-        is 0.
+        None if it is undefined: a metric is missing or not finite, or the divisor is 0.
         """
-        now, was = row.metrics.get(metric), self.plain.metrics.get(metric)
-        if now is None or was is None:
+        value, base = row.metrics.get(metric), self.plain.metrics.get(metric)
+        if value is None or base is None:
             return None
         if lower_is_better(metric):
-            now, was = was, now
-        return 100 * now / was if math.isfinite(now) and math.isfinite(was) and was > 0 else None
+            value, base = base, value
+        defined = math.isfinite(value) and math.isfinite(base) and base > 0
+        return 100 * value / base if defined else None
 
     def lowest_retained(self, row: Row) -> float | None:
-        """The lowest over the plain model's metrics; None if one is undefined or there are none."""
+        """The lowest retained metric; None if one is undefined or there are none."""
         retained = [self.retained(row, metric) for metric in self.plain.metrics]
         return None if None in retained else min(retained, default=None)
 
     def undefined(self) -> list[str]:
         """Sentences on metrics and agreements that are undefined for the plain model."""
-        said = []
+        sentences = []
         for metric in self.plain.metrics:
             if self.retained(self.plain, metric) is None:
                 value = self.plain.metrics[metric]
-                said.append(f"The plain model's {metric} is {value:g}: nothing can be kept of it.")
+                sentences.append(
+                    f"The plain model's {metric} is {value:g}: nothing can be kept of it."
+                )
         for task, value in self.plain.agreement.items():
             if value is None:
-                said.append(f"The plain model finds nothing ({task}): no agreement is defined.")
+                sentences.append(
+                    f"The plain model finds nothing ({task}): no agreement is defined."
+                )
         if self.plain.not_finite:
-            said.append(self._not_finite(self.plain))
-        return said
+            sentences.append(self._not_finite(self.plain))
+        return sentences
 
     def not_finite(self) -> list[str]:
-        """A sentence on each row with outputs that are not finite."""
+        """A sentence for each row with outputs that are not finite."""
         return [self._not_finite(row) for row in self.rows if row.not_finite]
 
     def _not_finite(self, row: Row) -> str:
@@ -196,23 +200,23 @@ class Comparison:
         )
 
     def saved(self, row: Row, part: str = "total") -> float:
-        """Percent of the plain model's FLOPs; ``part`` is an attribute of `Flops`."""
-        was = getattr(self.plain.flops, part)
-        return 100 * (1 - getattr(row.flops, part) / was) if was else 0.0
+        """Saved FLOPs in percent of the plain model's; ``part`` is an attribute of `Flops`."""
+        base = getattr(self.plain.flops, part)
+        return 100 * (1 - getattr(row.flops, part) / base) if base else 0.0
 
     def flops_ratio(self, row: Row) -> float:
-        """The plain model's FLOPs divided by the row's: the speed-up these would give."""
+        """The plain model's FLOPs divided by the row's: the speed-up expected from these."""
         return self.plain.flops.total / row.flops.total
 
     def ratio(self, row: Row) -> Ratio | None:
-        """How many times faster than the plain model at batch 1, measured alternately with it."""
+        """Speed-up over the plain model at batch 1, measured interleaved with it."""
         if row.ratio is not None or row.latency is None or row.baseline is None:
             return row.ratio
-        median = row.baseline.median / row.latency.median  # of a file that has no rounds
+        median = row.baseline.median / row.latency.median  # from an old file without rounds
         return Ratio(median, median, median)
 
     def batched_ratio(self, row: Row) -> Ratio | None:
-        """The same in batches."""
+        """Speed-up over the plain model in batches, measured interleaved with it."""
         if row.batched_ratio is not None or None in (row.throughput, row.baseline_throughput):
             return row.batched_ratio
         ratio = row.throughput / row.baseline_throughput
@@ -224,21 +228,20 @@ class Comparison:
         return None if ratio is None else ratio.median
 
     def batched_speedup(self, row: Row) -> float | None:
-        """The same in batches."""
+        """The median of `batched_ratio`."""
         ratio = self.batched_ratio(row)
         return None if ratio is None else ratio.median
 
     def sure_speedup(self, row: Row) -> float | None:
-        """The speed-up or, if its spread is wide, the one that three quarters of the rounds
-        reach."""
+        """The speed-up or, if its spread is wide, its lower quartile."""
         ratio = self.ratio(row)
         return None if ratio is None else ratio.low if ratio.is_wide else ratio.median
 
     def latency(self, row: Row) -> Timing | None:
-        """Of one forward at batch 1.
+        """Latency at batch 1.
 
-        The plain model's own time and the speed-up give the median, so that the three agree even
-        if the machine was busier during one measurement than during another.
+        Its median is the plain model's latency divided by the speed-up, so that the three are
+        consistent even if the machine was busier during one measurement.
         """
         if row.latency is None or self.plain.latency is None:
             return None
@@ -246,12 +249,12 @@ class Comparison:
         return row.latency.scaled(median / row.latency.median)
 
     def fps(self, row: Row) -> float | None:
-        """Images per second at batch 1: the plain model's, times the speed-up."""
+        """Images per second at batch 1: the plain model's times the speed-up."""
         latency = self.latency(row)
         return None if latency is None else 1 / latency.median
 
     def throughput(self, row: Row) -> float | None:
-        """Images per second in batches: the plain model's, times the speed-up there."""
+        """Images per second in batches: the plain model's times the speed-up in batches."""
         ratio = self.batched_ratio(row)
         if ratio is None or self.plain.throughput is None:
             return None
@@ -265,7 +268,7 @@ class Comparison:
     def from_json(cls, text: str) -> Comparison:
         """
         Raises:
-            ValueError: if this is not the JSON of a comparison.
+            ValueError: if it is not the JSON of a comparison.
         """
         return read_dataclass(cls, json.loads(text), "the comparison")
 
@@ -275,14 +278,14 @@ def pareto(
     x: Callable[[_Item], float | None],
     y: Callable[[_Item], float | None],
 ) -> list[_Item]:
-    """The Pareto front: no other row is better in one of two figures and as good in the other.
+    """The Pareto front of two values that are maximised.
 
     Args:
-        rows: what to choose from; those with None for a figure are left out.
-        x, y: the figures, both to be maximised.
+        rows: the candidates; those with None for a value are omitted.
+        x, y: the values of a row.
 
     Returns:
-        The front by falling x, so by rising y; of equal rows, only the first one.
+        The front by decreasing x, so increasing y; of equal rows, only the first.
     """
     known = [row for row in rows if x(row) is not None and y(row) is not None]
     front: list[_Item] = []

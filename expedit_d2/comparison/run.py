@@ -1,4 +1,4 @@
-"""One setting after the other, to the end or to an interruption."""
+"""Run a comparison, setting by setting."""
 
 from __future__ import annotations
 
@@ -24,59 +24,58 @@ def compare(
     store: Store | None = None,
     save: Callable[[Comparison], None] = lambda comparison: None,
 ) -> Comparison:
-    """The plain model and the same model with each setting.
+    """Measure the plain model and each setting.
 
-    An interruption (Ctrl-C, ``KeyboardInterrupt``) ends it early: the result has the rows that are
-    finished, and names the other settings. A setting that fails on an image is named with the
-    reason, and the others are finished.
+    After an interruption (Ctrl-C, ``KeyboardInterrupt``) the result has the finished rows and names
+    the other settings. Settings that fail on an image are named with the reason; the others go on.
 
     Args:
         workload: the model and its data.
-        settings: name to settings.
-        options: how to measure.
-        store: keeps results, so that the same call continues where this one stopped.
-        save: called with the comparison so far, after each row.
+        settings: settings by name.
+        options: measurement options.
+        store: saves results, so that the same call resumes after an interruption.
+        save: called with the comparison so far after each row.
 
     Returns:
-        The plain model's row, then one for each setting in order.
+        The plain model's row, then one row per setting in order.
 
     Raises:
-        ValueError: for settings that do not fit the model, a setting named like the plain model, or
-            if the plain model fails on an image.
-        KeyboardInterrupt: if not even the plain model is finished.
+        ValueError: for settings that do not fit the model, a setting with the name of the plain
+            model, or if the plain model fails on an image.
+        KeyboardInterrupt: before the plain model is finished.
     """
     _check(workload.model, settings)
     session = Session(workload, options, store)
     rows: list[Row] = []
     failed: dict[str, str] = {}
-    left = [PLAIN, *settings]
+    pending = [PLAIN, *settings]
     with interruptible():
         try:
-            while left:
+            while pending:
                 check_interrupt()
-                name = left[0]
+                name = pending[0]
                 try:
                     rows.append(session.row(name, settings.get(name)))
                 except ValueError as error:
                     if name == PLAIN:
                         raise
                     failed[name] = str(error)
-                left.pop(0)
-                save(session.comparison(rows, left, failed))
+                pending.pop(0)
+                save(session.comparison(rows, pending, failed))
         except KeyboardInterrupt:
             if not rows:
                 raise
-    return session.comparison(rows, left, failed)
+    return session.comparison(rows, pending, failed)
 
 
 def _check(model: nn.Module, settings: Mapping[str, Settings]) -> None:
     """Fail early for settings that do not fit.
 
     Raises:
-        ValueError: names every setting that does not fit, and why.
+        ValueError: names all such settings and the reasons.
     """
     if PLAIN in settings:
-        raise ValueError(f"a setting must not be named {PLAIN!r}, as the plain model is")
+        raise ValueError(f"a setting must not be named {PLAIN!r}, the name of the plain model")
     problems = []
     for name, setting in settings.items():
         try:

@@ -1,4 +1,4 @@
-"""Measuring one model with one setting after another, each figure once."""
+"""Measure one model with several settings."""
 
 from __future__ import annotations
 
@@ -39,13 +39,13 @@ __all__ = ["Session", "expedited_copy", "share_weights"]
 
 
 def share_weights(model: nn.Module) -> nn.Module:
-    """A copy of a model whose parameters and buffers are those of the model itself."""
+    """A copy of a model that shares its parameters and buffers."""
     tensors = [*model.parameters(), *model.buffers()]
     return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
 
 
 def expedited_copy(model: nn.Module, settings: Settings | None) -> nn.Module:
-    """A copy with the same weights and these settings; None: the model itself.
+    """A copy of a model with shared weights and these settings; None: the model itself.
 
     Raises:
         ValueError: for settings that do not fit the model.
@@ -54,33 +54,33 @@ def expedited_copy(model: nn.Module, settings: Settings | None) -> nn.Module:
 
 
 def _expedited(model: nn.Module, settings: Settings | None) -> tuple[nn.Module, Settings | None]:
-    """The same, and the settings in force, which a budget has chosen."""
+    """`expedited_copy`, and its settings after a budget has chosen."""
     if settings is None:
         return model, None
-    twin = share_weights(model)
-    return twin, apply(twin, settings).settings
+    expedited = share_weights(model)
+    return expedited, apply(expedited, settings).settings
 
 
 class Session:
-    """Measures a workload's plain model and its settings; what is in the store is not run again."""
+    """Measures the plain model and settings of a workload, unless results are in the store."""
 
     def __init__(
         self, workload: Workload, options: Options | None = None, store: Store | None = None
     ) -> None:
         """
         Args:
-            workload: what is measured.
-            options: how to measure.
-            store: where results are stored; None: in memory.
+            workload: the model and its data.
+            options: measurement options.
+            store: of results; None: in memory.
         """
         self.workload = workload
         self.options = options or Options()
         self.store = store or Store(None)
         self._timed: list[list[dict[str, Any]]] = []
-        self._image: str | None = None  # that a model runs on now
+        self._image: str | None = None  # the current image
 
     def conditions(self) -> Conditions:
-        """The conditions of the measurements."""
+        """Conditions of the measurements."""
         return Conditions(
             device=processor(self.workload.device.type),
             threads=torch.get_num_threads(),
@@ -112,10 +112,10 @@ class Session:
         )
 
     def row(self, name: str, settings: Settings | None) -> Row:
-        """Everything about one setting; None is the plain model.
+        """The row of one setting; None for the plain model.
 
         Raises:
-            ValueError: if the model cannot run with it; names the image.
+            ValueError: if the model fails; names the image.
         """
         values = self._stored("quality", settings, {}, self._evaluate, name)
         if self.options.timed_images:
@@ -163,7 +163,7 @@ class Session:
             yield
 
     def _reference(self) -> Agreement:
-        """Outputs of the plain model, stored from the first run on, also across interruptions."""
+        """Outputs of the plain model, computed once and stored."""
         key = self._key("reference", None, {})
         arrays = self.store.get_arrays(key)
         if arrays is not None:
@@ -175,7 +175,7 @@ class Session:
         return reference
 
     def _images(self) -> Iterator[list[dict[str, Any]]]:
-        """The workload's images, each noted while a model runs on it."""
+        """The workload's images; remembers the current one for error messages."""
         for batch in self.workload.images():
             check_interrupt()
             self._image = image_name(batch[0])
@@ -184,7 +184,7 @@ class Session:
         check_interrupt()
 
     def _run(self, name: str, model: nn.Module, agreement: Agreement) -> dict[str, Any]:
-        """The results of the task's evaluator, and the agreement."""
+        """Results of the task's evaluator, and the agreement."""
         evaluators = [agreement]
         if self.workload.evaluator is not None:
             evaluators.append(self.workload.evaluator())
@@ -194,9 +194,9 @@ class Session:
             desc=name,
             unit="image",
             leave=False,
-            disable=None if self.options.progress else True,  # None: not in files
+            disable=None if self.options.progress else True,  # None: disabled unless in a terminal
         )
-        # pycocotools prints its own tables.
+        # Without the tables of pycocotools.
         quiet = contextlib.redirect_stdout(io.StringIO())
         with quiet, self._forwarding(), watch_finite(model) as agreement.watch:
             return inference_on_dataset(model, bar, DatasetEvaluators(evaluators))
@@ -223,17 +223,17 @@ class Session:
         }
 
     def _inputs(self, count: int) -> list[list[dict[str, Any]]]:
-        """The first images as inputs of the model, one each, without labels and the like."""
+        """The first images as inputs of the model at batch 1, without labels."""
         if len(self._timed) < min(count, len(self.workload)):
-            wanted = ("image", "height", "width")
+            keys = ("image", "height", "width")
             self._timed = [
-                [{key: item[key] for key in wanted if key in item} for item in batch]
+                [{key: item[key] for key in keys if key in item} for item in batch]
                 for batch in self.workload.images(count)
             ]
         return self._timed[:count]
 
     def _measure_speed(self, name: str, model: nn.Module) -> dict[str, Any]:
-        """Speed, measured alternately with the plain model's, and memory on the first image."""
+        """Speed, measured interleaved with the plain model, and memory on the first image."""
         batch = self.options.batch
         images = self._inputs(max(self.options.timed_images, batch if batch > 1 else 1))
         singles = images[: self.options.timed_images]
@@ -262,8 +262,7 @@ class Session:
         inputs: Sequence[list[dict[str, Any]]],
         repeats: int,
     ) -> tuple[list[float], list[float]]:
-        """Seconds of one forward of a model and of the plain one, in turns, the two on the same
-        input in a round."""
+        """Seconds of forward passes of a model and the plain one, on the same input per round."""
         plain = self.workload.model
         models = {PLAIN: plain} if model is plain else {PLAIN: plain, label: model}
 

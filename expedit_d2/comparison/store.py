@@ -1,4 +1,4 @@
-"""Results stored as soon as they are computed, so that nothing is ever computed again."""
+"""Results on disk, saved as soon as they are computed, so that nothing is computed twice."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ __all__ = ["Store", "fingerprint"]
 
 logger = logging.getLogger(__name__)
 
-#: What numpy raises for files that are truncated, or are not npz files.
+#: Errors of numpy for truncated files and files that are not npz.
 _UNREADABLE = (
     *(ValueError, TypeError, KeyError, OSError, EOFError, AttributeError, NotImplementedError),
     *(zipfile.BadZipFile, zlib.error),
@@ -28,7 +28,7 @@ _UNREADABLE = (
 
 
 def fingerprint(*parts: Any) -> str:
-    """A short name for anything that JSON can hold; equal values have equal names."""
+    """Hash of anything that can be represented in JSON."""
     text = json.dumps(parts, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:24]
 
@@ -36,21 +36,21 @@ def fingerprint(*parts: Any) -> str:
 class Store:
     """A folder with ``results.jsonl``, one JSON line per result, and npz files of arrays.
 
-    Neither can hold code, so nothing found in the folder is ever run. Truncated files and files
-    of another kind count as missing. Several processes must not write to one folder at a time.
+    Neither can contain code. Truncated and foreign files count as missing. Only one process may
+    write to a folder at a time.
 
     Attributes:
-        reused: how many results were there already when they were needed.
+        reused: number of results that were not computed again.
     """
 
     def __init__(self, folder: str | Path | None) -> None:
         """
         Args:
-            folder: created if needed; None keeps everything in memory.
+            folder: created if needed; None: in memory only.
 
         Raises:
-            NotADirectoryError, PermissionError: as `check_folder`.
-            ValueError: if its ``results.jsonl`` is something else.
+            NotADirectoryError, PermissionError: from `check_folder`.
+            ValueError: if its ``results.jsonl`` has other content.
         """
         self.folder = None if folder is None else Path(folder)
         self.results: dict[str, dict[str, Any]] = {}
@@ -69,7 +69,7 @@ class Store:
 
     def _read(self) -> None:
         foreign = ValueError(
-            f"{str(self._file)!r} holds no results of a comparison; remove it, or name another "
+            f"{str(self._file)!r} has no results of a comparison; remove it, or give another "
             "folder for the results"
         )
         if not self._file.is_file():
@@ -83,17 +83,17 @@ class Store:
                 if isinstance(entry["value"], dict):
                     self.results[entry["key"]] = entry["value"]
             except (ValueError, KeyError, TypeError):
-                continue  # cut off in the middle: that one is computed again
-        torn = len(lines) == 1 and lines[0].startswith(b'{"label"')
-        if lines and not self.results and not torn:
+                continue  # truncated: computed again
+        truncated = len(lines) == 1 and lines[0].startswith(b'{"label"')
+        if lines and not self.results and not truncated:
             raise foreign
 
     def get(self, key: str) -> dict[str, Any] | None:
-        """The result under a key, or None."""
+        """The result of a key, or None."""
         return self.results.get(key)
 
     def put(self, key: str, value: dict[str, Any], label: str = "") -> None:
-        """Keep a result; ``label`` is for people who read the file."""
+        """Save a result; ``label`` is for readers of the file."""
         line = json.dumps({"label": label, "key": key, "value": value}, ensure_ascii=False)
         if self.folder is not None:
             with open(self._file, "a", encoding="utf-8") as file:
@@ -102,11 +102,11 @@ class Store:
         self.results[key] = json.loads(line)["value"]
 
     def get_arrays(self, key: str) -> dict[str, np.ndarray] | None:
-        """The arrays under a key, or None."""
+        """The arrays of a key, or None."""
         path = None if self.folder is None else self.folder / f"{key}.npz"
         if key not in self.arrays and path is not None and path.is_file():
             try:
-                # Arrays of objects would be pickles, which may hold code.
+                # Arrays of objects would be pickles, which may run code.
                 with np.load(path, allow_pickle=False) as file:
                     self.arrays[key] = {name: file[name] for name in file.files}
             except _UNREADABLE as error:
@@ -114,7 +114,7 @@ class Store:
         return self.arrays.get(key)
 
     def put_arrays(self, key: str, arrays: Mapping[str, np.ndarray]) -> None:
-        """Keep arrays of numbers by name; the file is whole or not there."""
+        """Save arrays by name, atomically."""
         self.arrays[key] = dict(arrays)
         if self.folder is None:
             return

@@ -1,4 +1,4 @@
-"""A comparison as text: the essentials for the terminal, everything for Markdown and CSV."""
+"""A comparison as text: a summary for the terminal, all columns in Markdown and CSV."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ def _tabulate(rows: Sequence[Row], columns: Sequence[Column], style: str) -> str
 
 
 def to_terminal(comparison: Comparison) -> str:
-    """The table that fits a terminal, and what its columns mean."""
+    """A table that fits a terminal, and its caption."""
     table = _tabulate(comparison.rows, columns_of(comparison, TERMINAL), "simple")
     return "\n\n".join([table, *_chosen(comparison), caption(comparison)])
 
 
 def _chosen(comparison: Comparison) -> list[str]:
-    """The choices of budgets, one line each, as one paragraph; nothing without a budget."""
+    """A paragraph with the choices of budgets, one line each; an empty list without budgets."""
     lines = [
         f"{row.name}: {describe_settings(row)}"
         for row in comparison.rows
@@ -43,7 +43,7 @@ def _chosen(comparison: Comparison) -> list[str]:
 
 
 def caption(comparison: Comparison) -> str:
-    """What was measured and how, what the columns mean, and their limits."""
+    """What was measured and how, and the meaning of the columns."""
     now, plain = comparison.conditions, comparison.plain
     lines = [f"{comparison.model} on {comparison.dataset}, {_count(comparison.images, 'image')}."]
     if plain.metrics:
@@ -59,18 +59,18 @@ def caption(comparison: Comparison) -> str:
         lines += [
             f"Speed: {now.device}{threads}, {now.dtype}, torch {now.torch};",
             f"batch 1, median of {_count(now.timed_images, 'image')}.",
-            "speed-up: against the plain model in the same turns, with the middle half where that "
-            "is wide;",
-            "FPS: the plain model's, times the speed-up; by GFLOPs: the speed-up by these alone.",
-            "memory: peak of a forward, weights not included.",
+            "speed-up: over the plain model, measured interleaved, with quartiles if the spread is "
+            "wide;",
+            "FPS: the plain model's times the speed-up; by GFLOPs: the speed-up from these.",
+            "memory: peak of a forward pass, without weights.",
         ]
     return "\n".join([*lines, *remarks(comparison)])
 
 
 def remarks(comparison: Comparison) -> list[str]:
-    """Sentences on what is undefined, not finite, failed or not finished."""
-    said = dict.fromkeys([*comparison.undefined(), *comparison.not_finite()])
-    lines = [*said, *(f"Failed: {name}: {why}" for name, why in comparison.failed.items())]
+    """Sentences on undefined, non-finite, failed and unfinished results."""
+    sentences = dict.fromkeys([*comparison.undefined(), *comparison.not_finite()])
+    lines = [*sentences, *(f"Failed: {name}: {why}" for name, why in comparison.failed.items())]
     if comparison.unfinished:
         lines.append(f"Not finished: {', '.join(comparison.unfinished)}.")
     return lines
@@ -85,8 +85,8 @@ def to_markdown(comparison: Comparison) -> str:
     rows, columns = comparison.rows, columns_of(comparison, MARKDOWN)
     parts = [caption(comparison).replace("\n", "  \n")]
     for title in GROUPS:
-        mine = [column for column in columns if column.group == title]
-        parts.append(f"**{title}**\n\n{_tabulate(rows, mine, 'github')}")
+        group = [column for column in columns if column.group == title]
+        parts.append(f"**{title}**\n\n{_tabulate(rows, group, 'github')}")
     settings = [f"- {row.name}: `{describe_settings(row)}`" for row in rows if row.settings]
     parts += ["**Settings**\n\n" + "\n".join(settings)] if settings else []
     now = comparison.conditions
@@ -95,8 +95,8 @@ def to_markdown(comparison: Comparison) -> str:
 
 
 def to_csv(comparison: Comparison) -> str:
-    """A line per row, in base units (seconds, bytes, FLOPs, percent) and not rounded; empty where
-    something was not measured or is undefined."""
+    """One line per row, in base units (seconds, bytes, FLOPs, percent), not rounded; values that
+    were not measured or are undefined are empty."""
     columns = columns_of(comparison)
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
@@ -108,12 +108,12 @@ def to_csv(comparison: Comparison) -> str:
 
 
 def table_stem(folder: str | Path, name: str, config_file: str) -> Path:
-    """Where a model's tables go: ``name`` in the folder, or ``name-2``, ``name-3``, … if another
-    config of that name, or something else, has its tables there already.
+    """Path of a model's tables without suffix: ``name`` in the folder, or ``name-2``, ``name-3``, …
+    if the folder has tables of another config with that name.
 
     Args:
         folder: of the results.
-        name: of the model, such as that of its config.
+        name: of the model, such as the name of its config.
         config_file: of the model.
     """
     here = str(Path(config_file).resolve()) if config_file else ""
@@ -124,19 +124,19 @@ def table_stem(folder: str | Path, name: str, config_file: str) -> Path:
 
 
 def _is_mine(file: Path, config_file: str) -> bool:
-    """Whether a file of results may be written: it is missing, empty, or of the same config."""
+    """Whether a file may be overwritten: it is missing, empty, or of the same config."""
     if not file.exists():
         return True
     try:
         text = file.read_text(encoding="utf-8").strip("\0 \n")
-        # Files of older versions do not say where they come from.
+        # Files of older versions have no config_file.
         return not text or json.loads(text).get("config_file", config_file) == config_file
     except (OSError, ValueError, AttributeError):
         return False
 
 
 def save_tables(comparison: Comparison, stem: str | Path) -> list[Path]:
-    """Write ``stem`` with the endings .md, .csv and .json, each whole or not at all."""
+    """Write ``stem`` with the suffixes .md, .csv and .json, each atomically."""
     stem = Path(stem)
     stem.parent.mkdir(parents=True, exist_ok=True)
     texts = {

@@ -1,4 +1,4 @@
-"""The tuned settings, in the form that `train_net.py` takes."""
+"""Tuned settings as a config or as overrides."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ def _as_plain(value: Any) -> Any:
 
 
 def _changed(settings: Settings, node: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields that differ from a config's node (keys in any case)."""
+    """The fields that differ from a config node, whose keys may have any case."""
     before = {key.lower(): _as_plain(value) for key, value in node.items()}
     after = {field.name: _as_plain(getattr(settings, field.name)) for field in fields(settings)}
-    del after["fused_attention"]  # is the plain model's
+    del after["fused_attention"]  # belongs to the plain model
     return {name: value for name, value in after.items() if before[name] != value}
 
 
@@ -35,15 +35,15 @@ def to_yaml(
     opts: Sequence[tuple[str, Any]] = (),
     comment: str = "",
 ) -> str:
-    """A small config on top of the one that was tuned.
+    """A small config based on the one that was tuned.
 
     Args:
         settings: the tuned settings.
         config_file: the config that was tuned.
         node: its ``MODEL.EXPEDIT``.
-        folder: where the text will be saved; the base is named from there.
-        opts: further keys and values, such as weights given on the command line.
-        comment: its first line.
+        folder: of the new file, which ``_BASE_`` is relative to.
+        opts: further keys and values, such as weights from the command line.
+        comment: first line.
     """
     content: dict[str, Any] = {"_BASE_": os.path.relpath(config_file, folder)}
     changed = {f"MODEL.EXPEDIT.{k.upper()}": v for k, v in _changed(settings, node).items()}
@@ -58,7 +58,7 @@ def to_yaml(
 
 
 def to_overrides(settings: Settings, node: Mapping[str, Any]) -> list[str]:
-    """The same for a LazyConfig: overrides for its command line."""
+    """Command-line overrides for a LazyConfig."""
     values = {"enabled": True, **_changed(settings, node)}
     text = {name: str(value).replace(" ", "") for name, value in values.items()}
     return [f"expedit.{name}={'null' if v == 'None' else v}" for name, v in text.items()]

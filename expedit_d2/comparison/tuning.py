@@ -1,4 +1,4 @@
-"""Finding the best setting for a target: a cheap sweep, then the best few on all images."""
+"""Find the best setting for a target: a sweep on a few images, then the best ones on all."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ __all__ = ["Target", "Tuning", "tune"]
 
 @dataclass(frozen=True)
 class Target:
-    """What a setting has to reach; whatever is None is not required.
+    """Requirements on a setting; None: not required.
 
     Attributes:
-        retained: percent of the plain model's metric, of every task's or of ``metric``.
-        metric: a name as in tables: PQ, mIoU, "box AP".
-        agreement: percent, with the plain model's output, of every task.
-        speedup: how many times faster than the plain model, at batch 1.
+        retained: percent of the plain model's metrics to keep, of all or of ``metric``.
+        metric: name in tables: PQ, mIoU, "box AP".
+        agreement: with the plain model, in percent, for all tasks.
+        speedup: over the plain model, at batch 1.
 
     Raises:
         ValueError: if nothing is required, or a value is out of range.
@@ -38,7 +38,7 @@ class Target:
 
     def __post_init__(self) -> None:
         if self.metric is not None and self.retained is None:
-            raise ValueError(f"the metric {self.metric!r} needs the percentage to keep of it")
+            raise ValueError(f"the metric {self.metric!r} needs a percentage of it to keep")
         if self.retained is self.agreement is self.speedup is None:
             raise ValueError("there is no target: give what to keep, an agreement or a speed-up")
         for name in ("retained", "agreement"):
@@ -71,7 +71,7 @@ class Target:
         if plain.not_finite:
             raise ValueError(f"there is nothing to tune for: {comparison.undefined()[-1]}")
         if self.retained is not None and not plain.metrics:
-            raise ValueError("without labels there is no metric to keep; ask for an agreement")
+            raise ValueError("without labels there is no metric to keep; give an agreement instead")
         if self.metric is not None and self.metric not in plain.metrics:
             raise ValueError(
                 f"the metric must be one of {list(plain.metrics)}, got {self.metric!r}"
@@ -80,7 +80,7 @@ class Target:
             if self.retained is not None and comparison.retained(plain, metric) is None:
                 raise ValueError(
                     f"the plain model's {metric} is {plain.metrics[metric]:g}, so no share of it "
-                    "can be kept; name another metric, or ask for an agreement"
+                    "can be kept; give another metric, or an agreement"
                 )
         if self.agreement is not None and plain.lowest_agreement is None:
             raise ValueError(f"an agreement cannot be reached: {_no_agreement(comparison)}")
@@ -88,7 +88,7 @@ class Target:
             raise ValueError("a speed-up needs images to time, got 0")
 
     def quality_met(self, comparison: Comparison, row: Row) -> bool:
-        """Whether a row has the metrics and the agreement, and is finite."""
+        """Whether a row reaches the metrics and the agreement, and is finite."""
         retained = (
             comparison.retained(row, self.metric)
             if self.metric
@@ -101,11 +101,11 @@ class Target:
         )
 
     def speed_met(self, comparison: Comparison, row: Row) -> bool:
-        """Whether a row is fast enough, beyond the spread of its measurement."""
+        """Whether a row is fast enough, also if its spread is wide."""
         return _reaches(comparison.sure_speedup(row), self.speedup)
 
     def met(self, comparison: Comparison, row: Row) -> bool:
-        """Whether a row has all of it."""
+        """Whether a row meets all requirements."""
         return self.quality_met(comparison, row) and self.speed_met(comparison, row)
 
 
@@ -114,10 +114,10 @@ def _reaches(value: float | None, least: float | None) -> bool:
 
 
 def _no_agreement(comparison: Comparison) -> str:
-    """Why the plain model has none."""
+    """Why the plain model has no agreement."""
     tasks = [task for task, value in comparison.plain.agreement.items() if value is None]
     if not tasks:
-        return "the model puts out nothing that can be compared"
+        return "the model has no outputs that can be compared"
     return f"the plain model finds nothing ({', '.join(tasks)})"
 
 
@@ -127,12 +127,12 @@ class Tuning:
 
     Attributes:
         target: the target.
-        sweep: every candidate on a few images; None if not even the plain model was run.
-        front: the Pareto front of the finished sweep, by falling agreement and falling GFLOPs.
-        confirmed: the best few on all images; None if none was run.
-        best: the best of these; None if none reaches the target.
-        skipped: candidates that the model cannot run with, or not on every image, and why.
-        interrupted: whether it ended early.
+        sweep: all candidates on a few images; None if not even the plain model was run.
+        front: Pareto front of the finished sweep, by decreasing agreement and GFLOPs.
+        confirmed: the best candidates on all images; None if none was run.
+        best: the best of these; None if none meets the target.
+        skipped: candidates that failed, and the reasons.
+        interrupted: whether tuning was interrupted.
     """
 
     target: Target
@@ -154,7 +154,7 @@ def _front(sweep: Comparison) -> list[Row]:
 
 
 def _last_met(count: int, met: Callable[[int], bool]) -> int:
-    """The last index of a run of True that is followed by False only; -1 without any."""
+    """The last index for which ``met`` is True, by bisection; -1 if there is none."""
     low, high = 0, count
     while low < high:
         middle = (low + high) // 2
@@ -163,7 +163,7 @@ def _last_met(count: int, met: Callable[[int], bool]) -> int:
 
 
 class _Confirmation:
-    """Runs settings of the front on everything, each once."""
+    """Runs settings of the front on all images, each once."""
 
     def __init__(self, session: Session, plain: Row, front: Sequence[Row], target: Target) -> None:
         self.session = session
@@ -174,15 +174,15 @@ class _Confirmation:
         self.failed: dict[str, str] = {}
 
     def row(self, index: int) -> Row | None:
-        """None if the model does not run with it on every image."""
+        """The row of a setting on all images; None if the model fails on one."""
         if index not in self.rows:
             check_interrupt()
-            found = self.front[index]
+            candidate = self.front[index]
             try:
-                self.rows[index] = self.session.row(found.name, found.settings)
+                self.rows[index] = self.session.row(candidate.name, candidate.settings)
             except ValueError as error:
                 self.rows[index] = None
-                self.failed[found.name] = str(error)
+                self.failed[candidate.name] = str(error)
         return self.rows[index]
 
     def comparison(self) -> Comparison:
@@ -196,8 +196,8 @@ class _Confirmation:
     def search(self, count: int) -> None:
         """Find the last setting of the front that is good enough, then run its neighbors.
 
-        Along the front quality falls and speed rises, so a bisection finds where the target is only
-        just met. The order is not strict, so neighbors may be better.
+        Along the front, quality decreases and speed increases, so a bisection finds where the
+        target is just met. The order is not strict, so neighbors may be better.
         """
         if not self.front:
             return
@@ -212,7 +212,7 @@ class _Confirmation:
             self.row(index)
 
     def best(self) -> Row | None:
-        """The fastest that has the quality; or, where only speed is asked for, the best output."""
+        """The fastest with the quality; if only speed is required, the one with most agreement."""
         comparison = self.comparison()
         met = [row for row in comparison.rows[1:] if self.target.met(comparison, row)]
         if not self.target.asks_for_quality:
@@ -232,26 +232,26 @@ def tune(
     options: Options | None = None,
     store: Store | None = None,
 ) -> Tuning:
-    """Find the setting that reaches a target at the lowest cost.
+    """Find the setting that meets a target at the lowest cost.
 
     All settings run on a few images, for agreement with the plain model and GFLOPs. On the Pareto
-    front of these two, a bisection finds the setting that only just reaches the target on all
-    images, with metrics and timing.
+    front of these two, a bisection finds the setting that just meets the target on all images, with
+    metrics and timing.
 
     Args:
         workload: the model and its data.
-        settings: to choose from, by name; see `candidates`.
-        target: what to reach.
+        settings: candidates by name, see `candidates`.
+        target: the requirements.
         sweep_images: images of the sweep.
-        confirm: settings to run on everything, at least; the bisection may take a few more.
-        options: how to measure.
-        store: keeps results, so that the same call continues where this one stopped.
+        confirm: settings to run on all images, at least; the bisection may need a few more.
+        options: measurement options.
+        store: saves results, so that the same call resumes after an interruption.
 
     Returns:
-        The result; after an interruption, what was finished by then.
+        The result, partial after an interruption.
 
     Raises:
-        ValueError: if the target requires what the data cannot provide.
+        ValueError: if the data cannot provide what the target requires.
     """
     options, store = options or Options(), store or Store(None)
     full = Session(workload, options, store)
@@ -295,9 +295,9 @@ def tune(
 def _check_sweep(sweep: Comparison) -> None:
     """
     Raises:
-        ValueError: if these few images do not distinguish settings by their agreement.
+        ValueError: if agreement is undefined on these images.
     """
     if sweep.plain.lowest_agreement is None:
         raise ValueError(
-            f"on the {sweep.images} images of the sweep {_no_agreement(sweep)}; give it more images"
+            f"on the {sweep.images} images of the sweep {_no_agreement(sweep)}; use more images"
         )

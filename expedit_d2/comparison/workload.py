@@ -1,4 +1,4 @@
-"""What is compared: a plain model, the images it runs on, and how its output is judged."""
+"""Workloads: a plain model, its images, and its evaluator."""
 
 from __future__ import annotations
 
@@ -34,15 +34,15 @@ class Workload:
     """A plain model and its data.
 
     Attributes:
-        name: for tables, such as the name of the config.
+        name: in tables, such as the name of the config.
         model: the plain model, in evaluation mode, on its device.
         dataset: name of the data set.
         loader: Detectron2's test loader, batch 1; it has a length.
-        make_evaluator: makes a new evaluator of the task for each setting; None without labels.
-        config: a text that differs if the model or its input differs.
+        make_evaluator: creates the task's evaluator; None without labels.
+        config: text that identifies the model and its preprocessing.
         color: "RGB" or "BGR", of the images.
-        limit: only the first images; these have agreement and no metrics, as Detectron2's
-            evaluators want the whole set. None: all of them.
+        limit: number of images; without metrics, as Detectron2's evaluators need the whole data
+            set. None: all.
     """
 
     name: str
@@ -65,19 +65,18 @@ class Workload:
         return next(self.model.parameters()).device
 
     def images(self, count: int | None = None) -> Iterable[list[dict[str, Any]]]:
-        """The first images, each in a batch of its own; all of the workload's for None."""
+        """The first images at batch 1; None: all of the workload."""
         return islice(self.loader, len(self) if count is None else min(count, len(self)))
 
     @property
     def evaluator(self) -> Callable[[], DatasetEvaluator] | None:
-        """`make_evaluator` where there are metrics."""
+        """`make_evaluator` if there are metrics."""
         whole = self.limit is None or self.limit >= len(self.loader)
         return self.make_evaluator if whole else None
 
     @cached_property
     def fingerprint(self) -> str:
-        """Digest of all that results depend on: code, libraries, config, weights, data, and
-        limit."""
+        """Hash of all that results depend on: code, libraries, config, weights, data and limit."""
         weights = hashlib.sha256()
         digest_tensors(weights, self.model.state_dict())
         classes = {type(part) for part in (*self.model.modules(), *PREDICTIONS.values())}

@@ -1,4 +1,4 @@
-"""Metrics: Detectron2's evaluators by data set, and agreement with the plain model's output."""
+"""Evaluation: Detectron2's evaluators, and agreement with the plain model."""
 
 from .agreement import Agreement
 from .build import build_evaluator

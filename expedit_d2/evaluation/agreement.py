@@ -1,4 +1,4 @@
-"""Agreement of a model's output with the plain model's: needs no labels and has little noise."""
+"""Agreement of a model with the plain model, which needs no labels and has little noise."""
 
 from __future__ import annotations
 
@@ -17,18 +17,17 @@ __all__ = ["Agreement", "image_key"]
 
 
 class Agreement(DatasetEvaluator):
-    """How far a model's outputs are those of the plain model, in percent; 100 is identical.
+    """Agreement with the outputs of the plain model, in percent; 100 is identical.
 
-    - instances, panoptic: the panoptic quality (Kirillov et al., arXiv 1801.00868, equation 1)
-      between the segments of the two, over all classes at once: the sum of matched IoUs, over
-      matched segments plus half of the additional and half of the lost ones. None where neither
-      model finds anything.
+    - instances, panoptic: panoptic quality (Kirillov et al., arXiv 1801.00868, equation 1) between
+      the segments of the two, over all classes at once: the sum of matched IoUs divided by the
+          matched
+      segments plus half of the unmatched ones. None if neither model detects anything.
     - semantic: pixels with the same label.
     - depth: pixels within 5 % of the plain model's depth (or inverse depth).
 
-    Every kind that a model outputs is compared. The plain model is run first, with an evaluator
-    of its own, which the others are given. An image on which either output is not finite counts as
-    one that disagrees in everything.
+    All kinds of output are compared. The plain model runs first, and its evaluator is the reference
+    of the others. An image on which either output is not finite counts as complete disagreement.
 
     Attributes:
         not_finite: images on which this model's output is not finite.
@@ -39,8 +38,8 @@ class Agreement(DatasetEvaluator):
     ) -> None:
         """
         Args:
-            reference: the evaluator that has seen the plain model's outputs; None makes this one.
-            watch: of the model's parts, see `watch_finite`; None: its output alone is looked at.
+            reference: evaluator with the plain model's outputs; None: this is the reference.
+            watch: watches the model's parts, see `watch_finite`; None: only outputs are checked.
         """
         self.reference = reference
         self.watch = watch
@@ -77,12 +76,12 @@ class Agreement(DatasetEvaluator):
             self.lowest = float(terms[0] / terms[1]), image
 
     def evaluate(self) -> dict[str, dict[str, Any]]:
-        """``agreement`` by task; ``outputs``: how many images are not finite, and the image that
-        agrees least with its percentage."""
+        """``agreement`` by task; ``outputs``: the number of images that are not finite, and the
+        image with the lowest agreement."""
         sums: dict[str, Any] = {}
         not_finite, lowest = 0, []
-        for part, found, least in comm.all_gather((self.sums, len(self.not_finite), self.lowest)):
-            not_finite += found
+        for part, count, least in comm.all_gather((self.sums, len(self.not_finite), self.lowest)):
+            not_finite += count
             lowest += [] if least is None else [least]
             for task, terms in part.items():
                 sums[task] = sums.get(task, 0) + terms
@@ -100,7 +99,7 @@ class Agreement(DatasetEvaluator):
         }
 
     def to_arrays(self) -> dict[str, np.ndarray]:
-        """What a reference has to remember, for a file; `from_arrays` is the opposite."""
+        """The reference as arrays for a file; `from_arrays` is the inverse."""
         index = {"records": list(self.records), "not_finite": list(self.not_finite)}
         arrays = {"index": np.frombuffer(json.dumps(index).encode(), np.uint8)}
         for number, record in enumerate(self.records.values()):
@@ -109,27 +108,27 @@ class Agreement(DatasetEvaluator):
 
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, np.ndarray]) -> Agreement:
-        """A reference.
+        """A reference from arrays.
 
         Raises:
-            ValueError: if these are not the arrays of one.
+            ValueError: if they are not those of a reference.
         """
-        found = cls()
+        reference = cls()
         records: dict[str, Record] = {}
         for name, array in arrays.items():
             number, _, part = name.partition(".")
             records.setdefault(number, {})[part] = array
         try:
             index = json.loads(arrays["index"].tobytes())
-            found.not_finite = set(index["not_finite"])
+            reference.not_finite = set(index["not_finite"])
             for number, (task, image) in enumerate(index["records"]):
-                found.records[task, image] = records[str(number)]
+                reference.records[task, image] = records[str(number)]
         except (KeyError, TypeError, ValueError):
             raise ValueError("these arrays are not those of an agreement's reference") from None
-        return found
+        return reference
 
 
 def image_key(item: Mapping[str, Any]) -> int | str:
-    """What tells an image from the others, in a form that JSON can hold."""
+    """Unique id of an image that can be stored as JSON."""
     image = item.get("image_id", item.get("file_name"))
     return int(image) if isinstance(image, (int, np.integer)) else str(image)

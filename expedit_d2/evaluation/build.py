@@ -1,4 +1,4 @@
-"""Which evaluator a data set and a model ask for. All metrics are Detectron2's own."""
+"""Build evaluators; all metrics are Detectron2's."""
 
 from __future__ import annotations
 
@@ -17,30 +17,30 @@ logger = logging.getLogger(__name__)
 
 
 def predictions_folder(output_dir: str, dataset_name: str) -> str:
-    """Where an evaluator writes predictions; data sets by path have longer names than folders."""
+    """Folder for predictions; names of data sets by path are shortened."""
     return os.path.join(output_dir, "inference", dataset_name.replace("/", "_")[-200:])
 
 
 def check_scored(dataset_name: str, truth: COCO, tasks: Sequence[str]) -> None:
-    """Refuse annotations that pycocotools would only stumble over after the whole inference.
+    """Refuse annotations with which pycocotools would fail after the whole inference.
 
     Args:
-        dataset_name: for messages.
+        dataset_name: for error messages.
         truth: the annotations.
         tasks: "bbox", "segm".
 
     Raises:
-        ValueError: for the first annotation that lacks something.
+        ValueError: for the first incomplete annotation.
     """
-    needed = ("area", "iscrowd", "bbox")
+    required = ("area", "iscrowd", "bbox")
     if 0 in truth.anns:
         logger.warning(
-            "%r has an annotation with the id 0, which pycocotools takes for no match, so that AP "
-            "is too low: number annotations from 1",
+            "%r has an annotation with the id 0, which means no match to pycocotools, so AP is too "
+            "low: number annotations from 1",
             dataset_name,
         )
     for annotation in truth.anns.values():
-        missing = [key for key in needed if key not in annotation]
+        missing = [key for key in required if key not in annotation]
         if missing:
             raise ValueError(
                 f"{dataset_name!r}: annotation {annotation['id']!r} of image "
@@ -51,16 +51,16 @@ def check_scored(dataset_name: str, truth: COCO, tasks: Sequence[str]) -> None:
             raise ValueError(
                 f"{dataset_name!r}: annotation {annotation['id']!r} of image "
                 f"{annotation['image_id']!r} has no mask ('segmentation'), which mask AP needs: "
-                "add it to the file, or set MODEL.MASK_ON False for a detector's box AP alone"
+                "add it to the file, or set MODEL.MASK_ON False for the box AP of a detector only"
             )
 
 
 def build_evaluator(dataset_name: str, output_dir: str, masks: bool = True) -> DatasetEvaluator:
-    """COCO box AP, and mask AP where the model predicts masks, by pycocotools.
+    """COCO box AP, and mask AP if the model predicts masks, by pycocotools.
 
     Args:
         dataset_name: a registered data set with COCO instance annotations.
-        output_dir: where predictions are written.
+        output_dir: folder for predictions.
         masks: whether the model predicts masks.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Whether numbers are finite: NaN and infinity compare as anything, also as perfect."""
+"""Detect NaN and infinity, with which comparisons can give any result, even a perfect one."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["FiniteWatch", "all_finite", "watch_finite"]
 
 
 def all_finite(value: Any) -> bool:
-    """Whether no number in tensors, Detectron2's structures, lists and dicts is NaN or infinite."""
+    """Whether all numbers in tensors, Detectron2's structures, lists and dicts are finite."""
     if isinstance(value, Tensor):
         return not value.is_floating_point() or bool(torch.isfinite(value).all())
     if isinstance(value, float):
@@ -32,7 +32,7 @@ def all_finite(value: Any) -> bool:
 
 
 class FiniteWatch:
-    """Remembers whether everything that it has seen since it was asked last was finite."""
+    """Records whether all values since the last `take` were finite."""
 
     def __init__(self) -> None:
         self._finite = True
@@ -41,17 +41,17 @@ class FiniteWatch:
         self._finite = self._finite and all_finite(value)
 
     def take(self) -> bool:
-        """Whether it was; then starts again."""
+        """Whether all values were finite; resets the record."""
         finite, self._finite = self._finite, True
         return finite
 
 
 @contextmanager
 def watch_finite(model: nn.Module) -> Iterator[FiniteWatch]:
-    """Watch the outputs of a model, its parts (backbone, heads) and the parts of these.
+    """Watch the outputs of a model, its parts (backbone, heads) and their parts.
 
-    The output alone does not tell: detectors drop boxes that are not finite, and a panoptic map of
-    them is empty, as if there were nothing to find.
+    The output alone is not enough, as detectors drop boxes that are not finite, and panoptic maps
+    become empty.
     """
     watch = FiniteWatch()
     parts = [part for name, part in model.named_modules() if name.count(".") <= 1]

@@ -1,4 +1,4 @@
-"""mIoU by Detectron2, for labels that are checked."""
+"""Detectron2's mIoU with checked labels."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ __all__ = ["SemanticEvaluator"]
 
 
 class SemanticEvaluator(SemSegEvaluator):
-    """mIoU by Detectron2, which would count classes that the data set does not have as others."""
+    """Detectron2's mIoU, which would confuse classes that the data set does not have."""
 
     def __init__(self, dataset_name: str, output_dir: str, classes: int | None = None) -> None:
         """
         Args:
             dataset_name: a registered data set.
-            output_dir: where predictions are written.
-            classes: of the model; taken where the data set only counted the ids in its files.
+            output_dir: folder for predictions.
+            classes: of the model; used if the data set only has the number of ids in its files.
         """
         super().__init__(dataset_name, output_dir=output_dir, sem_seg_loading_fn=self._read)
         counted = MetadataCatalog.get(dataset_name).get("counted_classes", False)
         if counted and classes is not None and classes > self._num_classes:
             self._class_names = [str(number) for number in range(classes)]
             self._num_classes = classes
-            # Which has 8 bits in Detectron2, and needs one more than there are classes.
+            # It has 8 bits in Detectron2, and needs an additional value.
             self._compute_boundary_iou &= classes < np.iinfo(np.uint8).max
 
     def _read(self, file_name: str, dtype: Any) -> np.ndarray:
@@ -43,7 +43,8 @@ class SemanticEvaluator(SemSegEvaluator):
         """Compare the scores (K, height, width) of a batch with its labels.
 
         Raises:
-            ValueError: if labels are not classes or of another size, or the model has more classes.
+            ValueError: if labels are not classes or have another size, or if the model has more
+                classes than the data set.
         """
         for item, output in zip(inputs, outputs, strict=True):
             file = self.input_file_to_gt_file[item["file_name"]]

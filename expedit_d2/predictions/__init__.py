@@ -1,7 +1,7 @@
-"""Outputs of models, one file per kind: how it is compared and drawn, and its metrics.
+"""Kinds of model outputs, one file each: how they are compared and drawn, and their metrics.
 
-Agreement, tables, reports and pictures use all kinds in `PREDICTIONS`. A kind of your own is a
-class in one file, decorated with `register_prediction`; the tools import it with ``--import``.
+Agreement, tables, reports and pictures use all kinds in `PREDICTIONS`. To add one, write a class
+decorated with `register_prediction`, and import its file with ``--import``.
 """
 
 from .depth import DepthPrediction

@@ -25,7 +25,7 @@ def colorize_depth(
     """Draw depth, or inverse depth, with a colour map.
 
     Args:
-        depth: (H, W); what is not finite is drawn black.
+        depth: (H, W); values that are not finite are black.
         limits: values of the first and the last colour; None: the 2nd and 98th percentile.
         colormap: of matplotlib.
 
@@ -33,7 +33,7 @@ def colorize_depth(
         uint8 RGB (H, W, 3).
 
     Raises:
-        ValueError: for another shape.
+        ValueError: for a wrong shape.
     """
     values = depth.detach().float().cpu().numpy() if torch.is_tensor(depth) else np.asarray(depth)
     if values.ndim != 2:
@@ -49,23 +49,23 @@ def colorize_depth(
 
 
 def draw_depth(image: np.ndarray, depth: Tensor, metadata: Metadata) -> np.ndarray:
-    """Depth in colours.
+    """Draw depth in colours.
 
     Args:
-        image: (height, width, 3) uint8 RGB; only for the same size as other drawings.
+        image: not used.
         depth: (height, width).
-        metadata: of the data set; nothing of it is needed.
+        metadata: not used.
     """
     return to_image(canvas_of(colorize_depth(depth)))
 
 
 def _near(ours: np.ndarray, theirs: np.ndarray) -> np.ndarray:
-    """Pixels within 5 % of each other. By products, as inverse depth may be zero."""
+    """Pixels within 5 % of each other, without division, as inverse depth may be zero."""
     return np.maximum(ours, theirs) <= _RATIO * np.minimum(ours, theirs)
 
 
 class DepthPrediction(Prediction):
-    """Pixels within 5 % of the plain model's agree."""
+    """Depth; pixels within 5 % of the plain model's agree."""
 
     key = "depth"
     name = "depth"

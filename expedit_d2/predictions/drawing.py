@@ -1,6 +1,6 @@
-"""Masks and names over an image, by torchvision and Pillow; Detectron2's visualizer needs OpenCV.
+"""Draw masks and names on images with torchvision and Pillow; Detectron2's needs OpenCV.
 
-Small images are enlarged by a whole factor, to at least 512 pixels, so that names can be read.
+Small images are enlarged by an integer factor, to about 512 pixels, so that names are readable.
 """
 
 from __future__ import annotations
@@ -32,34 +32,34 @@ _LEAST = 512  # pixels
 
 
 def enlarge(planes: Tensor) -> Tensor:
-    """Images or masks (N, h, w), each pixel a square."""
+    """Enlarge images or masks (N, h, w), with each pixel as a square."""
     scale = max(1, round(_LEAST / max(planes.shape[-2:])))
     return planes.repeat_interleave(scale, -2).repeat_interleave(scale, -1)
 
 
 def spread_over(labels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Numbers (h, w), below 2**24, as float32 of another size (height, width): the nearest one."""
+    """Resize labels (h, w), below 2**24, to (height, width), nearest neighbour, float32."""
     planes = torch.as_tensor(labels)[None, None].float()
     return F.interpolate(planes, size=size, mode="nearest")[0, 0].numpy()
 
 
 def canvas_of(image: np.ndarray) -> Tensor:
-    """An image (height, width, 3) to draw on: (3, height, width), enlarged."""
+    """An image (height, width, 3) as an enlarged canvas (3, height, width)."""
     return enlarge(torch.tensor(image).permute(2, 0, 1))
 
 
 def to_image(canvas: Tensor) -> np.ndarray:
-    """The opposite, but for the size."""
+    """A canvas (3, height, width) as an image (height, width, 3)."""
     return canvas.permute(1, 2, 0).numpy()
 
 
 def class_name(names: Sequence[str] | None, index: int) -> str:
-    """Of a class, or its number."""
+    """Name of a class, or its number."""
     return names[index] if names and index < len(names) else str(index)
 
 
 def class_color(palette: Sequence[Sequence[float]] | None, index: int) -> tuple[int, int, int]:
-    """0 to 255, from that or from 0 to 1 as in matplotlib."""
+    """Colour of a class, 0 to 255; palettes may also have values of 0 to 1, as in matplotlib."""
     palette = palette or matplotlib.colormaps["tab20"].colors
     color = palette[index % len(palette)]
     scale = 255 if max(color) <= 1 else 1
@@ -69,13 +69,13 @@ def class_color(palette: Sequence[Sequence[float]] | None, index: int) -> tuple[
 def draw_masks(
     image: np.ndarray, masks: Sequence[Tensor], classes: Sequence[int], metadata: Metadata
 ) -> np.ndarray:
-    """Masks in the colours of their classes, outlined and named; empty ones are left out.
+    """Draw masks in the colours of their classes, with outlines and names; skips empty ones.
 
     Args:
         image: (height, width, 3) uint8 RGB.
         masks: bool (height, width), without overlap.
-        classes: of each.
-        metadata: of the data set; names under ``stuff_`` are those of all classes.
+        classes: class of each mask.
+        metadata: of the data set; ``stuff_classes`` has the names of all classes.
     """
     canvas = canvas_of(image)
     kept = [index for index, mask in enumerate(masks) if mask.any()]
@@ -92,7 +92,7 @@ def draw_masks(
 
 
 def _middle(plane: Tensor) -> tuple[int, int]:
-    """A pixel (x, y) of the segment itself, in its middle, whatever its shape."""
+    """A pixel (x, y) in the middle of a segment that belongs to it."""
     rows, cols = torch.nonzero(plane, as_tuple=True)
     return int(cols[len(rows) // 2]), int(rows[len(rows) // 2])
 
@@ -100,13 +100,13 @@ def _middle(plane: Tensor) -> tuple[int, int]:
 def write_names(
     canvas: Tensor, names: Sequence[tuple[str, tuple[int, int]]], anchor: str
 ) -> np.ndarray:
-    """Names at places (x, y), in white with a black outline; none covers one before it as far as
-    there is room above or below.
+    """Write names at positions (x, y), in white with a black outline, moved up or down so that they
+    do not overlap.
 
     Args:
         canvas: (3, height, width), uint8.
-        names: each with its place.
-        anchor: of the text there, Pillow's.
+        names: names with their positions.
+        anchor: Pillow's text anchor.
     """
     picture = Image.fromarray(to_image(canvas))
     pen = ImageDraw.Draw(picture)
@@ -127,14 +127,14 @@ def write_names(
 
 
 def _overlap(one: Sequence[float], other: Sequence[float]) -> bool:
-    """Whether two boxes (left, top, right, bottom) do."""
+    """Whether two boxes (left, top, right, bottom) overlap."""
     return all(one[a] < other[a + 2] and other[a] < one[a + 2] for a in (0, 1))
 
 
 def _inside(
     place: tuple[int, int], box: Sequence[float], size: tuple[int, int]
 ) -> tuple[float, float]:
-    """The place moved so that a text's box, left, top, right and bottom, lies in the picture."""
+    """A position moved so that the text's box (left, top, right, bottom) is inside the picture."""
     return tuple(
         at + max(0, -box[axis]) - max(0, box[axis + 2] - size[axis])
         for axis, at in enumerate(place)
@@ -142,7 +142,7 @@ def _inside(
 
 
 def _edges(planes: Tensor) -> Tensor:
-    """Pixels (h, w) at the border of a mask."""
+    """Pixels (h, w) at the boundary of a mask."""
     edge = torch.zeros(planes.shape[1:], dtype=torch.bool)
     edge[1:] |= (planes[:, 1:] != planes[:, :-1]).any(0)
     edge[:, 1:] |= (planes[:, :, 1:] != planes[:, :, :-1]).any(0)

@@ -1,7 +1,7 @@
-"""Maps of features (C, h, w), of a transformer without a head.
+"""Feature maps (C, h, w) of a transformer without a head.
 
-They are compared in two ways, so a model puts them out under the keys of both. Directions alone
-count, as features are mostly used by cosine.
+They are compared in two ways, so models output them with the keys of both. Only directions are
+compared, as features are mostly used by cosine similarity.
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ from .prediction import Prediction, Record
 
 __all__ = ["CosinePrediction", "NeighborPrediction", "draw_features"]
 
-_SLACK = 1e-6  # of rounding, so that equal tokens are equally near
+_SLACK = 1e-6  # rounding tolerance for equally similar tokens
 
 
 def draw_features(image: np.ndarray, features: Tensor, metadata: Metadata) -> np.ndarray:
-    """The three principal components as red, green and blue: similar features, similar colours.
+    """Draw the three principal components as red, green and blue.
 
     Args:
-        image, metadata: nothing of them is needed.
+        image, metadata: not used.
         features: (C, h, w).
     """
     tokens = _directions(features)
     tokens = tokens - tokens.mean(0)
     axes = torch.linalg.eigh(tokens.T @ tokens).eigenvectors[:, -3:].flip(1)
-    # The sign of a component is arbitrary; two maps that are alike should get the same.
+    # The sign of a component is arbitrary; make it the same for similar maps.
     largest = axes.gather(0, axes.abs().argmax(0, keepdim=True))
     axes = axes * largest.sign()
     parts = tokens @ axes
@@ -41,15 +41,14 @@ def draw_features(image: np.ndarray, features: Tensor, metadata: Metadata) -> np
 
 
 def _directions(features: Tensor) -> Tensor:
-    """Unit vectors (N, C) of a map (C, h, w), row by row, on the CPU."""
+    """Unit vectors (N, C) of a map (C, h, w), in row-major order, on the CPU."""
     return F.normalize(features.to("cpu", torch.float32).flatten(1).T, dim=1)
 
 
 def _nearest_is_here(mine: Tensor, plain: Tensor, size: tuple[int, int]) -> Tensor:
-    """Whether the most similar plain token lies at a token's own place or next to it, (N,) bool.
+    """Whether the most similar plain token is at a token's own position or next to it, (N,) bool.
 
-    Tokens that were merged have the same features: with their own place alone they would be
-    counted, not compared.
+    Merged tokens have the same features, so only one of them could match at its own position.
     """
     places = torch.cartesian_prod(*map(torch.arange, size))
     around = (places[:, None] - places[None]).abs().amax(2) <= 1
@@ -61,7 +60,7 @@ class _FeaturePrediction(Prediction):
     draw = staticmethod(draw_features)
 
     def keep(self, output: Tensor) -> Record:
-        """``tokens`` (N, C) of length 1, and ``size`` (h, w)."""
+        """``tokens`` (N, C) with norm 1, and ``size`` (h, w)."""
         tokens = _directions(output).half().numpy()
         return {"tokens": tokens, "size": np.array(output.shape[1:])}
 
@@ -71,7 +70,7 @@ class _FeaturePrediction(Prediction):
 
 
 class NeighborPrediction(_FeaturePrediction):
-    """Tokens agree whose nearest neighbour in the plain map is where they are."""
+    """Features; tokens whose nearest neighbour in the plain map is at their position agree."""
 
     key = "features"
     name = "nearest neighbour"
@@ -93,7 +92,7 @@ class NeighborPrediction(_FeaturePrediction):
 
 
 class CosinePrediction(_FeaturePrediction):
-    """The mean cosine with the plain model's token at the same place."""
+    """Features, by the mean cosine with the plain model's token at the same position."""
 
     key = "feature_directions"
     name = "cosine"

@@ -1,4 +1,4 @@
-"""Instances of detectors and of instance segmentation, those of score 0.5 and more."""
+"""Instances of detection and instance segmentation, with scores of at least 0.5."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ _SCORE = 0.5
 
 
 def draw_instances(image: np.ndarray, instances: Instances, metadata: Metadata) -> np.ndarray:
-    """Detections of score 0.5 and more, with masks where there are any.
+    """Draw detections with scores of at least 0.5, with masks if they have any.
 
     Args:
         image: (height, width, 3) uint8 RGB.
-        instances: Detectron2's predictions for it.
-        metadata: of the data set, for the names and colours of the classes.
+        instances: Detectron2's predictions.
+        metadata: of the data set, for the names and colours of classes.
     """
     instances = instances.to("cpu")
     instances = instances[instances.scores >= _SCORE]
@@ -47,12 +47,12 @@ def draw_instances(image: np.ndarray, instances: Instances, metadata: Metadata) 
     boxes = instances.pred_boxes.tensor * (canvas.shape[-1] / image.shape[1])
     canvas = draw_bounding_boxes(canvas, boxes, colors=colors, width=2)
     corners = [(int(x) + 4, int(y) + 4) for x, y, *_ in boxes.tolist()]
-    # The surest ones stand where they belong, if names are many.
+    # Names come by decreasing score, so those of high scores are not moved.
     return write_names(canvas, [*zip(labels, corners, strict=True)], anchor="la")
 
 
 def _box_overlaps(mine: np.ndarray, plain: np.ndarray) -> np.ndarray:
-    """IoU (P, Q) of boxes (P, 4) and (Q, 4), each with an area."""
+    """IoU (P, Q) of boxes (P, 4) and (Q, 4) with nonzero areas."""
     areas = [np.prod(boxes[:, 2:] - boxes[:, :2], axis=1) for boxes in (mine, plain)]
     low = np.maximum(mine[:, None, :2], plain[None, :, :2])
     high = np.minimum(mine[:, None, 2:], plain[None, :, 2:])
@@ -61,7 +61,7 @@ def _box_overlaps(mine: np.ndarray, plain: np.ndarray) -> np.ndarray:
 
 
 def _topmost(instances: Instances) -> Tensor:
-    """(height, width) class of the surest instance at each pixel, -1 for none."""
+    """(height, width) class of the instance with the highest score at each pixel, -1 for none."""
     top = torch.full(instances.image_size, -1)
     instances = instances[instances.scores >= _SCORE]
     for index in instances.scores.argsort().tolist():
@@ -76,7 +76,7 @@ def _topmost(instances: Instances) -> Tensor:
 
 
 class InstancePrediction(Prediction):
-    """Masks are compared where there are any, else boxes; score 0.5 and more."""
+    """Instances with scores of at least 0.5, compared by masks if they have any, else by boxes."""
 
     key = "instances"
     name = "instances"
@@ -85,7 +85,7 @@ class InstancePrediction(Prediction):
     draw = staticmethod(draw_instances)
 
     def keep(self, output: Instances) -> Record:
-        """``classes`` (N,), and ``boxes`` (N, 4) or run-length masks, one after the other."""
+        """``classes`` (N,), and ``boxes`` (N, 4) or concatenated run-length masks."""
         instances = output.to("cpu")
         instances = instances[instances.scores >= _SCORE]
         if not instances.has("pred_masks"):
@@ -121,5 +121,5 @@ class InstancePrediction(Prediction):
         return quality_terms(np.asarray(iou) * same)
 
     def differ(self, plain: Instances, other: Instances) -> np.ndarray:
-        """Pixels whose topmost class is another one."""
+        """Pixels with a different class on top."""
         return (_topmost(plain.to("cpu")) != _topmost(other.to("cpu"))).numpy()

@@ -1,4 +1,4 @@
-"""Segments of two outputs that are the same, and the panoptic quality of these."""
+"""Matching of segments, and panoptic quality."""
 
 from __future__ import annotations
 
@@ -13,22 +13,21 @@ def match(iou: np.ndarray) -> list[tuple[int, int]]:
     """Greedy one-to-one matching at IoU above 0.5.
 
     Args:
-        iou: (P, Q) overlaps of this model's P and the plain model's Q segments; 0 where the
-            classes differ.
+        iou: (P, Q) of this model's P and the plain model's Q segments; 0 if classes differ.
 
     Returns:
-        pairs of their indices, the best overlap first.
+        Pairs of indices by decreasing IoU.
     """
-    left, pairs = iou.copy(), []
-    while left.size and left.max() > _IOU:
-        row, col = np.unravel_index(left.argmax(), left.shape)
+    rest, pairs = iou.copy(), []
+    while rest.size and rest.max() > _IOU:
+        row, col = np.unravel_index(rest.argmax(), rest.shape)
         pairs.append((int(row), int(col)))
-        left[row, :] = 0
-        left[:, col] = 0
+        rest[row, :] = 0
+        rest[:, col] = 0
     return pairs
 
 
 def quality_terms(iou: np.ndarray) -> np.ndarray:
-    """Two summands of a panoptic quality: the overlaps, and the number of segments, halved."""
+    """Numerator and denominator of panoptic quality: sum of IoUs, and half of all segments."""
     overlap = sum(iou[pair] for pair in match(iou))
     return np.array([overlap, sum(iou.shape) / 2])

@@ -1,4 +1,4 @@
-"""Maps as records: all pixels row by row, compressed."""
+"""Maps as compressed records."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["pack", "pack_labels", "unpack"]
 
 
 def pack(values: np.ndarray) -> Record:
-    """A map, all pixels row by row, compressed."""
+    """Compress a map in row-major order."""
     return {"data": np.frombuffer(zlib.compress(values.tobytes(), 1), np.uint8)}
 
 

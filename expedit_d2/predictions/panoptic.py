@@ -17,12 +17,12 @@ __all__ = ["PanopticPrediction", "draw_panoptic", "match_segments"]
 def draw_panoptic(
     image: np.ndarray, panoptic: tuple[Tensor, list[dict]], metadata: Metadata
 ) -> np.ndarray:
-    """Segments in the colours of their classes, outlined and named; pixels of none stay bare.
+    """Draw segments in the colours of their classes, with outlines and names.
 
     Args:
         image: (height, width, 3) uint8 RGB.
         panoptic: segment of each pixel (height, width), and Detectron2's ``segments_info``.
-        metadata: of the data set; names under ``stuff_`` are those of all classes.
+        metadata: of the data set; ``stuff_classes`` has the names of all classes.
     """
     labels, segments = panoptic
     classes = [segment["category_id"] for segment in segments]
@@ -31,15 +31,15 @@ def draw_panoptic(
 
 
 def _record(output: tuple[Tensor, list[dict]]) -> Record:
-    """The map, and ``segments`` (K, 2): id and class. Segments without a pixel are left out."""
+    """The map, and ``segments`` (K, 2): id and class, without empty segments."""
     labels, segments = output
-    there = set(labels.unique().tolist())
-    pairs = [(s["id"], s["category_id"]) for s in segments if s["id"] in there]
+    ids = set(labels.unique().tolist())
+    pairs = [(s["id"], s["category_id"]) for s in segments if s["id"] in ids]
     return {**pack_labels(labels), "segments": np.array(pairs, np.int64).reshape(-1, 2)}
 
 
 def _segment_overlaps(mine: Record, plain: Record) -> np.ndarray:
-    """IoU (P, Q) of the segments of two panoptic maps, 0 where the classes differ."""
+    """IoU (P, Q) of the segments of two panoptic maps, 0 if classes differ."""
     classes = [dict(record["segments"].tolist()) for record in (mine, plain)]
     together = np.zeros((len(classes[0]), len(classes[1])))
     rows, cols = ({segment: place for place, segment in enumerate(c)} for c in classes)
@@ -59,14 +59,13 @@ def _segment_overlaps(mine: Record, plain: Record) -> np.ndarray:
 def match_segments(
     mine: tuple[Tensor, list[dict]], plain: tuple[Tensor, list[dict]]
 ) -> dict[int, int]:
-    """Segments of one panoptic output that are found in another, matched as in the panoptic
-    quality.
+    """Match the segments of two panoptic outputs as in panoptic quality.
 
     Args:
         mine, plain: segment of each pixel (height, width), and Detectron2's ``segments_info``.
 
     Returns:
-        id of a segment to the id of its twin; segments without one are left out.
+        Ids of matched segments of ``mine`` to those of ``plain``.
     """
     ours, theirs = (_record(output) for output in (mine, plain))
     pairs = match(_segment_overlaps(ours, theirs))
@@ -74,7 +73,7 @@ def match_segments(
 
 
 class PanopticPrediction(Prediction):
-    """Things and stuff alike; pixels of no segment (0) lower the overlap of the segment there."""
+    """Panoptic segmentation, things and stuff alike; pixels without a segment (0) lower the IoU."""
 
     key = "panoptic_seg"
     name = "panoptic"
@@ -90,12 +89,11 @@ class PanopticPrediction(Prediction):
     def differ(
         self, plain: tuple[Tensor, list[dict]], other: tuple[Tensor, list[dict]]
     ) -> np.ndarray:
-        """Pixels that do not lie in the same segment, matched as in the panoptic quality."""
-        twins = match_segments(other, plain)
+        """Pixels that are not in matching segments."""
         mine = other[0].cpu().numpy()
-        known = np.zeros_like(mine)
-        for ours, theirs in twins.items():
-            known[mine == ours] = theirs
+        matched = np.zeros_like(mine)
+        for ours, theirs in match_segments(other, plain).items():
+            matched[mine == ours] = theirs
         theirs = plain[0].cpu().numpy()
         unsegmented = (mine == 0) & (theirs == 0)
-        return ((known != theirs) | (known == 0)) & ~unsegmented
+        return ((matched != theirs) | (matched == 0)) & ~unsegmented

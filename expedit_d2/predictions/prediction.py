@@ -1,4 +1,4 @@
-"""The interface of a kind of prediction, and the table of all kinds."""
+"""Base class and registry of the kinds of predictions."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ __all__ = [
     "register_prediction",
 ]
 
-#: A small record of one output: arrays by name, so that it can be stored in a file.
+#: A compact record of an output: arrays by name, which can be stored in a file.
 Record = dict[str, np.ndarray]
 
 
@@ -30,9 +30,9 @@ class Metric:
 
     Attributes:
         task: of the evaluator.
-        key: of the metric there.
+        key: of the metric in the task's results.
         name: in tables.
-        lower_is_better: whether less of it is better.
+        lower_is_better: whether lower values are better.
     """
 
     task: str
@@ -45,12 +45,12 @@ class Prediction(ABC):
     """A kind of prediction.
 
     Attributes:
-        key: of the model's output for an image.
+        key: key in the model's output for an image.
         name: in tables and titles.
-        meaning: what the agreement is the percentage of, for tables where the name does not say.
-        metrics: of its evaluators, those that tables have.
-        detail: where a model has several kinds, they are drawn by rising detail, and reports show
-            the last one.
+        meaning: explanation of the agreement in captions, if the name is not clear.
+        metrics: main metrics of its evaluators, for tables.
+        detail: of several kinds of a model, reports show the one with the highest detail; pictures
+            are ordered by it.
     """
 
     key: str
@@ -61,30 +61,30 @@ class Prediction(ABC):
 
     @abstractmethod
     def keep(self, output: Any) -> Record:
-        """What has to be remembered of an output, to compare others with it."""
+        """A record of an output that others can be compared with."""
 
     @abstractmethod
     def terms(self, mine: Record, plain: Record) -> np.ndarray:
-        """Numerator and denominator of the agreement, to be summed over the images."""
+        """Numerator and denominator of the agreement, to sum over images."""
 
     @abstractmethod
     def draw(self, image: np.ndarray, output: Any, metadata: Metadata) -> np.ndarray:
-        """The output over its image, both uint8 RGB (height, width, 3)."""
+        """Draw the output on its image, both uint8 RGB (height, width, 3)."""
 
     @abstractmethod
     def differ(self, plain: Any, other: Any) -> np.ndarray:
-        """Pixels, bool (height, width), where two outputs differ."""
+        """Pixels where two outputs differ, bool (height, width)."""
 
 
-#: Kinds by the key of the model's output.
+#: Kinds by their keys in the model's output.
 PREDICTIONS: dict[str, Prediction] = {}
 
 
 def register_prediction(kind: type[Prediction]) -> type[Prediction]:
-    """Add a kind, as a decorator of its class.
+    """Class decorator that registers a kind.
 
     Raises:
-        ValueError: if there is one of that key, name or metric.
+        ValueError: if another kind has the same key, name or metric.
     """
     new = kind()
     names = [metric.name for metric in new.metrics]
@@ -109,5 +109,5 @@ def main_metrics(results: Mapping[str, Mapping[str, float]]) -> dict[str, float]
 
 
 def lower_is_better(name: str) -> bool:
-    """Whether less is better of a metric, by its name in tables."""
+    """Whether lower values of a metric, by its name in tables, are better."""
     return any(metric.name == name and metric.lower_is_better for metric in _metrics())

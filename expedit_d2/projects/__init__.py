@@ -1,16 +1,19 @@
-"""Detectron2 projects of this repository: their common configuration, and the trainer of each.
+"""Detectron2 projects of this repository: their common configuration, and their trainers.
 
-As with Detectron2's own, the projects' folders lie in ``projects/`` of a checkout, and an installed
-package holds them here. They are ``expedit_d2.projects.Mask2Former`` and so on in both cases.
+As in Detectron2, they are in ``projects/`` of a checkout and in this package once installed. They
+are imported as ``expedit_d2.projects.Mask2Former`` and so on in both cases.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import reduce
+from operator import getitem
 from pathlib import Path
 
 from detectron2.config import CfgNode
 from detectron2.config import get_cfg as _get_detectron2_cfg
+from detectron2.modeling import BACKBONE_REGISTRY, META_ARCH_REGISTRY
 from torch import Tensor, nn
 
 from ..backbones import add_timm_config, add_vit_config
@@ -37,18 +40,18 @@ from .Segmenter import SegmenterTrainer, add_segmenter_config
 
 __all__ = ["frozen_part", "get_cfg", "load_cfg", "load_model", "trainer_of"]
 
-#: MODEL.META_ARCHITECTURE -> its trainer; `Trainer` for all others.
+#: MODEL.META_ARCHITECTURE -> trainer; `Trainer` for all others.
 TRAINERS: dict[str, type[Trainer]] = {
     "DPT": DPTTrainer,
     "MaskFormer": MaskFormerTrainer,
     "Segmenter": SegmenterTrainer,
-    # Detectron2's own, on the same data.
+    # Detectron2's, on the same data.
     "SemanticSegmentor": SegmenterTrainer,
 }
 
 
 def get_cfg() -> CfgNode:
-    """Detectron2's default config with the keys of every project here, everything registered."""
+    """Detectron2's default config with the keys of all projects."""
     cfg = _get_detectron2_cfg()
     add_vit_config(cfg)
     add_timm_config(cfg)
@@ -61,19 +64,19 @@ def get_cfg() -> CfgNode:
 
 
 def trainer_of(cfg: CfgNode) -> type[Trainer]:
-    """The trainer of the project that the configured model belongs to."""
+    """The trainer of the configured model's project."""
     return TRAINERS.get(cfg.MODEL.META_ARCHITECTURE, Trainer)
 
 
 def load_model(cfg: CfgNode) -> nn.Module:
-    """The configured model in evaluation mode, with every weight from ``MODEL.WEIGHTS``.
+    """The configured model in evaluation mode, with the weights of ``MODEL.WEIGHTS``.
 
-    That file may have the head alone, where the config freezes the backbone and says where its
-    weights are. Else those to start training from are not looked for, and cached features never.
+    That file may have only the head if the config freezes the ViT and names its weights; only then
+    are these loaded. Cached features are not used.
 
     Raises:
-        ValueError: for a wrong config, or weights that `load_weights` refuses.
-        OSError: if there is no such file, or it cannot be downloaded.
+        ValueError: for an invalid config, or weights that `load_weights` refuses.
+        OSError: if a file does not exist or cannot be downloaded.
     """
     cfg = cfg.clone()
     cfg.defrost()
@@ -88,16 +91,16 @@ def load_model(cfg: CfgNode) -> nn.Module:
 
 
 def frozen_part(cfg: CfgNode) -> dict[str, Tensor]:
-    """The weights that a config freezes, from where it says they are.
+    """The weights that a config freezes, from the file that it names.
 
     Raises:
-        ValueError: if it freezes none, or does not say.
-        OSError: if there is no such file, or it cannot be downloaded.
+        ValueError: if it freezes none, or names no file.
+        OSError: if the file does not exist or cannot be downloaded.
     """
     if not _has_source(cfg):
         raise ValueError(
-            "the config must freeze its ViT and say where its weights are, or there is nothing to "
-            "leave out: MODEL.TIMM.FREEZE and CHECKPOINT, or those of MODEL.VIT"
+            "the config must freeze its ViT and name its weights, or nothing can be omitted: set "
+            "FREEZE and CHECKPOINT of MODEL.TIMM or MODEL.VIT"
         )
     return frozen_weights(trainer_of(cfg).build_model(cfg))
 
@@ -110,31 +113,30 @@ def _without_sources(cfg: CfgNode) -> CfgNode:
 
 
 def _has_source(cfg: CfgNode) -> bool:
-    """Whether the model has a frozen ViT, with weights of its own."""
-    name = cfg.MODEL.BACKBONE.NAME
-    if cfg.MODEL.META_ARCHITECTURE in ("DPT", "Segmenter") or name == "build_timm_vit_backbone":
-        node = cfg.MODEL.TIMM
-        return node.FREEZE and bool(node.PRETRAINED or node.CHECKPOINT)
-    return name == "D2ViT" and cfg.MODEL.VIT.FREEZE and bool(cfg.MODEL.VIT.CHECKPOINT)
+    """Whether the model has a frozen ViT whose weights the config names."""
+    model = META_ARCH_REGISTRY.get(cfg.MODEL.META_ARCHITECTURE)
+    part = model if hasattr(model, "node") else BACKBONE_REGISTRY.get(cfg.MODEL.BACKBONE.NAME)
+    node = reduce(getitem, getattr(part, "node", "MODEL").split("."), cfg)
+    return node.get("FREEZE", False) and any(map(node.get, ("PRETRAINED", "CHECKPOINT")))
 
 
 def load_cfg(path: str | Path, opts: Sequence[str] = ()) -> CfgNode:
-    """The config of a YAML file with overrides, on a device that is there.
+    """The config of a YAML file with overrides, on an available device.
 
     Args:
-        path: of the file, or the name of one that comes with the package (`config_file`).
-        opts: keys and values in turn.
+        path: of the file, or the name of one in the package, see `config_file`.
+        opts: alternating keys and values.
 
     Raises:
-        FileNotFoundError: if there is no such file, or none that it is based on.
-        ValueError: for what is not a config, tags that would make a Python object, unknown keys,
-            values of another type or out of their range, or a device that this machine has not.
+        FileNotFoundError: if the file or a base does not exist.
+        ValueError: for an invalid file, tags that would create Python objects, unknown keys, values
+            of the wrong type or out of range, or a device that this machine does not have.
     """
     cfg = get_cfg()
     merge_file(cfg, config_file(path))
     merge_overrides(cfg, opts)
     check_ranges(cfg)
     cfg.MODEL.DEVICE = choose_device(cfg.MODEL.DEVICE)
-    # Embedded weights are found wherever this is started from.
+    # Embedded weights are found from any folder.
     cfg.MODEL.WEIGHTS = shipped_file(cfg.MODEL.WEIGHTS)
     return cfg

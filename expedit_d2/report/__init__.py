@@ -1,4 +1,4 @@
-"""Comparisons as one HTML file that needs nothing else: plots, table, conditions, pictures."""
+"""Comparisons as a self-contained HTML file: plots, tables, conditions and pictures."""
 
 from .page import write_report
 from .pictures import Picture, draw_pictures, read_pictures

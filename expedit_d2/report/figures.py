@@ -20,10 +20,9 @@ from matplotlib.transforms import Bbox
 
 __all__ = ["Point", "draw_tradeoff"]
 
-#: Stands for the colour of the page's text, which is black or white.
+#: Placeholder for the text colour of the page, which is black or white.
 _TEXT = "#010203"
-#: Method -> colour of middle lightness, and marker; both, for readers who cannot distinguish the
-#: colours.
+#: Method -> colour of medium lightness, and marker, for readers who cannot distinguish the colours.
 _STYLES = {
     "plain": (_TEXT, "*"),
     "expedit": ("#3b82d6", "o"),
@@ -34,20 +33,20 @@ _STYLES = {
     "density": ("#b08d2e", "P"),
 }
 _OTHERS = ("#8a8f98", "X")
-_FONT = 9.5  # points, in a figure that is as wide as a phone
+_FONT = 9.5  # points, in a figure of the width of a phone
 _TICKS = (0, 20, 40, 60, 70, 80, 90, 95, 98, 99, 99.5, 100, 100.5, 101, 102, 105, 110, 120)
 
-#: Letters in a line of a name.
+#: Characters per line of a name.
 _LINE = 18
-#: More points than these are named on the front only.
+#: With more points, only those on the front have names.
 _ALL_NAMED = 8
-#: Where a name may stand around its point: distance in points (of the sides of a square), and
-#: direction in degrees; the nearest ones first. From the second distance on, a line leads there.
+#: Candidate positions of a name around its point: distance in points (of the sides of a square) and
+#: direction in degrees, nearest first. From the second distance on, a line connects them.
 _DISTANCES = (7, 16, 27, 40, 55, 72)
 _DIRECTIONS = (45, 90, 0, 135, -45, 180, -90, -135, 67, 112, 22, 157, -22, -67)
 #: Points of free space around a name, and radius of a marker.
 _GAP, _RADIUS = 1.5, 5
-#: Points between two labels of an axis, at least.
+#: Smallest distance between tick labels in points.
 _BETWEEN = 12
 
 
@@ -57,11 +56,11 @@ class Point:
 
     Attributes:
         name: of the setting.
-        method: whose colour and marker it gets; "plain" for the model as it is.
-        x: what is gained.
-        y: what is retained, in percent.
-        front: whether no other setting is better in one and at least as good in the other.
-        spread: the middle half of x, where it is so wide that x says little.
+        method: determines colour and marker; "plain" for the plain model.
+        x: gain.
+        y: retained quality, in percent.
+        front: whether it is on the Pareto front.
+        spread: quartiles of x if they are far apart.
     """
 
     name: str
@@ -73,15 +72,15 @@ class Point:
 
 
 def draw_tradeoff(points: Sequence[Point], x_label: str, y_label: str, key: str) -> str:
-    """What is retained against what is gained, as an ``<svg>`` element for a page.
+    """Plot retained quality against gain, as an ``<svg>`` element.
 
-    The vertical axis is stretched towards 100 %, where the settings of interest lie.
+    The vertical axis is stretched around 100 %, where the settings of interest are.
 
     Args:
         points: at least one.
         x_label: of the horizontal axis.
         y_label: of the vertical axis.
-        key: begins the ids in the element, which must not be twice in a page.
+        key: prefix of the ids in the element, which must be unique in a page.
     """
     with matplotlib.rc_context(_LOOK):
         figure = Figure(figsize=(4.6, 3.9), layout="constrained")
@@ -106,22 +105,22 @@ def draw_tradeoff(points: Sequence[Point], x_label: str, y_label: str, key: str)
         axes.grid(alpha=0.2)
         axes.spines[["top", "right"]].set_visible(False)
         figure.legend(loc="outside upper center", ncols=3, frameon=False, handletextpad=0.2)
-        figure.draw_without_rendering()  # places are known after this
+        figure.draw_without_rendering()  # computes positions
         _thin_ticks(axes)
         figure.draw_without_rendering()
         _name_points(figure, axes, points)
         out = io.StringIO()
-        # Without a date and a creator: the same numbers make the same file.
+        # Without date and creator, the output is deterministic.
         nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
         figure.savefig(out, format="svg", transparent=True, metadata=nothing)
     return _inline(out.getvalue(), f"{y_label} against {x_label}", key)
 
 
 _LOOK = {
-    "svg.fonttype": "none",  # text stays text: it can be searched, and scales with the figure
+    "svg.fonttype": "none",  # keeps text searchable
     "svg.hashsalt": "",
     "font.family": "sans-serif",
-    # The first one is where names are measured; the others are as wide or narrower.
+    # Names are measured with the first font; the others are as wide or narrower.
     "font.sans-serif": ["DejaVu Sans", "Verdana", "Arial", "Helvetica"],
     "font.size": _FONT,
     **dict.fromkeys(
@@ -151,7 +150,7 @@ def _limit(axes: Axes, values: Sequence[float]) -> None:
 
 
 def _thin_ticks(axes: Axes) -> None:
-    """Leave out ticks of the stretched axis whose labels would touch; 100 % stays."""
+    """Remove ticks of the stretched axis whose labels would overlap, but not 100 %."""
     kept: list[float] = []
     pixels = _BETWEEN * axes.figure.dpi / 72
     places = {tick: axes.transData.transform((0, tick))[1] for tick in axes.get_yticks()}
@@ -162,9 +161,9 @@ def _thin_ticks(axes: Axes) -> None:
 
 
 def _name_points(figure: Figure, axes: Axes, points: Sequence[Point]) -> None:
-    """Write names next to points, if they are many next to the front's, as far as there is room.
+    """Write names next to points (of many, only those on the front) where there is room.
 
-    A name lies in the plot and covers no marker, no other name and nothing of the front's line.
+    Names are inside the plot and do not cover markers, other names or the line of the front.
     """
     pixel = figure.dpi / 72
     front = sorted((p for p in points if p.front), key=lambda p: p.x)
@@ -180,7 +179,7 @@ def _name_points(figure: Figure, axes: Axes, points: Sequence[Point]) -> None:
         if p.spread is not None:
             ends = axes.transData.transform([(x, p.y) for x in p.spread])
             taken.append(Bbox([ends[0] - pixel, ends[1] + pixel]))
-    # Beside the axes there is nothing on the right.
+    # Names may extend beyond the axes on the right.
     frame = Bbox([(axes.bbox.x0, axes.bbox.y0), (figure.bbox.x1, axes.bbox.y1)])
     room = _Room(frame, taken, gap=_GAP * pixel)
     for point in front if len(points) > _ALL_NAMED else [*front, *set(points).difference(front)]:
@@ -192,7 +191,7 @@ def _name_points(figure: Figure, axes: Axes, points: Sequence[Point]) -> None:
             fontsize=_FONT - 1,
             parse_math=False,
         )
-        # In a layout that makes room for names, the places above would no longer be true.
+        # The layout must not change, or the positions above become wrong.
         text.set_in_layout(False)
         lead = room.place(text, axes.transData.transform((point.x, point.y)))
         if lead is None:
@@ -203,18 +202,18 @@ def _name_points(figure: Figure, axes: Axes, points: Sequence[Point]) -> None:
 
 
 class _Room:
-    """Where names may still stand, in pixels."""
+    """Free space for names, in pixels."""
 
     def __init__(self, frame: Bbox, taken: list[Bbox], gap: float) -> None:
         self.frame, self.taken, self.gap = frame, taken, gap
         self.names: list[Bbox] = []
 
     def place(self, text: Annotation, marker: np.ndarray) -> np.ndarray | None:
-        """Move a name to the nearest free place around its marker.
+        """Move a name to the nearest free position around its marker.
 
         Returns:
-            Points (N, 2) of the line that leads there, none right next to the marker; None if no
-            place is free.
+            Points (N, 2) of the connecting line, empty right next to the marker; None if no
+            position is free.
         """
         for distance, direction in product(_DISTANCES, _DIRECTIONS):
             right, up = np.cos(np.radians(direction)), np.sin(np.radians(direction))
@@ -241,12 +240,12 @@ class _Room:
         )
 
 
-#: Towards -1, 0 or 1: how a name is aligned across and upright.
+#: Direction -1, 0 or 1 -> horizontal and vertical alignment of a name.
 _ALIGNED = {-1: ("right", "top"), 0: ("center", "center"), 1: ("left", "bottom")}
 
 
 def _inline(svg: str, description: str, key: str) -> str:
-    """An SVG file as an element of a page: of its width and colour, with ids of its own."""
+    """An SVG file as an element with the page's width and text colour, and prefixed ids."""
     box = re.search(r'viewBox="[^"]*"', svg).group()
     body = svg[svg.index(">", svg.index("<svg")) + 1 :].replace(_TEXT, "currentColor")
     body = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{key}-", body)

@@ -1,4 +1,4 @@
-"""From comparisons and pictures to the page."""
+"""The HTML page of comparisons and pictures."""
 
 from __future__ import annotations
 
@@ -23,20 +23,19 @@ from .summary import best_row, headline, tradeoffs
 
 __all__ = ["write_report"]
 
-#: Pixels of the longer side: of one panel among several, as far as it can be enlarged, and of a
-#: picture of its own.
+#: Largest side in pixels of one of several panels, and of a single picture.
 _PANEL, _WHOLE = 1024, 1600
 
 
 def write_report(
     comparisons: Sequence[Comparison], pictures: Sequence[Picture], path: str | Path
 ) -> Path:
-    """Write one HTML file that refers to no other.
+    """Write a self-contained HTML file.
 
     Args:
         comparisons: at least one; each gets a section.
-        pictures: none, or a handful; each of its panels takes about 100 kB.
-        path: of the file; its folder is made if missing.
+        pictures: a few; each panel takes about 100 kB.
+        path: of the file; missing folders are created.
 
     Returns:
         The path.
@@ -50,7 +49,7 @@ def write_report(
     title = "Token reduction"
     if len(names) == 1:
         title, names = f"{title}: {names[0]}", ["Results"]
-    # What is not marked up here, such as names of settings, is escaped.
+    # Names of settings and other text are escaped.
     environment = Environment(autoescape=True, undefined=StrictUndefined)
     template = environment.from_string(
         Path(__file__).with_name("page.html").read_text(encoding="utf-8")
@@ -78,12 +77,12 @@ def _section(comparison: Comparison, key: str) -> dict[str, Any]:
     return {
         "headline": headline(comparison),
         "figures": [
-            # Of nothing but text that `draw_tradeoff` has escaped.
+            # `draw_tradeoff` escapes its text.
             Markup(draw_tradeoff(*plot, key=f"{key}p{number}"))
             for number, plot in enumerate(plots)
         ],
-        "figures_note": "Up and right is better. The line joins the settings that no other one is "
-        "better than in both; the vertical axis is stretched towards 100\N{NO-BREAK SPACE}%.",
+        "figures_note": "Up and right is better. The line is the Pareto front; the vertical axis "
+        "is stretched around 100\N{NO-BREAK SPACE}%.",
         "table": _table(comparison),
         "table_note": _table_note(comparison),
         "remarks": remarks(comparison),
@@ -93,7 +92,7 @@ def _section(comparison: Comparison, key: str) -> dict[str, Any]:
 
 
 class _Cell(NamedTuple):
-    """One number of the table: as text, with further lines, and for sorting."""
+    """A cell of the table: text, value for sorting, and further lines."""
 
     text: str
     value: float | None
@@ -121,16 +120,15 @@ def _table(comparison: Comparison) -> dict[str, Any]:
 
 def _table_note(comparison: Comparison) -> str:
     note = (
-        "Kept and saved are relative to the plain model. Agreement is that of the output with the "
-        "plain model's, without labels; it is undefined (-) where there is nothing to find. One "
-        "FLOP is one multiply-add."
+        "Kept and saved are relative to the plain model. Agreement compares outputs with the plain "
+        "model's, without labels; it is undefined (-) if neither model finds anything. One FLOP is "
+        "one multiply-add."
     )
     if comparison.plain.latency is not None:
         note += (
-            " The speed-up compares a setting with the plain model measured in turns with it, at "
-            "batch 1; where the middle half of the rounds is wide, it stands below, and the "
-            "setting is on no front of speed. FPS and times follow from it and from the plain "
-            "model's time; below times, their middle half."
+            " The speed-up is over the plain model, measured interleaved, at batch 1; if the "
+            "spread is wide, the quartiles are below it, and the setting is on no front of speed. "
+            "FPS and times follow from it and the plain model's time; quartiles are below times."
         )
     best = best_row(comparison)
     if best is not None:
@@ -173,7 +171,7 @@ def _picture(picture: Picture) -> dict[str, Any]:
 
 
 def _embedded(panel: np.ndarray, side: int) -> dict[str, Any]:
-    """A panel as the source of an ``<img>``, at most ``side`` pixels long, and its size."""
+    """Source and size of an ``<img>`` for a panel of at most ``side`` pixels."""
     image = Image.fromarray(panel)
     image.thumbnail((side, side), Image.Resampling.LANCZOS)
     out = io.BytesIO()

@@ -1,4 +1,4 @@
-"""Pictures of a report: drawn from a model, or read from files."""
+"""Pictures of a report, drawn from a model or read from files."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ __all__ = ["Picture", "draw_pictures", "read_pictures"]
 
 @dataclass(frozen=True)
 class Picture:
-    """Panels that belong together, such as what `side_by_side` gives for an image.
+    """A row of panels, such as those of `side_by_side`.
 
     Attributes:
-        title: their common title.
-        panels: title to uint8 RGB (height, width, 3).
+        title: of the picture.
+        panels: uint8 RGB (height, width, 3) by title.
     """
 
     title: str
@@ -33,16 +33,16 @@ class Picture:
 
 
 def draw_pictures(workload: Workload, row: Row, count: int) -> list[Picture]:
-    """Images, clusters, predictions without and with token reduction, and where these differ.
+    """Draw images, clusters, predictions without and with token reduction, and their differences.
 
     Args:
-        workload: whose plain model runs on its first images, and on the one that agrees least; it
-            is left as it was.
-        row: its settings are drawn.
-        count: of first images; 0: none, nor the worst.
+        workload: the plain model and its images; the first ones and the one with the lowest
+            agreement are drawn.
+        row: the setting to draw.
+        count: number of first images; 0: no pictures.
 
     Returns:
-        For each image one picture, of the output that says most where there are several.
+        One picture per image, of the most detailed kind of output.
 
     Raises:
         ValueError: for the row of the plain model, or a negative count.
@@ -59,7 +59,7 @@ def draw_pictures(workload: Workload, row: Row, count: int) -> list[Picture]:
         check_interrupt()
         title = f"Image {_name_of(item, number)}, setting {row.name}"
         if worst is not None and image_key(item) == worst:
-            title += f": the lowest agreement of all, {least:.1f} %"
+            title += f": lowest agreement, {least:.1f} %"
         panels = side_by_side(workload.model, row.settings, item, metadata, workload.color)[-1]
         pictures.append(Picture(title, panels))
     return pictures
@@ -68,7 +68,7 @@ def draw_pictures(workload: Workload, row: Row, count: int) -> list[Picture]:
 def _first_and_worst(
     workload: Workload, count: int, worst: int | str | None
 ) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Number and item of the first images, and of another one, once each."""
+    """Number and item of the first images and the worst one, once each."""
     if count == 0:
         return
     for number, (item,) in enumerate(workload.images(), start=1):
@@ -86,11 +86,11 @@ def _name_of(item: Mapping[str, Any], number: int) -> str:
 
 
 def read_pictures(paths: Sequence[str | Path]) -> list[Picture]:
-    """Image files, and those in folders by name, each as a picture of one panel.
+    """Image files and sorted images of folders, each as a picture of one panel.
 
     Raises:
-        FileNotFoundError: where there is no image.
-        ValueError: for one that cannot be read.
+        FileNotFoundError: if there are no images.
+        ValueError: if an image cannot be read.
     """
     files = [file for path in paths for file in find_images(path)]
     return [

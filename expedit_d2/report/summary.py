@@ -1,4 +1,4 @@
-"""The result of a comparison: its best setting, a sentence on it, the points of its plots."""
+"""Summary of a comparison: the best setting, a headline, and the data of plots."""
 
 from __future__ import annotations
 
@@ -12,15 +12,14 @@ from .figures import Point
 
 __all__ = ["AGREEMENT", "RETAINED", "Tradeoff", "best_row", "headline", "headline_row", "tradeoffs"]
 
-#: Percent of every metric that the headline's setting keeps, at least, where there are metrics.
+#: Percent of every metric that a recommended setting must keep, if there are metrics.
 RETAINED = 99.5
-#: Percent of agreement with the plain model that it has, at least.
+#: Percent of agreement with the plain model that it must have.
 AGREEMENT = 98.0
 
 
 def _quality(comparison: Comparison, row: Row) -> float | None:
-    """At least 1 if good enough for the headline, in agreement and in the worst metric, if there
-    are any. None if one is undefined."""
+    """At least 1 if the agreement and all metrics are good enough; None if one is undefined."""
     agreement = row.lowest_agreement
     if agreement is None or row.not_finite or comparison.undefined():
         return None
@@ -31,14 +30,14 @@ def _quality(comparison: Comparison, row: Row) -> float | None:
 
 
 def _gain(comparison: Comparison, row: Row) -> float:
-    """Measured speed-up at batch 1; without timing, the one that FLOPs would give."""
+    """Measured speed-up at batch 1; without timing, the one expected from FLOPs."""
     speedup = comparison.sure_speedup(row)
     return comparison.flops_ratio(row) if speedup is None else speedup
 
 
 def best_row(comparison: Comparison) -> Row | None:
-    """The fastest setting that reaches `AGREEMENT`, and `RETAINED` for every metric if there are
-    any; None if no such setting is faster than the plain model."""
+    """The fastest setting that reaches `AGREEMENT` and `RETAINED`; None if none is faster than the
+    plain model."""
     eligible = [
         row
         for row in comparison.rows[1:]
@@ -48,7 +47,7 @@ def best_row(comparison: Comparison) -> Row | None:
 
 
 def headline_row(comparison: Comparison) -> Row | None:
-    """The best setting; if there is none, the one that comes nearest; None if all are undefined."""
+    """The best setting, or else the one with the best quality; None if all are undefined."""
     known = [row for row in comparison.rows[1:] if _quality(comparison, row) is not None]
     return best_row(comparison) or max(
         known, key=lambda row: _quality(comparison, row), default=None
@@ -56,7 +55,7 @@ def headline_row(comparison: Comparison) -> Row | None:
 
 
 def headline(comparison: Comparison) -> str:
-    """One sentence on the best setting, or on why there is none."""
+    """A sentence on the best setting, or on why none is recommended."""
     if len(comparison.rows) == 1:
         return "Only the plain model was evaluated."
     row = headline_row(comparison)
@@ -98,7 +97,7 @@ class Tradeoff(NamedTuple):
 
 
 def tradeoffs(comparison: Comparison) -> list[Tradeoff]:
-    """What is retained against what is gained, for every pair that two settings or more have."""
+    """Plots of each quality against each gain that at least two rows have."""
     label = "lowest metric kept, %"
     if len(comparison.plain.metrics) == 1:
         label = f"{next(iter(comparison.plain.metrics))} kept, %"

@@ -17,14 +17,14 @@ from expedit_d2.engine import add_solver_config
 __all__ = ["add_dpt_config"]
 
 _DPT: dict[str, Any] = {
-    # Indices of the blocks that the head reads: four, or two of a hybrid, whose ResNet gives the
+    # Indices of the blocks that the head uses: four, or two for a hybrid, whose ResNet provides the
     # first two levels.
     "BLOCKS": [5, 11, 17, 23],
-    # Put each level through the final norm (DINOv2).
+    # Apply the final norm to each level (DINOv2).
     "NORM": False,
-    # Positions at other sizes: "bilinear" (DPT) or "bicubic" (DINOv2).
+    # Interpolation of position embeddings: "bilinear" (DPT) or "bicubic" (DINOv2).
     "POSITIONS": "bilinear",
-    # The class token: "project" joins it to every token, "add", or "ignore".
+    # Use of the class token: "project" (concatenated to every token), "add" or "ignore".
     "READOUT": "project",
     # Channels of the four reassembled maps, finest first, and of the maps that are fused.
     "CHANNELS": [256, 512, 1024, 1024],
@@ -38,37 +38,37 @@ _DPT: dict[str, Any] = {
     # What the output is: "metric", depth in metres, or "inverse", inverse depth up to a scale and a
     # shift. It also chooses the loss.
     "OUTPUT": "inverse",
-    # (height, width) in pixels at which the network sees images in inference, their aspect kept;
-    # None: their own, as in training. METHOD says which side has it: "minimal" the one that changes
-    # least (DPT), "lower_bound" the other is larger (Depth Anything), "upper_bound" smaller. Both
-    # sides become multiples of DIVISIBILITY.
+    # (height, width) in pixels to resize images to in inference, keeping the aspect ratio; None: no
+    # resizing, as in training. METHOD selects the side that gets it: "minimal", the one that
+    # changes least (DPT); "lower_bound", so that the other is larger (Depth Anything);
+    # "upper_bound", so that it is smaller. Both sides become multiples of DIVISIBILITY.
     "SIZE": [384, 384],
     "SIZE_METHOD": "minimal",
     "SIZE_DIVISIBILITY": 32,
-    # Of the prediction to the image's size: "bicubic" (DPT), or "bilinear" with aligned corners.
+    # Resizing of the prediction to the image: "bicubic" (DPT), or "bilinear" with aligned corners.
     "INTERPOLATION": "bicubic",
-    # Losses: share of the squared mean that is taken off in the logarithmic one ("metric"), weight
-    # of the gradients in the affine-invariant one ("inverse").
+    # Losses: share of the squared mean that is subtracted in the logarithmic loss ("metric"), and
+    # weight of gradients in the affine-invariant loss ("inverse").
     "SILOG_VARIANCE": 0.5,
     "GRADIENT_WEIGHT": 0.5,
 }
 
 _INPUT: dict[str, Any] = {
-    # Keep (height, width) pixels from the bottom, in the middle: (352, 1216) is the crop of the
-    # KITTI benchmark. In training and evaluation; None: all.
+    # Crop (height, width) pixels at the bottom centre, in training and evaluation: (352, 1216) is
+    # the crop of the KITTI benchmark. None: no crop.
     "CROP": None,
-    # PNG values to the metre, for data sets given by the path of a list.
+    # PNG values per metre, for data sets given by the path of a list.
     "SCALE": 1000.0,
 }
 
 _TEST: dict[str, Any] = {
-    # Metres; depths outside are not evaluated, predictions are clipped.
+    # Metres; depths outside are ignored, predictions are clipped.
     "MIN": 1e-3,
     "MAX": 80.0,
-    # Pixels that count: "none" (all), "garg" or "eigen" (KITTI), "nyu" (the border left out).
+    # Evaluated pixels: "none" (all), "garg" or "eigen" (KITTI), "nyu" (without the border).
     "CROP": "none",
-    # Fit each prediction to its labels first: "none", "median", "scale" or "scale_shift" (least
-    # squares), in inverse depth where that is the output.
+    # Align each prediction to its labels first: "none", "median", "scale" or "scale_shift" (least
+    # squares), in inverse depth if that is the output.
     "ALIGN": "none",
 }
 

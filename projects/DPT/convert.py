@@ -23,13 +23,13 @@ _SEGMENTATION = "auxiliary head of the segmentation model"
 
 @dataclass(frozen=True)
 class Conversion:
-    """What became of the keys of an official checkpoint.
+    """Result of converting an official checkpoint.
 
     Attributes:
         weights: our keys and their tensors.
         renamed: official key to ours.
-        unused: official key to why it was left out.
-        missing: our keys that the checkpoint has nothing for.
+        unused: official key to the reason why it is dropped.
+        missing: our keys that have no counterpart in the checkpoint.
     """
 
     weights: dict[str, Tensor]
@@ -38,7 +38,7 @@ class Conversion:
     missing: list[str]
 
     def summary(self) -> str:
-        """Counts, and a line for each key that was not simply renamed."""
+        """Counts, and a line for each unused or missing key."""
         lines = [
             f"{len(self.renamed)} keys renamed, {len(self.unused)} not used, "
             f"{len(self.missing)} missing"
@@ -49,7 +49,7 @@ class Conversion:
 
 
 def _scratch(prefix: str) -> Iterator[tuple[str, str]]:
-    """The fusion, which is the same in both."""
+    """The fusion, which is the same in both code bases."""
     for i in range(4):
         yield f"{prefix}layer{i + 1}_rn.", f"head.layers.{i}."
         yield f"{prefix}refinenet{i + 1}.out_conv.", f"head.fusions.{i}.out."
@@ -80,7 +80,7 @@ def _depth_anything() -> Iterator[tuple[str, str]]:
     yield "depth_head.scratch.output_conv2.", "head.predict."
 
 
-#: Beginnings of official keys that the model has no place for, and why.
+#: Prefixes of official keys that the model does not need, and reasons.
 _UNUSED = {
     "pretrained.model.head.": _CLASSIFIER,
     "pretrained.model.head_dist.": _CLASSIFIER,
@@ -109,7 +109,7 @@ def convert_state(state: Mapping[str, Tensor], model: nn.Module) -> Conversion:
         rules = dict(_dpt())
     else:
         raise ValueError(
-            "this is no checkpoint of DPT or Depth Anything V2: no key begins with scratch. or "
+            "this is not a checkpoint of DPT or Depth Anything V2: no key begins with scratch. or "
             f"depth_head.; the first is {next(iter(state), None)!r}"
         )
     own = {key: tuple(value.shape) for key, value in model.state_dict().items()}

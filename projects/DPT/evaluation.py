@@ -1,4 +1,4 @@
-"""Metrics of depth, each image for itself and then the mean (Eigen et al., arXiv 1406.2283)."""
+"""Depth metrics, computed per image and averaged (Eigen et al., arXiv 1406.2283)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .data.datasets import depth_scale_of, read_depth
 __all__ = ["ALIGNMENTS", "CROPS", "DepthEvaluator", "align", "depth_metrics"]
 
 ALIGNMENTS = ("none", "median", "scale", "scale_shift")
-#: Top, bottom, left and right of what is evaluated: shares of the image, or pixels (NYU).
+#: Top, bottom, left and right of the evaluated region: shares of the image, or pixels (NYU).
 CROPS: dict[str, tuple[float, float, float, float]] = {
     "none": (0.0, 1.0, 0.0, 1.0),
     "garg": (0.40810811, 0.99189189, 0.03594771, 0.96405229),
@@ -24,7 +24,7 @@ CROPS: dict[str, tuple[float, float, float, float]] = {
 
 
 def align(prediction: np.ndarray, target: np.ndarray, how: str) -> tuple[float, float]:
-    """Scale and shift that bring a prediction to its target.
+    """Scale and shift that align a prediction with its target.
 
     Args:
         prediction, target: (N,).
@@ -82,9 +82,9 @@ class DepthEvaluator(DatasetEvaluator):
         Args:
             dataset_name: a registered data set with ``depth_scale`` in its metadata.
             output: what the model predicts: "metric" or "inverse", see `modeling.meta_arch.DPT`.
-            min_depth, max_depth: metres; others are not evaluated, predictions are clipped.
+            min_depth, max_depth: metres; depths outside are ignored, predictions are clipped.
             crop: a name in `CROPS`.
-            alignment: a name in `ALIGNMENTS`; in inverse depth where that is the output.
+            alignment: a name in `ALIGNMENTS`; in inverse depth if that is the output.
 
         Raises:
             ValueError: for an unknown name, or inverse depth without an alignment.
@@ -119,7 +119,7 @@ class DepthEvaluator(DatasetEvaluator):
         for item, output in zip(inputs, outputs, strict=True):
             target = read_depth(item["depth_file_name"], self.scale)
             depth = output["depth"].float().cpu().numpy()
-            # An image may have been cropped; what was cut off is not evaluated.
+            # An image may have been cropped; only the crop is evaluated.
             prediction = np.full(target.shape, np.nan, np.float32)
             top, left = item.get("crop", (0, 0))
             window = prediction[top : top + depth.shape[0], left : left + depth.shape[1]]
@@ -149,7 +149,7 @@ class DepthEvaluator(DatasetEvaluator):
         """Aligned and clipped depth, (N,) to (N,)."""
         if self.inverse:
             scale, shift = align(prediction, 1 / target, self.alignment)
-            # Behind the plane at infinity is as far away as can be.
+            # Inverse depths below zero become the maximum depth.
             depth = 1 / np.maximum(scale * prediction + shift, 1 / self.limits[1])
         else:
             scale, shift = align(prediction, target, self.alignment)
@@ -157,7 +157,7 @@ class DepthEvaluator(DatasetEvaluator):
         return np.clip(depth, *self.limits)
 
     def evaluate(self) -> dict[str, dict[str, float]]:
-        """Means over the images of all processes, on the main one; the others return nothing.
+        """Means over the images of all processes, on the main process; None on the others.
 
         Raises:
             ValueError: if no pixel of the data set was evaluated.

@@ -19,7 +19,7 @@ __all__ = ["DPTTrainer"]
 class DPTTrainer(Trainer):
     """For configs whose ``MODEL.META_ARCHITECTURE`` is ``DPT``."""
 
-    # The encoder learns slower (section 4.1).
+    # The encoder has a lower learning rate (section 4.1).
     param_groups = staticmethod(slow_backbone_groups)
 
     @classmethod

@@ -16,20 +16,20 @@ from expedit_d2.engine import add_solver_config
 __all__ = ["add_maskformer2_config"]
 
 _MASK_FORMER: dict[str, Any] = {
-    # Losses: weights of the class, dice and mask terms (they weigh the matching costs, too), of
-    # "no object" among the classes, and whether every decoder layer is supervised.
+    # Losses: weights of the class, dice and mask terms (also in the matching costs) and of "no
+    # object", and whether every decoder layer is supervised.
     "DEEP_SUPERVISION": True,
     "NO_OBJECT_WEIGHT": 0.1,
     "CLASS_WEIGHT": 1.0,
     "DICE_WEIGHT": 1.0,
     "MASK_WEIGHT": 20.0,
-    # Points at which masks are compared, how many times as many are drawn to choose the most
-    # uncertain ones from, and the share of uncertain ones.
+    # Number of points at which masks are compared, oversampling factor to find uncertain points,
+    # and share of uncertain points.
     "TRAIN_NUM_POINTS": 112 * 112,
     "OVERSAMPLE_RATIO": 3.0,
     "IMPORTANCE_SAMPLE_RATIO": 0.75,
-    # Transformer decoder. DEC_LAYERS counts predictions: one more than there are layers, as the
-    # queries themselves predict first. ENC_LAYERS is a key of MaskFormer that nothing reads here.
+    # Transformer decoder. DEC_LAYERS counts predictions, one more than layers, as the queries also
+    # predict before the first. ENC_LAYERS is a key of MaskFormer that is not used.
     "TRANSFORMER_DECODER_NAME": "MultiScaleMaskedTransformerDecoder",
     "TRANSFORMER_IN_FEATURE": "res5",  # must be set to "multi_scale_pixel_decoder"
     "NHEADS": 8,
@@ -41,23 +41,23 @@ _MASK_FORMER: dict[str, Any] = {
     "HIDDEN_DIM": 256,
     "NUM_OBJECT_QUERIES": 100,
     "ENFORCE_INPUT_PROJ": False,
-    # Images are padded to a multiple of this; negative: what the backbone asks for.
+    # Images are padded to a multiple of this; negative: the backbone's size_divisibility.
     "SIZE_DIVISIBILITY": 32,
-    # Which outputs are wanted, and how masks become a panoptic map.
+    # Kinds of output, and thresholds of the panoptic map.
     "TEST": {
         "SEMANTIC_ON": True,
         "INSTANCE_ON": False,
         "PANOPTIC_ON": False,
         "OBJECT_MASK_THRESHOLD": 0.0,
         "OVERLAP_THRESHOLD": 0.0,
-        # Resize masks to the output size before they are combined; always so for panoptic and
+        # Resize masks to the output size before they are combined; always done for panoptic and
         # instance output.
         "SEM_SEG_POSTPROCESSING_BEFORE_INFERENCE": False,
     },
 }
 
 _SEM_SEG_HEAD: dict[str, Any] = {
-    # Pixel decoder; the default is MaskFormer's, which is not part of this project.
+    # Pixel decoder; the default is that of MaskFormer, which is not part of this project.
     "PIXEL_DECODER_NAME": "BasePixelDecoder",
     "MASK_DIM": 256,
     "TRANSFORMER_ENC_LAYERS": 0,
@@ -69,8 +69,8 @@ _SEM_SEG_HEAD: dict[str, Any] = {
 _INPUT: dict[str, Any] = {
     # Training mapper: a name in data.mappers.MAPPERS.
     "DATASET_MAPPER_NAME": "mask_former_semantic",
-    # The mask_former_ mappers: colour distortion of SSD, cropping again while one class fills
-    # more than this share of the crop, padding to a square of this side (negative: none).
+    # The mask_former_ mappers: SSD's colour augmentation, largest share of one class in a crop
+    # (others are cropped again), and side of the square to pad to (negative: none).
     "COLOR_AUG_SSD": False,
     "CROP": {"SINGLE_CATEGORY_MAX_AREA": 1.0},
     "SIZE_DIVISIBILITY": -1,
@@ -80,7 +80,7 @@ _INPUT: dict[str, Any] = {
     "MAX_SCALE": 2.0,
 }
 
-# DeepLab's keys: official YAML files set them, and nothing here reads them.
+# DeepLab's keys, which official YAML files set but which are not used.
 _RESNETS: dict[str, Any] = {
     "STEM_TYPE": "deeplab",
     "RES4_DILATION": 1,
@@ -89,7 +89,7 @@ _RESNETS: dict[str, Any] = {
 
 
 def add_maskformer2_config(cfg: CN) -> None:
-    """Add every key of official Mask2Former configs that ``cfg`` does not have yet.
+    """Add the keys of official Mask2Former configs that ``cfg`` does not have yet.
 
     ``SOLVER.OPTIMIZER`` is that of all projects here; official YAML files set it.
     """

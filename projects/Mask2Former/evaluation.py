@@ -1,4 +1,4 @@
-"""Which metrics a data set and a model's outputs ask for: PQ, mask AP, mIoU, by Detectron2."""
+"""Evaluators for the outputs of a model and the labels of a data set: PQ, mask AP and mIoU."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ __all__ = [
     "wanted_outputs",
 ]
 
-# Outputs that each kind of data set has labels for.
+# Outputs for which each kind of data set has labels.
 _LABELS = {
     "sem_seg": ("semantic",),
     "coco": ("instance",),
@@ -43,7 +43,7 @@ _LABELS = {
 
 
 class ThingEvaluator(COCOEvaluator):
-    """Mask AP by pycocotools, also where the things' contiguous ids have gaps (ADE20K)."""
+    """Mask AP by pycocotools, also if the contiguous ids of things have gaps (ADE20K)."""
 
     def __init__(self, dataset_name: str, output_dir: str) -> None:
         super().__init__(dataset_name, tasks=("segm",), output_dir=output_dir, use_fast_impl=False)
@@ -51,7 +51,7 @@ class ThingEvaluator(COCOEvaluator):
         ids = self._metadata.get("thing_dataset_id_to_contiguous_id")
         self._rank: dict[int, int] = {}
         if ids is not None:
-            # Detectron2 insists on ids 0, 1, 2, …: number the things among themselves.
+            # Detectron2 requires ids 0, 1, 2, …: renumber the things.
             self._rank = {contiguous: rank for rank, contiguous in enumerate(sorted(ids.values()))}
             ranks = {dataset_id: self._rank[i] for dataset_id, i in ids.items()}
             self._metadata = Metadata(
@@ -60,7 +60,7 @@ class ThingEvaluator(COCOEvaluator):
             )
 
     def process(self, inputs: Sequence[dict], outputs: Sequence[dict[str, Any]]) -> None:
-        """Collect the instances of a batch; those that are not things are left out."""
+        """Collect the instances of a batch that are things."""
         if self._rank:
             outputs = [{"instances": self._renumber(o["instances"])} for o in outputs]
         super().process(inputs, outputs)
@@ -75,7 +75,7 @@ class ThingEvaluator(COCOEvaluator):
 
 
 class _CityscapesSemanticEvaluator(CityscapesSemSegEvaluator):
-    """Detectron2's, with the mean over the classes under the name it has elsewhere."""
+    """Detectron2's evaluator, with the usual name for the mean over classes."""
 
     def evaluate(self) -> dict[str, dict[str, float]] | None:
         results = super().evaluate()
@@ -85,7 +85,7 @@ class _CityscapesSemanticEvaluator(CityscapesSemSegEvaluator):
 
 
 def _panoptic_evaluator(dataset_name: str, folder: str) -> COCOPanopticEvaluator:
-    """PQ, if there is something to average: panopticapi divides by the numbers of classes."""
+    """PQ, unless there are no classes to average over, with which panopticapi divides by zero."""
     meta = MetadataCatalog.get(dataset_name)
     things = set(meta.thing_dataset_id_to_contiguous_id)
     if not things or not set(meta.stuff_dataset_id_to_contiguous_id) - things:
@@ -111,7 +111,7 @@ _CITYSCAPES = {
 
 
 def wanted_outputs(cfg: CfgNode, dataset_name: str) -> tuple[str, ...]:
-    """Outputs that are switched on and that a data set has labels for.
+    """Outputs that are enabled and for which a data set has labels.
 
     Raises:
         ValueError: if it is not known what it has labels for.
@@ -127,7 +127,7 @@ def wanted_outputs(cfg: CfgNode, dataset_name: str) -> tuple[str, ...]:
 
 
 def check_dataset(cfg: CfgNode, dataset_name: str, key: str, outputs: Collection[str]) -> None:
-    """Refuse a data set whose labels or classes are not those of the model.
+    """Refuse a data set whose labels or classes do not match the model.
 
     Instances may be of a model that knows more classes, where its first ones are the things of the
     data set: that is so for panoptic models of COCO and COCO's instances.
@@ -157,12 +157,12 @@ def check_dataset(cfg: CfgNode, dataset_name: str, key: str, outputs: Collection
 
 
 def build_evaluators(cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
-    """Evaluators of every output that is switched on and that the data set has labels for.
+    """Evaluators of all outputs that are enabled and for which the data set has labels.
 
     Args:
         cfg: ``MODEL.MASK_FORMER.TEST`` says what is switched on, ``OUTPUT_DIR`` where
             predictions go.
-        dataset_name: a registered data set; its ``evaluator_type`` says what it has labels for.
+        dataset_name: a registered data set; its ``evaluator_type`` determines its labels.
 
     Raises:
         ValueError: if the type is unknown, or nothing is left to evaluate.

@@ -22,14 +22,15 @@ _SEGMENTER: dict[str, Any] = {
     "DECODER_LAYERS": 2,  # transformer blocks of the mask transformer
     "DECODER_DIM": None,  # their width, 64 for each head; None: as the encoder's
     "DECODER_DROPOUT": 0.1,  # in these blocks
-    # Scores are normed over the K classes, which keeps them within sqrt(K - 1) times a learnt
-    # scale. It starts at this; with few classes more than 1 lets the model be certain early on.
+    # Initial value of the learnt scale of the scores, which are normalised over the K classes and
+    # so limited to sqrt(K - 1) times it. With few classes, more than 1 allows confident scores
+    # early.
     "SCORE_SCALE": 1.0,
-    # Added to the variance in the encoder's norms; None: what the timm model has, mostly 1e-6.
-    # Official checkpoints were trained with 1e-5.
+    # Epsilon of the encoder's norms; None: that of the timm model, mostly 1e-6. Official
+    # checkpoints were trained with 1e-5.
     "NORM_EPS": None,
-    # Inference: side of the square windows, and from one to the next, in pixels of the resized
-    # image. 0: the whole image at once, whatever its size.
+    # Inference: side and stride of the square windows, in pixels of the resized image. 0: the whole
+    # image at once.
     "WINDOW_SIZE": 512,
     "WINDOW_STRIDE": 512,
     "WINDOW_BATCH": 4,  # windows, of all images together, that run at once
@@ -41,7 +42,7 @@ _INPUT: dict[str, Any] = {"COLOR_AUG_SSD": False, "CROP": {"SINGLE_CATEGORY_MAX_
 
 
 def add_segmenter_config(cfg: CN) -> None:
-    """Add every key that Segmenter's configs use and ``cfg`` does not have yet."""
+    """Add the config keys of Segmenter that ``cfg`` does not have yet."""
     add_timm_config(cfg)
     add_expedit_config(cfg)
     add_solver_config(cfg)

@@ -44,14 +44,14 @@ _ASPECTS = {"ade20k": 4, "cityscapes": 2, "pascal_context": 8}
 
 @dataclass(frozen=True)
 class Report:
-    """What became of every weight.
+    """Result of matching the weights of a checkpoint with a model.
 
     Attributes:
-        mapped: names that were taken over.
-        classifier: names that belong to the classifier of the pretrained ViT, left out.
-        unknown: other names that the model does not have, left out.
+        mapped: names that are converted.
+        classifier: names of the classifier of the pretrained ViT, which are dropped.
+        unknown: other names that the model does not have, which are dropped.
         missing: names of the model that the checkpoint does not have.
-        misshapen: name, shape in the checkpoint and shape in the model, where these differ.
+        misshapen: name, shape in the checkpoint and shape in the model, if these differ.
     """
 
     mapped: tuple[str, ...]
@@ -62,7 +62,7 @@ class Report:
 
     @property
     def wrong(self) -> list[str]:
-        """What keeps the weights from being the model's."""
+        """Reasons why the weights do not fit the model."""
         return [
             f"{name} is {found} in the checkpoint and {wanted} in the model"
             for name, found, wanted in self.misshapen
@@ -116,15 +116,15 @@ def _read_variant(file: str) -> dict[str, Any]:
     try:
         variant = yaml.load(Path(file).read_text(encoding="utf-8"), Loader=_VariantLoader)
         if not isinstance(variant["net_kwargs"], dict):
-            raise TypeError("its net_kwargs are no mapping")
+            raise TypeError("its net_kwargs are not a mapping")
     except (yaml.YAMLError, UnicodeError, KeyError, TypeError) as error:
         reason = getattr(error, "problem", None) or repr(error)  # YAML's own is of several lines
-        raise ValueError(f"{file!r} is no variant.yml of Segmenter: {reason}") from None
+        raise ValueError(f"{file!r} is not a variant.yml of Segmenter: {reason}") from None
     return variant
 
 
 def _section(settings: Mapping[str, Any], name: str) -> Mapping[str, Any]:
-    """A part of ``variant.yml`` that need not be there."""
+    """An optional section of ``variant.yml``."""
     section = settings.get(name, {})
     if not isinstance(section, Mapping):
         raise ValueError(f"variant.yml: {name} must be a mapping, got {section!r}")
@@ -132,7 +132,7 @@ def _section(settings: Mapping[str, Any], name: str) -> Mapping[str, Any]:
 
 
 def _whole(settings: Mapping[str, Any], name: str, default: int | None = None) -> int:
-    """A positive whole number of ``variant.yml``."""
+    """A positive integer of ``variant.yml``."""
     value = settings.get(name, default)
     if type(value) is not int or value < 1:
         raise ValueError(f"variant.yml: {name} must be a positive whole number, got {value!r}")
@@ -148,7 +148,7 @@ def _share(settings: Mapping[str, Any], name: str, default: float) -> float:
 
 
 def _side(net: Mapping[str, Any]) -> int:
-    """The side of the square images that the model was made for."""
+    """The side of the model's square images."""
     value = net["image_size"]
     sides = value if isinstance(value, (list, tuple)) else [value, value]
     if len(sides) != 2 or sides[0] != sides[1] or type(sides[0]) is not int or sides[0] < 1:
@@ -157,7 +157,7 @@ def _side(net: Mapping[str, Any]) -> int:
 
 
 def config_of(variant: Mapping[str, Any], weights: str = "") -> CfgNode:
-    """The config keys that a ``variant.yml`` says something about.
+    """Config keys from a ``variant.yml``.
 
     Args:
         variant: its content; ``net_kwargs``, and optionally ``dataset_kwargs`` and
@@ -173,7 +173,7 @@ def config_of(variant: Mapping[str, Any], weights: str = "") -> CfgNode:
     if absent:
         raise ValueError(f"variant.yml: net_kwargs lacks {', '.join(absent)}")
     if not isinstance(net["backbone"], str):
-        raise ValueError(f"variant.yml: backbone must be a name of timm's, got {net['backbone']!r}")
+        raise ValueError(f"variant.yml: backbone must be a model of timm, got {net['backbone']!r}")
     side = _side(net)
     settings = net["decoder"] if isinstance(net["decoder"], Mapping) else {}
     decoder = settings.get("name")
@@ -226,7 +226,7 @@ def config_of(variant: Mapping[str, Any], weights: str = "") -> CfgNode:
 
 
 def _build_on_meta(config: CfgNode, net: Mapping[str, Any]) -> nn.Module:
-    """The model of a config without its weights; shapes cannot tell the number of heads."""
+    """The model of a config without weights; also checks the number of heads, unlike shapes."""
     from detectron2.config import get_cfg
 
     cfg = get_cfg()

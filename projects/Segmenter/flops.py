@@ -16,7 +16,7 @@ __all__ = ["count_config_flops"]
 
 
 def count_config_flops(cfg: CfgNode, size: tuple[int, int] | None = None) -> Flops:
-    """Count one forward of a configured model on one image.
+    """Count the FLOPs of a configured model for one image.
 
     Args:
         cfg: a config with ``MODEL.META_ARCHITECTURE`` Segmenter.

@@ -37,7 +37,7 @@ class SegmenterTrainer(Trainer):
 
     @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
-        """mIoU, whatever else the data set has labels for."""
+        """mIoU, even if the data set has other labels."""
         cls.check_dataset(cfg, dataset_name)
         return SemanticEvaluator(
             dataset_name,

@@ -122,7 +122,7 @@ def test_a_foreign_file_of_that_name_is_refused(run, output, content):
         file.mkdir()
     else:
         file.write_bytes(content)
-    with pytest.raises(SystemExit, match="^compare.py: .*results.jsonl' holds no results"):
+    with pytest.raises(SystemExit, match="^compare.py: .*results.jsonl' has no results"):
         run(*HALF)
     assert content == "folder" or file.read_bytes() == content
 

@@ -253,7 +253,7 @@ def test_settings_that_do_not_run_are_left_out(workload):
         ({"retained": 101}, r"retained must be .* \(0, 100\], got 101"),
         ({"agreement": 0}, "agreement must be"),
         ({"speedup": -1}, "speedup must be positive, got -1"),
-        ({"metric": "PQ"}, "'PQ' needs the percentage"),
+        ({"metric": "PQ"}, "'PQ' needs a percentage"),
     ],
 )
 def test_targets_that_make_no_sense(target, words):

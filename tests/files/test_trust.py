@@ -113,7 +113,7 @@ def test_tools_for_checkpoints_run_no_code(tmp_path, marker):
     with pytest.raises(SystemExit, match="mkdir, and loading that"):
         convert.run([str(source), str(target)])
     (tmp_path / "variant.yml").write_text(f"net_kwargs: !!python/object/apply:os.mkdir [{marker}]")
-    with pytest.raises(SystemExit, match="no variant.yml of Segmenter: .*object/apply:os.mkdir"):
+    with pytest.raises(SystemExit, match="not a variant.yml of Segmenter: .*object/apply:os.mkdir"):
         convert.run([str(source), str(target)])
     assert not target.exists()
 

@@ -383,7 +383,7 @@ def test_the_image_that_agrees_least_is_drawn_beside_the_first_ones():
     items = [[{"image": p, "file_name": f"some/{n}.jpg"}] for n, p in enumerate(pixels)]
     workload = Workload("s", load_model(cfg), "no data set", items, None)
     worst = replace(ROWS[2], worst=("some/2.jpg", 12.34))
-    title = "Image 2, setting quick: the lowest agreement of all, 12.3 %"
+    title = "Image 2, setting quick: lowest agreement, 12.3 %"
     drawn = draw_pictures(workload, worst, 1)
     assert [p.title for p in drawn] == ["Image 0, setting quick", title]
     among = draw_pictures(workload, replace(worst, worst=("some/0.jpg", 12.34)), 1)
@@ -409,7 +409,7 @@ def test_comparing_ends_with_a_report(confident_opts, tmp_path, capsys):
     page = Page(file.read_text("utf-8"))
     # The first image, and the one that agrees least if that is another one.
     assert len(page.all("img")) in (5, 10) and "setting half" in page.text
-    assert page.text.count("lowest agreement of all") == 1
+    assert page.text.count(": lowest agreement, ") == 1
 
 
 def test_tool_reads_results_and_pictures(tmp_path, capsys):

@@ -28,7 +28,7 @@ __all__ = [
     "register_depth_lists",
 ]
 
-# name -> folder, list, where its images and its depths start from, PNG values to the metre
+# name -> folder, list, where its images and its depths start from, PNG values per metre
 _KITTI = ("kitti_depth", "eigen_{}_files_with_gt.txt", "", "data_depth_annotated", 256.0)
 _NYU = ("nyu_depth_v2", "nyudepthv2_{}_files_with_gt.txt")
 _DATASETS = {
@@ -44,7 +44,7 @@ def load_depth_list(file: Path, images: Path, depths: Path) -> list[dict[str, An
 
     Args:
         file: the list.
-        images, depths: folders that its paths start from; a slash at their beginning is no root.
+        images, depths: folders that its paths are relative to, even with a leading slash.
 
     Raises:
         FileNotFoundError: if the list, or an image or depth in it, is not there.
@@ -68,7 +68,7 @@ def load_depth_list(file: Path, images: Path, depths: Path) -> list[dict[str, An
         missing = [record[key] for record in records if not os.path.isfile(record[key])]
         if missing:
             raise FileNotFoundError(
-                f"{file} names {missing[0]}, which is not there: {len(missing)} of its "
+                f"{file} names {missing[0]}, which does not exist: {len(missing)} of its "
                 f"{len(records)} {'images' if key == 'file_name' else 'depths'} are missing"
             )
     return records
@@ -77,12 +77,12 @@ def load_depth_list(file: Path, images: Path, depths: Path) -> list[dict[str, An
 def register_depth_list(
     name: str, file: Path, images: Path, depths: Path, depth_scale: float
 ) -> None:
-    """Register a list of files; a name that is there already is left alone.
+    """Register a list of files, unless the name is registered already.
 
     Args:
         name: of the data set.
         file, images, depths: see `load_depth_list`.
-        depth_scale: PNG values to the metre.
+        depth_scale: PNG values per metre.
     """
     if name not in DatasetCatalog.list():
         DatasetCatalog.register(name, partial(load_depth_list, file, images, depths))
@@ -102,7 +102,7 @@ def register_depth_lists(names: Iterable[str], depth_scale: float) -> None:
 
     Args:
         names: the values of ``DATASETS.TRAIN`` or ``DATASETS.TEST``.
-        depth_scale: PNG values to the metre.
+        depth_scale: PNG values per metre.
     """
     for name in names:
         if name.endswith(".txt"):
@@ -111,7 +111,7 @@ def register_depth_lists(names: Iterable[str], depth_scale: float) -> None:
 
 
 def depth_scale_of(names: Iterable[str]) -> float:
-    """PNG values to the metre of registered data sets, which must agree.
+    """PNG values per metre of registered data sets, which must agree.
 
     Raises:
         ValueError: if one of them has no depth, or they differ.
@@ -121,7 +121,7 @@ def depth_scale_of(names: Iterable[str]) -> float:
         if scale is None:
             raise ValueError(f"DATASETS: {name!r} has no depth (no depth_scale in its metadata)")
     if len(set(scales.values())) > 1:
-        raise ValueError(f"DATASETS: PNG values to the metre differ: {scales}")
+        raise ValueError(f"DATASETS: PNG values per metre differ: {scales}")
     return float(next(iter(scales.values())))
 
 

@@ -22,7 +22,7 @@ _COPIED_KEYS = ("file_name", "depth_file_name", "image_id")
 
 
 def bottom_crop(size: tuple[int, int], crop: Sequence[int]) -> tuple[int, int]:
-    """Top and left of a crop at the bottom and in the middle, as in KITTI's benchmark.
+    """Top and left of a crop at the bottom centre, as in KITTI's benchmark.
 
     Raises:
         ValueError: if the image is smaller than the crop.
@@ -34,7 +34,7 @@ def bottom_crop(size: tuple[int, int], crop: Sequence[int]) -> tuple[int, int]:
 
 
 class DepthMapper:
-    """Reads the image of a record, and in training its depth, which follows all that is done."""
+    """Reads the image of a record and, in training, its depth, which is augmented alike."""
 
     @configurable
     def __init__(
@@ -50,7 +50,7 @@ class DepthMapper:
             augmentations: applied one after the other, after the crop.
             image_format: "RGB" or "BGR".
             crop: (height, width) kept of an image, see `bottom_crop`; None: all.
-            depth_scale: PNG values to the metre; None: depth is not read.
+            depth_scale: PNG values per metre; None: depth is not read.
         """
         self.augmentations = T.AugmentationList(augmentations)
         self.image_format = image_format

@@ -25,11 +25,11 @@ POSITIONS = ("bilinear", "bicubic")
 
 
 class Level(NamedTuple):
-    """What the head reads at one depth of the encoder.
+    """Features of one level for the head.
 
     Attributes:
         features: (B, C, h, w).
-        class_token: (B, C); None after a stage of a ResNet, which has none.
+        class_token: (B, C); None for a stage of a ResNet.
     """
 
     features: Tensor
@@ -47,9 +47,9 @@ class Encoder(nn.Module):
     ) -> None:
         """
         Args:
-            vit: timm's ``VisionTransformer``; its table of positions begins with the class token.
-            blocks: indices of the blocks that are read, ascending: four, or two of a hybrid.
-            norm: put every level through the final norm, as DINOv2's users do.
+            vit: timm's ``VisionTransformer``, whose position embedding includes the class token.
+            blocks: indices of the blocks to use, ascending: four, or two for a hybrid.
+            norm: apply the final norm to every level, as for DINOv2.
             positions: how the table follows the size of the image: "bilinear" (DPT), or "bicubic"
                 with an offset of 0.1 (DINOv2).
 
@@ -60,8 +60,8 @@ class Encoder(nn.Module):
         fits = isinstance(vit, VisionTransformer) and vit.cls_token is not None
         if not fits or vit.num_prefix_tokens > 1 or vit.pos_embed is None or vit.no_embed_class:
             raise ValueError(
-                "MODEL.TIMM.NAME: DPT needs a VisionTransformer of timm's with one class token, no "
-                "registers, and a table of positions for both class token and patches"
+                "MODEL.TIMM.NAME: DPT needs a VisionTransformer of timm with one class token, no "
+                "registers, and position embeddings for both class token and patches"
             )
         if positions not in POSITIONS:
             raise ValueError(f"MODEL.DPT.POSITIONS must be one of {POSITIONS}, got {positions!r}")
@@ -80,7 +80,7 @@ class Encoder(nn.Module):
             )
         if resnet is not None:
             standardize(resnet)
-        # Nothing is kept that runs after all that is read.
+        # Drop everything after the last block that is used.
         vit.blocks = vit.blocks[: blocks[-1] + 1]
         if not norm:
             vit.norm = nn.Identity()
@@ -91,7 +91,7 @@ class Encoder(nn.Module):
         self.stages = [] if resnet is None else [s["num_chs"] for s in resnet.feature_info[1:3]]
         #: Pixels along the side of a token.
         self.stride = vit.patch_embed.feat_ratio()
-        # What `forward` reads, for the adapter of Expedit.
+        # The blocks whose outputs `forward` uses, for Expedit's adapter.
         vit.expedit_outputs = blocks
 
     def forward(self, images: Tensor) -> list[Level]:
@@ -133,7 +133,7 @@ class Encoder(nn.Module):
         if self.positions == "bilinear":
             tokens = F.interpolate(tokens, size, mode="bilinear")
         else:
-            # The offset is part of the sampling grid that the weights were trained with.
+            # The weights were trained with this offset of the sampling grid.
             scale = [(to + 0.1) / of for to, of in zip(size, own, strict=True)]
             tokens = F.interpolate(tokens, scale_factor=scale, mode="bicubic")
         return torch.cat([table[:, :1], tokens.flatten(2).transpose(1, 2)], dim=1)

@@ -32,7 +32,7 @@ class Reassemble(nn.Module):
             dim: C, of the tokens.
             channels: of the map.
             scale: size of the map relative to the tokens.
-            readout: what becomes of the class token: "project" joins it to every token, "add" adds
+            readout: use of the class token: "project" concatenates it to every token, "add" adds
                 it, "ignore" drops it.
         """
         super().__init__()
@@ -70,13 +70,13 @@ class ResidualUnit(nn.Module):
 
 
 class Fusion(nn.Module):
-    """A level joins what comes from coarser ones; the sum is refined and enlarged (figure 1)."""
+    """Adds a level to the fused coarser ones, then refines and enlarges the sum (figure 1)."""
 
     def __init__(self, features: int, joins: bool) -> None:
         """
         Args:
             features: D.
-            joins: False for the coarsest level, which has nothing to join.
+            joins: False for the coarsest level.
         """
         super().__init__()
         self.level = ResidualUnit(features) if joins else None
@@ -92,7 +92,7 @@ class Fusion(nn.Module):
 
 
 class DPTHead(nn.Module):
-    """Four levels to one number for each pixel, not negative."""
+    """Four levels to one nonnegative number per pixel."""
 
     def __init__(
         self,
@@ -110,7 +110,7 @@ class DPTHead(nn.Module):
             features: D.
             readout: see `Reassemble`.
             activation: of the output: "relu", or "sigmoid" for values in (0, 1).
-            stages: channels of the levels that are maps of a ResNet, which are taken as they are.
+            stages: channels of the levels that are maps of a ResNet, which are not reassembled.
 
         Raises:
             ValueError: for an unknown name, or channels that are not the ResNet's.

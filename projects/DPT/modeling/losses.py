@@ -38,12 +38,12 @@ def normalized(x: Tensor, valid: Tensor) -> Tensor:
 
 
 def trimmed_loss(residual: Tensor, valid: Tensor, keep: float = 0.8) -> Tensor:
-    """Half the mean absolute residual, the largest left out (arXiv 1907.01341, equation 7).
+    """Half the mean absolute residual without the largest ones (arXiv 1907.01341, equation 7).
 
     Args:
         residual: (H, W), of two normalised maps.
         valid: (H, W) bool.
-        keep: share of the pixels that counts.
+        keep: share of the pixels to keep.
     """
     errors = residual[valid].abs().sort().values
     return errors[: max(1, int(keep * len(errors)))].sum() / (2 * len(errors))

@@ -25,7 +25,7 @@ from .resize import SIZE_METHODS, network_size
 __all__ = ["INTERPOLATIONS", "OUTPUTS", "DPT"]
 
 OUTPUTS = ("inverse", "metric")
-#: How depth gets the size of the image: mode -> align_corners, as in the official code.
+#: Interpolation of depth to the size of the image: mode -> align_corners, as in the official code.
 INTERPOLATIONS = {"bicubic": False, "bilinear": True}
 
 
@@ -35,6 +35,9 @@ class DPT(NormalizingModel):
 
     With other channels and a DINOv2 encoder it is Depth Anything V2 (arXiv 2406.09414).
     """
+
+    #: Config node of the ViT.
+    node = "MODEL.TIMM"
 
     @configurable
     def __init__(
@@ -64,15 +67,15 @@ class DPT(NormalizingModel):
                 up to a scale and a shift, larger where it is nearer.
             scale, shift, invert: the head's number y becomes scale * y + shift, or with invert
                 1 / (scale * y + shift).
-            size: (H, W) at which the network sees images in inference, their aspect kept; None:
+            size: (H, W) to resize images to in inference, keeping the aspect ratio; None:
                 their own, as in training.
             size_method: see `network_size`.
             size_divisibility: pixels; a multiple of the encoder's stride.
-            interpolation: of the prediction to the size wanted.
+            interpolation: of the prediction to the output size.
             pixel_mean, pixel_std: of each channel.
             silog_variance: see `silog_loss`, for "metric".
             gradient_weight: of `gradient_loss`, for "inverse".
-            freeze_backbone: train the head alone.
+            freeze_backbone: train only the head.
             feature_cache: folder of the frozen encoder's outputs, see `cache_features`.
 
         Raises:

@@ -1,4 +1,4 @@
-"""The size at which the network sees an image."""
+"""The size of the network's input."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ SIZE_METHODS = ("minimal", "lower_bound", "upper_bound")
 def network_size(
     size: tuple[int, int], target: tuple[int, int] | None, multiple: int, method: str
 ) -> tuple[int, int]:
-    """Scale an image's size to a target, keep its aspect, and round to a multiple.
+    """Scale the size of an image to a target, keeping the aspect ratio, and round to a multiple.
 
     Args:
         size: (H, W) of the image.
-        target: (H, W) wanted; None keeps the image's own.
+        target: (H, W); None keeps the image's size.
         multiple: of both sides, in pixels.
         method: which side meets the target, where the aspect is another: "lower_bound" so that the
             other is larger (Depth Anything), "upper_bound" so that it is smaller, "minimal" the

@@ -1,4 +1,4 @@
-"""The ResNet of DPT-Hybrid, with the weight standardisation that its weights were trained with."""
+"""The ResNet of DPT-Hybrid, with the weight standardisation of its training."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class StandardizedConv2d(StdConv2dSame):
 
 
 def standardize(resnet: nn.Module) -> None:
-    """Put `StandardizedConv2d` in the place of timm's; weights and their names stay."""
+    """Replace timm's convolutions by `StandardizedConv2d`; weights and their names stay."""
     for name, conv in list(resnet.named_modules()):
         if type(conv) is not StdConv2dSame:
             continue

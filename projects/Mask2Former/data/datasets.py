@@ -35,7 +35,7 @@ _ADE20K_STUFF = frozenset(
 
 
 def check_packages(dataset_name: str, *packages: str) -> None:
-    """Say what to install where a data set needs packages that this project does not.
+    """Name the package to install if a data set needs one that this project does not.
 
     Raises:
         ModuleNotFoundError: if one of them is missing.
@@ -54,7 +54,7 @@ def _load_checked(name: str, packages: Sequence[str], load: Callable[[], list]) 
 
 
 def _load_ade20k_instances(name: str) -> list[dict]:
-    """COCO instances by the class names we have, whatever the file calls its categories."""
+    """COCO instances with our class names, independent of the file's category names."""
     meta = MetadataCatalog.get(name)
     records = load_coco_json(meta.json_file, meta.image_root)
     for annotation in chain.from_iterable(record["annotations"] for record in records):
@@ -77,7 +77,7 @@ def _register(
 
 
 def register_panoptic_datasets(root: str | os.PathLike | None = None) -> None:
-    """Register the data sets above; again is harmless.
+    """Register the data sets above; repeated calls have no effect.
 
     Args:
         root: the folder of all data sets; default ``$DETECTRON2_DATASETS`` or ``datasets``.

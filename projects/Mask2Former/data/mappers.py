@@ -35,7 +35,7 @@ Segments = list[tuple[int, np.ndarray]]
 
 _PAD_VALUE = 128
 _IGNORE = 255
-# What only the mapper reads, and would be costly to send between processes.
+# Keys that only the mapper needs, and that are costly to send between processes.
 _CONSUMED = ("annotations", "segments_info", "sem_seg_file_name", "pan_seg_file_name")
 
 
@@ -52,14 +52,14 @@ def _require(record: Record, key: str, task: str) -> Any:
 
 
 def _read_ids(record: Record) -> np.ndarray:
-    """Panoptic PNG as it is, uint8 (H, W, 3); `rgb2id` makes ids of it."""
+    """Raw panoptic PNG, uint8 (H, W, 3), for `rgb2id`."""
     return utils.read_image(_require(record, "pan_seg_file_name", "panoptic"), "RGB")
 
 
 def _read_classes(record: Record) -> np.ndarray:
     """Semantic PNG, (H, W)."""
     labels = load_labels(_require(record, "sem_seg_file_name", "semantic"))
-    # Detectron2 resizes uint8 with Pillow, as it does the image, and other types as floats only.
+    # Detectron2 resizes uint8 with Pillow, like the image, and other dtypes only as floats.
     return labels if labels.dtype == np.uint8 else labels.astype(np.float64)
 
 
@@ -115,7 +115,7 @@ def read_segments(
         record: a record of a data set, in Detectron2's format.
         task: "instance" (from ``annotations``: polygons, RLE or bitmaps), "panoptic" (from
             ``pan_seg_file_name`` and ``segments_info``) or "semantic" (``sem_seg_file_name``).
-        transforms: what was done to the image.
+        transforms: applied to the image.
         size: (H, W) of the transformed image.
         ignore_label: semantic label that is not a class.
 
@@ -143,7 +143,7 @@ def read_segments(
 
 
 def _resize_and_crop(cfg: CfgNode, task: str) -> list[T.Augmentation]:
-    """Shortest edge, crop, colour, flip: what MaskFormer trains with."""
+    """Shortest edge, crop, colour and flip, as in MaskFormer."""
     node = cfg.INPUT
     augmentations: list[T.Augmentation] = [
         T.ResizeShortestEdge(node.MIN_SIZE_TRAIN, node.MAX_SIZE_TRAIN, node.MIN_SIZE_TRAIN_SAMPLING)
@@ -194,7 +194,7 @@ MAPPERS: dict[str, tuple[str, Augmenter]] = {
 
 
 def _class_map(record: Record, task: str, ignore: int) -> np.ndarray | None:
-    """Classes (H, W) for augmentations that look at them, None for instances."""
+    """Classes (H, W) for augmentations that use them; None for instances."""
     if task == "instance":
         return None
     if "sem_seg_file_name" in record:
@@ -207,7 +207,7 @@ def _class_map(record: Record, task: str, ignore: int) -> np.ndarray | None:
 
 
 class MaskFormerMapper:
-    """Reads, augments and pads the image of a record, and its segments along with it."""
+    """Reads, augments and pads the image and segments of a record."""
 
     def __init__(
         self,
@@ -224,8 +224,8 @@ class MaskFormerMapper:
             augmentations: applied one after the other.
             image_format: "RGB" or "BGR".
             ignore_label: semantic label that is not a class.
-            pad_to: pad image and masks to this height and width; not positive: leave them.
-            classes: of the model; semantic labels that are not below are refused. None: none is.
+            pad_to: pad image and masks to this height and width; not positive: no padding.
+            classes: of the model; larger semantic labels are refused. None: no check.
         """
         self.task = task
         self.augmentations = T.AugmentationList(augmentations)

@@ -34,7 +34,7 @@ def dice_loss(logits: Tensor, targets: Tensor, count: float) -> Tensor:
 
 
 class SetCriterion(nn.Module):
-    """Matches queries to segments and weighs their losses, in fp32."""
+    """Matches queries to segments and computes their weighted losses, in fp32."""
 
     def __init__(
         self,
@@ -50,7 +50,7 @@ class SetCriterion(nn.Module):
         """
         Args:
             num_classes: K.
-            matcher: says which query answers for which segment, again for every prediction.
+            matcher: assigns queries to segments, for every prediction anew.
             weights: of ``loss_ce``, ``loss_mask`` and ``loss_dice``.
             no_object_weight: weight of "no object" among the classes.
             num_points, oversample_ratio, importance_sample_ratio: see `uncertain_points`.
@@ -98,7 +98,7 @@ class SetCriterion(nn.Module):
             return losses
 
     def _mask_count(self, targets: Sequence[Mapping[str, Tensor]]) -> float:
-        """Number of segments, mean over the processes, at least 1."""
+        """Mean number of segments per process, at least 1."""
         count = torch.tensor(
             float(sum(len(t["labels"]) for t in targets)), device=self.empty_weight.device
         )
@@ -121,7 +121,7 @@ class SetCriterion(nn.Module):
     def _class_loss(
         self, logits: Tensor, targets: Sequence[Mapping[str, Tensor]], pairs: Sequence[Pairs]
     ) -> Tensor:
-        """Cross-entropy over all queries; those without a segment should say "no object"."""
+        """Cross-entropy over all queries, with target "no object" for unmatched ones."""
         wanted = torch.full(logits.shape[:2], self.num_classes, device=logits.device)
         for row, target, (queries, segments) in zip(wanted, targets, pairs, strict=True):
             row[queries] = target["labels"][segments]

@@ -25,7 +25,7 @@ except ImportError:
 
 __all__ = ["MSDeformAttn", "sample_levels"]
 
-# Images that the CUDA operator takes at a time.
+# Images per call of the CUDA operator.
 _IMAGES_AT_A_TIME = 64
 
 Sizes = Sequence[tuple[int, int]]
@@ -35,7 +35,7 @@ def sample_levels(values: Tensor, sizes: Sizes, locations: Tensor, weights: Tens
     """Weighted sum of bilinear samples, zero outside of the maps.
 
     Args:
-        values: (B, S, M, D), the levels one after the other, each row by row.
+        values: (B, S, M, D), concatenated levels in row-major order.
         sizes: (H, W) of each of the L levels.
         locations: (B, Q, M, L, P, 2), x and y in [0, 1] from edge to edge of the level.
         weights: (B, Q, M, L, P).

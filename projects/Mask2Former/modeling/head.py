@@ -1,4 +1,4 @@
-"""``MaskFormerHead``: pixel decoder and transformer decoder under their official names."""
+"""``MaskFormerHead``: pixel decoder and transformer decoder with their official names."""
 
 from __future__ import annotations
 
@@ -49,8 +49,8 @@ class MaskFormerHead(nn.Module):
         }
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
-        # In checkpoints of version 1 the pixel decoder has no name of its own. Recognised by the
-        # keys: files that were converted already may have lost their version.
+        # Version 1 checkpoints have no prefix for the pixel decoder. They are recognised by their
+        # keys, as converted files may have lost their version.
         named = (prefix + "pixel_decoder.", prefix + "predictor.")
         for key in [k for k in state_dict if k.startswith(prefix) and not k.startswith(named)]:
             state_dict[named[0] + key.removeprefix(prefix)] = state_dict.pop(key)

@@ -26,15 +26,15 @@ def panoptic_inference(
     object_mask_threshold: float,
     overlap_threshold: float,
 ) -> tuple[Tensor, list[dict]]:
-    """Panoptic map: every pixel goes to the query that claims it most.
+    """Panoptic map: every pixel is assigned to the query with the highest score for it.
 
     Args:
         logits: (Q, K + 1) class logits.
         masks: (Q, H, W) mask logits.
         things: classes of which each query is a segment of its own; other queries of one class
             become one segment.
-        object_mask_threshold: queries with a class score up to this are left out.
-        overlap_threshold: so are those that keep less than this share of their mask.
+        object_mask_threshold: queries need a class score above this.
+        overlap_threshold: queries must keep at least this share of their mask.
 
     Returns:
         Segment ids, int32 (H, W), 0 where there is none, and for each segment ``id``, ``isthing``
@@ -50,7 +50,7 @@ def panoptic_inference(
 
     owner = (scores[:, None, None] * masks).argmax(0)
     own = masks >= 0.5
-    # Pixels that a query wins, that its mask covers, and both.
+    # Pixels assigned to a query, pixels of its mask, and their intersection.
     won = owner.flatten().bincount(minlength=len(masks)).tolist()
     covered = own.flatten(1).sum(1).tolist()
     inside = own.gather(0, owner[None])[0]

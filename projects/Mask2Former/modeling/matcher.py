@@ -1,4 +1,4 @@
-"""Which query answers for which segment: the cheapest one-to-one assignment.
+"""Hungarian matching of queries and segments.
 
 Shorthand: Q queries, G segments of an image, P points, K classes.
 """

@@ -1,4 +1,4 @@
-"""``MaskFormer``: the meta-architecture of Mask2Former, under its official name."""
+"""``MaskFormer``: the meta-architecture of Mask2Former, with its official name."""
 
 from __future__ import annotations
 
@@ -50,12 +50,12 @@ class MaskFormer(NormalizingModel):
         """
         Args:
             backbone, sem_seg_head, criterion: the parts.
-            things: classes that have instances; None if nothing is known about that.
+            things: classes that have instances; None if unknown.
             size_divisibility: images are padded to a multiple of it; negative: the backbone's.
             sem_seg_postprocess_before_inference: resize masks to the output size first, and not
                 the semantic map at the end. Panoptic and instance output ask for it.
             pixel_mean, pixel_std: of each channel.
-            semantic_on, panoptic_on, instance_on: the outputs wanted.
+            semantic_on, panoptic_on, instance_on: kinds of output.
             object_mask_threshold, overlap_threshold: see `panoptic_inference`.
             test_topk_per_image: see `instance_inference`.
 
@@ -165,7 +165,7 @@ class MaskFormer(NormalizingModel):
         return results
 
     def _target(self, x: dict[str, Any], padded: tuple[int, int]) -> dict[str, Tensor]:
-        """Labels (G,) and masks (G, H, W) of one image, padded as the batch is."""
+        """Labels (G,) and masks (G, H, W) of one image, padded like the batch."""
         instances: Instances = x["instances"].to(self.device)
         masks = instances.gt_masks
         masks = masks.tensor if isinstance(masks, BitMasks) else masks

@@ -1,4 +1,4 @@
-"""Pixel decoder: a deformable transformer over the coarse levels, an FPN below it.
+"""Pixel decoder: a deformable transformer on the coarse levels, and an FPN.
 
 Shorthand: B images, C = ``MODEL.SEM_SEG_HEAD.CONVS_DIM`` channels, L transformer levels and
 S = sum of H * W over them. Levels run from coarse to fine throughout.
@@ -21,9 +21,9 @@ from .position import sine_embedding
 
 __all__ = ["MSDeformAttnPixelDecoder", "build_pixel_decoder"]
 
-# Hidden size of the encoder's MLPs; the official code has no key for it.
+# Hidden size of the encoder's MLPs, which is not a config key of the official code.
 _HIDDEN = 1024
-# The transformer decoder reads this many levels.
+# Number of levels for the transformer decoder.
 _LEVELS_OUT = 3
 
 
@@ -53,7 +53,7 @@ def _centers(size: tuple[int, int], device: torch.device) -> Tensor:
 
 
 class _Encoder(nn.Module):
-    """The layers, with a learnt embedding for each level."""
+    """Encoder layers, with a learnt embedding per level."""
 
     def __init__(
         self, dim: int, levels: int, depth: int, heads: int, points: int, dropout: float
@@ -64,7 +64,7 @@ class _Encoder(nn.Module):
         self.encoder = nn.ModuleDict({"layers": nn.ModuleList(layers)})
 
     def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:
-        """Maps (B, C, H, W), one a level, to maps of the same shapes."""
+        """Maps (B, C, H, W), one per level, to maps of the same shapes."""
         sizes = [tuple(x.shape[-2:]) for x in maps]
         dim, device = maps[0].shape[1], maps[0].device
         position = torch.cat(
@@ -103,7 +103,7 @@ class MSDeformAttnPixelDecoder(nn.Module):
         """
         Args:
             input_shape: channels and stride of the backbone's features.
-            transformer_in_features: those among them that the transformer refines.
+            transformer_in_features: the features that the transformer refines.
             transformer_dropout, transformer_nheads, transformer_points, transformer_enc_layers:
                 the transformer; points are those a head samples in each level.
             conv_dim: C.

@@ -1,4 +1,4 @@
-"""Reading masks at points, and choosing the points (PointRend, Kirillov et al., arXiv 1912.08193).
+"""Sampling of masks at points, and of points (PointRend, Kirillov et al., arXiv 1912.08193).
 
 Points are x and y in [0, 1] from edge to edge of a mask, whatever its resolution.
 """
@@ -29,12 +29,12 @@ def sample_at(masks: Tensor, points: Tensor) -> Tensor:
 
 
 def uncertain_points(logits: Tensor, count: int, oversample: float, importance: float) -> Tensor:
-    """Random points, most of them where a mask is least certain.
+    """Random points, most of them where a mask is most uncertain.
 
     Args:
         logits: (N, H, W), masks before the sigmoid.
         count: P.
-        oversample: draw this many times P points; the uncertain ones are chosen among them.
+        oversample: number of candidates for uncertain points, as a multiple of P.
         importance: share of uncertain points; the others are uniform.
 
     Returns:

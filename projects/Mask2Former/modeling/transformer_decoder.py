@@ -110,7 +110,7 @@ class _MLP(nn.Module):
 
 @TRANSFORMER_DECODER_REGISTRY.register()
 class MultiScaleMaskedTransformerDecoder(nn.Module):
-    """Learnt queries to classes and masks, one prediction before the layers and one after each."""
+    """Learnt queries to classes and masks, with predictions before the layers and after each."""
 
     _version = 2
 
@@ -132,7 +132,7 @@ class MultiScaleMaskedTransformerDecoder(nn.Module):
     ) -> None:
         """
         Args:
-            in_channels: channels of the levels that it attends to.
+            in_channels: channels of the levels.
             mask_classification: must be True.
             num_classes: K, without "no object".
             hidden_dim: C.
@@ -140,7 +140,7 @@ class MultiScaleMaskedTransformerDecoder(nn.Module):
             nheads, dim_feedforward, pre_norm: the layers.
             dec_layers: number of layers; layer i attends to level i modulo 3, coarsest first.
             mask_dim: channels of the per-pixel embeddings.
-            enforce_input_project: project the levels even if they have C channels already.
+            enforce_input_project: project the levels even if they have C channels.
         """
         super().__init__()
         if not mask_classification:
@@ -194,7 +194,7 @@ class MultiScaleMaskedTransformerDecoder(nn.Module):
         }
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
-        # Checkpoints of version 1 call the query features differently.
+        # Version 1 checkpoints have another name for the query features.
         old = prefix + "static_query.weight"
         if old in state_dict:
             state_dict[prefix + "query_feat.weight"] = state_dict.pop(old)
@@ -247,7 +247,7 @@ class MultiScaleMaskedTransformerDecoder(nn.Module):
 
     @torch.no_grad()
     def _blocked(self, masks: Tensor, size: tuple[int, int]) -> Tensor:
-        """Cells outside of each query's mask, (B * heads, Q, H * W); an empty mask blocks none."""
+        """Cells outside each query's mask, (B * heads, Q, H * W); none for empty masks."""
         masks = F.interpolate(masks, size, mode="bilinear", align_corners=False)
         blocked = masks.sigmoid().flatten(2) < 0.5
         blocked = blocked & ~blocked.all(-1, keepdim=True)

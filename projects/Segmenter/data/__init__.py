@@ -1,4 +1,4 @@
-"""Training samples, and registration of the data sets that Detectron2 does not have."""
+"""Training mapper, and registration of data sets that Detectron2 lacks."""
 
 from .datasets import register_semantic_datasets
 from .mapper import SemanticMapper, build_test_mapper, build_train_mapper

@@ -52,7 +52,7 @@ def _register(name: str, load: Any, classes: list[str], ignore_label: int) -> No
 
 
 def register_semantic_datasets(root: str | os.PathLike | None = None) -> None:
-    """Register the data sets above; again is harmless.
+    """Register the data sets above; repeated calls have no effect.
 
     Args:
         root: the folder of all data sets; default ``$DETECTRON2_DATASETS`` or ``datasets``.

@@ -28,7 +28,7 @@ _PAD_VALUE = 128
 
 
 def fitted_size(size: tuple[int, int], shorter: int, longer: int) -> tuple[int, int]:
-    """(H, W) of an image scaled as far as its sides stay within ``shorter`` and ``longer``.
+    """(H, W) of an image scaled up to the limits ``shorter`` and ``longer`` of its sides.
 
     The official rule has one scale, and so one rounding; Detectron2's `ResizeShortestEdge` scales
     a second time where the longer side is the limit, and may then be a pixel off.
@@ -59,7 +59,7 @@ def build_test_mapper(cfg: CfgNode) -> DatasetMapper:
 
 
 def _augmentations(cfg: CfgNode) -> list[T.Augmentation]:
-    """What ``INPUT`` says, in the official order. Crops have one size: smaller ones are padded."""
+    """Augmentations of ``INPUT``, in the official order; smaller crops are padded to one size."""
     node, ignore = cfg.INPUT, cfg.MODEL.SEM_SEG_HEAD.IGNORE_VALUE
     augmentations: list[T.Augmentation] = [
         T.ResizeShortestEdge(node.MIN_SIZE_TRAIN, node.MAX_SIZE_TRAIN, node.MIN_SIZE_TRAIN_SAMPLING)
@@ -83,10 +83,9 @@ def _augmentations(cfg: CfgNode) -> list[T.Augmentation]:
 
 
 class SemanticMapper:
-    """Reads and augments the image of a record, and its labels along with it.
+    """Reads and augments the image and labels of a record.
 
-    Unlike Detectron2's `DatasetMapper` it resizes before it crops, and takes the ids in palette
-    PNGs as they are.
+    Unlike Detectron2's `DatasetMapper`, it resizes before it crops, and reads palette PNGs as ids.
     """
 
     def __init__(

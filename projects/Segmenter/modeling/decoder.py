@@ -25,7 +25,7 @@ def _init(module: nn.Module) -> None:
 
 
 class LinearDecoder(nn.Module):
-    """A linear layer, token by token."""
+    """A linear layer on each token."""
 
     def __init__(self, num_classes: int, dim: int, **_: Any) -> None:
         """
@@ -43,7 +43,7 @@ class LinearDecoder(nn.Module):
 
 
 class MaskTransformer(nn.Module):
-    """Class embeddings and tokens through a few blocks; scores are the products of both."""
+    """Blocks on class embeddings and tokens, whose products are the scores."""
 
     def __init__(
         self,
@@ -102,7 +102,7 @@ class MaskTransformer(nn.Module):
             nn.init.normal_(projection, std=dim**-0.5)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Tokens (B, N, C) to class scores (B, N, K), normed over the classes (equation 5)."""
+        """Tokens (B, N, C) to class scores (B, N, K), normalised over classes (equation 5)."""
         classes = self.cls_emb.expand(tokens.shape[0], -1, -1)
         x = torch.cat([self.proj_dec(tokens), classes], dim=1)  # (B, N + K, C)
         for block in self.blocks:

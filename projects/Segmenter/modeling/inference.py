@@ -19,7 +19,7 @@ __all__ = ["enlarged_size", "sliding_window"]
 
 
 class _Window(NamedTuple):
-    """Rows and columns of one window, and the image that it is of."""
+    """Position of a window, and its image."""
 
     image: int
     rows: slice
@@ -31,7 +31,7 @@ class _Window(NamedTuple):
 
 
 def _starts(length: int, window: int, stride: int) -> list[int]:
-    """Every stride pixels while more than a window is left, then flush with the end."""
+    """Window starts every ``stride`` pixels; the last window is flush with the end."""
     return [*range(0, length - window, stride), length - window]
 
 
@@ -45,7 +45,7 @@ def _windows(image: int, size: tuple[int, int], window: int, stride: int) -> Ite
 
 
 def enlarged_size(size: tuple[int, int], side: int) -> tuple[int, int]:
-    """(H, W) of an image whose shorter side is enlarged to ``side``, its aspect kept.
+    """(H, W) of an image whose shorter side is enlarged to ``side``, keeping the aspect ratio.
 
     It is the official arithmetic: where a side is a whole number of pixels, the aspect in floating
     point may fall just short of it, and a pixel is lost.
@@ -57,7 +57,7 @@ def enlarged_size(size: tuple[int, int], side: int) -> tuple[int, int]:
 
 
 def _at_least(image: Tensor, side: int) -> Tensor:
-    """Enlarge an image (3, H, W), keeping its shape, until no side is less than ``side``."""
+    """Enlarge an image (3, H, W), keeping the aspect ratio, until no side is below ``side``."""
     size = shape_of(image)[1:]
     if min(size) >= side:
         return image
@@ -72,14 +72,14 @@ def sliding_window(
     stride: int,
     batch: int = 4,
 ) -> list[Tensor]:
-    """Class scores of images of any size, averaged where windows overlap.
+    """Class scores of images of any size, averaged over overlapping windows.
 
     Args:
         predict: windows (B, 3, h, w) to scores (B, K, h, w).
         images: each (3, H, W); one with a side below ``window`` is enlarged to it.
         window: side of the windows in pixels; 0: each image as a whole.
         stride: pixels from one window to the next.
-        batch: windows, of all images together, that run at once.
+        batch: windows, of all images together, per forward pass.
 
     Returns:
         for each image the scores (K, H, W), fp32, at the size to which it was enlarged.

@@ -33,11 +33,14 @@ __all__ = ["Segmenter"]
 
 @META_ARCH_REGISTRY.register()
 class Segmenter(NormalizingModel):
-    """Semantic segmentation with transformers alone (arXiv 2105.05633).
+    """Semantic segmentation by transformers (arXiv 2105.05633).
 
-    With ``MODEL.EXPEDIT.RECONSTRUCT_AT`` "head" the decoder runs on the clusters and its class
-    scores are rebuilt, as Expedit was published for this model; with "backbone" the tokens are.
+    With ``MODEL.EXPEDIT.RECONSTRUCT_AT`` "head", the decoder runs on clusters and its class scores
+    are reconstructed, as published for this model; with "backbone", the tokens are.
     """
+
+    #: Config node of the ViT.
+    node = "MODEL.TIMM"
 
     @configurable
     def __init__(
@@ -85,7 +88,7 @@ class Segmenter(NormalizingModel):
         self.window_stride = window_stride
         self.window_batch = window_batch
         self.freeze_encoder = freeze_encoder
-        # What is read, for the adapter of Expedit.
+        # The block whose output is used, for Expedit's adapter.
         encoder.expedit_outputs = (len(encoder.blocks) - 1,)
         if freeze_encoder:
             encoder.requires_grad_(False)
@@ -172,7 +175,7 @@ class Segmenter(NormalizingModel):
         return results
 
     def losses(self, scores: Tensor, targets: Tensor) -> dict[str, Tensor]:
-        """Mean cross-entropy over the labelled pixels, of which there may be none.
+        """Mean cross-entropy over labelled pixels; 0 if there are none.
 
         Args:
             scores: (B, K, H, W).

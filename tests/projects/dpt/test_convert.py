@@ -299,7 +299,7 @@ def test_files_that_are_refused(config, source, tmp_path):
     refused(tmp_path / "none.pth", "the checkpoint: there is no file '.*none.pth'")
     other = tmp_path / "other.pth"
     torch.save({"layer.weight": torch.ones(1)}, other)
-    refused(other, "no checkpoint of DPT or Depth Anything V2.*'layer.weight'")
+    refused(other, "not a checkpoint of DPT or Depth Anything V2.*'layer.weight'")
     torch.save([1, 2], other)
     refused(other, "must contain weights by name, got a list")
     torch.save({"scratch.x": _Harmful()}, other)

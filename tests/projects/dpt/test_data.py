@@ -55,7 +55,7 @@ def test_lists_that_cannot_be_read(tmp_path):
     with pytest.raises(ValueError, match="no line of .*list.txt is of the form"):
         load_depth_list(file, tmp_path, tmp_path)
     file.write_text("a.png a_depth.png\n")
-    with pytest.raises(FileNotFoundError, match=r"list.txt names .*a.png, which is not there"):
+    with pytest.raises(FileNotFoundError, match=r"list.txt names .*a.png, which does not exist"):
         load_depth_list(file, tmp_path, tmp_path)
     scene(tmp_path, "a")
     file.write_text("a.png a_depth.png\na.png b_depth.png\na.png c_depth.png\n")

@@ -246,10 +246,10 @@ def test_files_that_are_something_else(tmp_path):
         convert_checkpoint(tmp_path / "checkpoint.pth", target)
     source = write_official(tmp_path, {})
     (tmp_path / "variant.yml").write_text("a: 1")
-    with pytest.raises(ValueError, match="no variant.yml of Segmenter"):
+    with pytest.raises(ValueError, match="not a variant.yml of Segmenter"):
         convert_checkpoint(source, target)
     (tmp_path / "variant.yml").write_text("net_kwargs:")
-    with pytest.raises(ValueError, match="no variant.yml of Segmenter.*no mapping"):
+    with pytest.raises(ValueError, match="not a variant.yml of Segmenter.*not a mapping"):
         convert_checkpoint(source, target)
     write_official(tmp_path, {}, {"net_kwargs": {"backbone": "test_vit"}})
     with pytest.raises(ValueError, match="net_kwargs lacks decoder, image_size"):
