@@ -22,7 +22,7 @@ setup: $(STAMP) ## make the virtual environment and install everything into it
 	@echo '$(VENV) is ready; use it with: . $(BIN)/activate'
 
 demo: $(STAMP) ## run the demo
-	$(BIN)/python -W ignore tools/demo.py $(ARGS)
+	TORCH_CPP_LOG_LEVEL=ERROR $(BIN)/python -W ignore tools/demo.py $(ARGS)
 
 test: $(STAMP) ## run the tests
 	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(ARGS)

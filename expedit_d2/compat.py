@@ -21,6 +21,7 @@ __all__ = [
     "StorageWeakRef",
     "TorchDispatchMode",
     "TreeSpec",
+    "allocations",
     "attention_of",
     "checkpointing_of",
     "coco_ground_truth",
@@ -56,6 +57,15 @@ def version_of(x: Tensor) -> int:
 def schema_of(operator: Any) -> Any:
     """The schema of an operator that a `TorchDispatchMode` is given."""
     return operator._schema
+
+
+def allocations(profile: torch.profiler.profile) -> list[int]:
+    """Bytes of each allocation in a profile, in order; releases are negative. ``profile.events()``
+    has them too, after a second or more for the tree of all operators."""
+    events = profile.profiler.kineto_results.events()
+    changes = [event for event in events if event.name() == "[memory]"]
+    unit = "start_ns" if hasattr(torch.autograd._KinetoEvent, "start_ns") else "start_us"
+    return [event.nbytes() for event in sorted(changes, key=lambda event: getattr(event, unit)())]
 
 
 def cpu_attention() -> Any:

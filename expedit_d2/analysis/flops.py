@@ -118,7 +118,7 @@ _FREE = frozenset(
     "repeat_interleave resolve_conj rsub rsqrt scalar_tensor scatter sigmoid sigmoid_ silu sin "
     "cos softmax sort sqrt stack sub sub_ sum tanh tile topk unflatten unfold unsafe_split "
     "upsample_nearest2d where zeros_like __or__ view_as numel scatter_ bitwise_not full linspace "
-    "nonzero nonzero_numpy roll flip amax reshape_as".split()
+    "nonzero nonzero_numpy _unique2 roll flip amax reshape_as".split()
 )
 
 

@@ -51,16 +51,17 @@ class _Counting(TorchDispatchMode):
 
 
 @torch.no_grad()
-def count_launches(model: nn.Module, *inputs: Any) -> Counter[str]:
+def count_launches(model: nn.Module, *inputs: Any, warm: bool = False) -> Counter[str]:
     """Launches of one forward pass, by operator; ``.total()`` is their sum.
-
-    The model runs once before, so that values it caches are not counted.
 
     Args:
         model: any model.
         *inputs: its inputs.
+        warm: it has run on inputs of these sizes before. Otherwise it runs once first, so that
+            values it caches are not counted.
     """
-    model(*inputs)
+    if not warm:
+        model(*inputs)
     with _Counting() as counting:
         model(*inputs)
     return counting.counts

@@ -10,6 +10,8 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 
 import torch  # noqa: E402
 
+from ..compat import allocations  # noqa: E402
+
 __all__ = ["peak_memory"]
 
 
@@ -27,9 +29,8 @@ def peak_memory(call: Callable[[], object], device: torch.device) -> int:
     activities = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
         call()
-    # Allocations and releases in order.
     now = peak = 0
-    for event in sorted(profile.events(), key=lambda event: event.time_range.end):
-        now += event.self_cpu_memory_usage
+    for change in allocations(profile):
+        now += change
         peak = max(peak, now)
     return peak

@@ -78,6 +78,7 @@ class Session:
         self.store = store or Store(None)
         self._timed: list[list[dict[str, Any]]] = []
         self._image: str | None = None  # the current image
+        self._plain_is_warm = False  # it has run, so its cached values are there
 
     def conditions(self) -> Conditions:
         """Conditions of the measurements."""
@@ -199,7 +200,9 @@ class Session:
         # Without the tables of pycocotools.
         quiet = contextlib.redirect_stdout(io.StringIO())
         with quiet, self._forwarding(), watch_finite(model) as agreement.watch:
-            return inference_on_dataset(model, bar, DatasetEvaluators(evaluators))
+            results = inference_on_dataset(model, bar, DatasetEvaluators(evaluators))
+        self._plain_is_warm |= model is self.workload.model
+        return results
 
     def _evaluate(self, name: str, model: nn.Module) -> dict[str, Any]:
         if model is self.workload.model:
@@ -211,7 +214,7 @@ class Session:
         outputs = results["outputs"]
         image = outputs["worst_image"]
         with self._forwarding():
-            launches = count_launches(model, self._inputs(1)[0]).total()
+            launches = count_launches(model, self._inputs(1)[0], warm=True).total()
         return {
             "launches": launches,
             "metrics": main_metrics(results),
@@ -237,14 +240,19 @@ class Session:
         batch = self.options.batch
         images = self._inputs(max(self.options.timed_images, batch if batch > 1 else 1))
         singles = images[: self.options.timed_images]
-        seconds, plain = self._time(name, model, singles, len(singles))
+        with self._forwarding():
+            # This is also the forward before those that are timed.
+            memory = peak_memory(lambda: model(singles[0]), self.workload.device)
+            if not self._plain_is_warm:
+                self.workload.model(singles[0])
+                self._plain_is_warm = True
+        seconds, plain = self._time(name, model, singles, len(singles), warmup=0)
         values = {
+            "peak_memory": memory,
             "latency": asdict(summarize(seconds)),
             "baseline": asdict(summarize(plain)),
             "ratio": asdict(Ratio.of(plain, seconds)),
         }
-        with self._forwarding():
-            values["peak_memory"] = peak_memory(lambda: model(singles[0]), self.workload.device)
         if batch > 1:
             items = [item for one in islice(cycle(images), batch) for item in one]
             repeats = max(3, -(-len(singles) // batch))
@@ -261,6 +269,7 @@ class Session:
         model: nn.Module,
         inputs: Sequence[list[dict[str, Any]]],
         repeats: int,
+        warmup: int = 1,
     ) -> tuple[list[float], list[float]]:
         """Seconds of forward passes of a model and the plain one, on the same input per round."""
         plain = self.workload.model
@@ -272,7 +281,7 @@ class Session:
 
         runs = {name: partial(forward, model, cycle(inputs)) for name, model in models.items()}
         with self._forwarding():
-            times = rounds(runs, repeats, progress=self.options.progress, label=f"timing {label}")
+            times = rounds(runs, repeats, warmup, self.options.progress, label=f"timing {label}")
         return times[PLAIN if model is plain else label], times[PLAIN]
 
 

@@ -17,7 +17,10 @@ __all__ = ["FiniteWatch", "all_finite", "watch_finite"]
 def all_finite(value: Any) -> bool:
     """Whether all numbers in tensors, Detectron2's structures, lists and dicts are finite."""
     if isinstance(value, Tensor):
-        return not value.is_floating_point() or bool(torch.isfinite(value).all())
+        if not value.is_floating_point() or value.numel() == 0:
+            return True
+        # NaN is the least and the greatest of all; one pass, and no tensor of the same size.
+        return bool(torch.isfinite(torch.stack(value.aminmax())).all())
     if isinstance(value, float):
         return math.isfinite(value)
     if isinstance(value, Instances):

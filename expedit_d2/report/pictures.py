@@ -60,7 +60,9 @@ def draw_pictures(workload: Workload, row: Row, count: int) -> list[Picture]:
         title = f"Image {_name_of(item, number)}, setting {row.name}"
         if worst is not None and image_key(item) == worst:
             title += f": lowest agreement, {least:.1f} %"
-        panels = side_by_side(workload.model, row.settings, item, metadata, workload.color)[-1]
+        (panels,) = side_by_side(
+            workload.model, row.settings, item, metadata, workload.color, all_kinds=False
+        )
         pictures.append(Picture(title, panels))
     return pictures
 

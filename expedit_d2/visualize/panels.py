@@ -29,7 +29,12 @@ matplotlib.use("Agg")  # needs no display
 
 @torch.no_grad()
 def side_by_side(
-    model: nn.Module, settings: Settings, item: dict, metadata: Metadata, color_format: str
+    model: nn.Module,
+    settings: Settings,
+    item: dict,
+    metadata: Metadata,
+    color_format: str,
+    all_kinds: bool = True,
 ) -> list[dict[str, np.ndarray]]:
     """Run a model on an image without and with token reduction, and draw all outputs.
 
@@ -39,6 +44,7 @@ def side_by_side(
         item: Detectron2's input: ``image`` (3, height, width) and the size of the output.
         metadata: of the data set, for names and colours.
         color_format: of the image, ``INPUT.FORMAT``.
+        all_kinds: False: of several kinds of output, draw only the one that says most.
 
     Returns:
         One row of panels per kind of output, uint8 RGB by title: the image; cluster boundaries on
@@ -61,9 +67,9 @@ def side_by_side(
     size = (item.get("width", image.shape[1]), item.get("height", image.shape[0]))
     image = _resize(image, size)
     rows = []
-    for kind in sorted(PREDICTIONS.values(), key=lambda kind: kind.detail):
-        if kind.key not in plain:
-            continue
+    kinds = [kind for kind in PREDICTIONS.values() if kind.key in plain]
+    kinds.sort(key=lambda kind: kind.detail)
+    for kind in kinds if all_kinds else kinds[-1:]:
         outputs = plain[kind.key], reduced[kind.key]
         before, after = (kind.draw(image, output, metadata) for output in outputs)
         different = kind.differ(*outputs)

@@ -181,7 +181,7 @@ def test_interruption_leaves_a_table_and_the_next_run_goes_on(
     forwards.clear()
     resumed = compare(workload, SETTINGS, QUIET, Store(tmp_path))
     assert resumed.rows == whole.rows and not resumed.unfinished
-    assert forwards == ["ExpeditedBlocks"] * 7  # four images, and three to count FLOPs and launches
+    assert forwards == ["ExpeditedBlocks"] * 6  # four images, and two to count FLOPs and launches
 
 
 def test_interrupted_before_anything_is_finished(workload, monkeypatch):

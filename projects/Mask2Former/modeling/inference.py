@@ -93,14 +93,16 @@ def instance_inference(
     if things is not None:
         keep = torch.isin(labels, torch.tensor(sorted(things), device=labels.device))
         scores, labels, queries = scores[keep], labels[keep], queries[keep]
+    # A query may be paired with several classes: what depends on its mask is computed once.
+    queries, place = queries.unique(return_inverse=True)
     masks = masks[queries]
     inside = masks > 0
     area = inside.flatten(1).sum(1)
     certainty = (masks.sigmoid() * inside).flatten(1).sum(1) / (area + 1e-6)
     return Instances(
         tuple(masks.shape[-2:]),
-        pred_masks=inside.float(),
-        pred_boxes=BitMasks(inside).get_bounding_boxes(),
+        pred_masks=inside.float()[place],
+        pred_boxes=BitMasks(inside).get_bounding_boxes()[place],
         pred_classes=labels,
-        scores=scores * certainty,
+        scores=scores * certainty[place],
     )
