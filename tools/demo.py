@@ -51,7 +51,7 @@ MODELS = {
 #: Trained from scratch at 256 x 256 pixels; needs no download.
 SMALL = "small_segmenter"
 SHOWN = Settings(budget=0.5)
-IMAGES, ALL_IMAGES = 8, COUNTS["val"]
+IMAGES, ALL_IMAGES = 6, COUNTS["val"]
 
 LEGEND = """\
 budget:    this package's choice, merging similar tokens, for that share of the blocks' GFLOPs

@@ -308,3 +308,12 @@ def test_a_reference_survives_a_file(tmp_path):
     for arrays in ({}, {"index": np.zeros(3, np.uint8)}, {"0.data": np.zeros(3)}):
         with pytest.raises(ValueError, match="not those of an agreement's reference"):
             Agreement.from_arrays(arrays)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_one_value_that_is_not_finite_is_found(value, dtype):
+    tensor = torch.randn(7, 3).to(dtype)
+    assert all_finite({"a": [tensor, torch.zeros(0, 3), torch.tensor([1, 2])]})
+    tensor[3, 1] = value
+    assert not all_finite({"a": [torch.ones(2), tensor]})

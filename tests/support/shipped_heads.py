@@ -6,6 +6,8 @@ After new weights are shipped, ``python tests/support/shipped_heads.py`` writes 
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import sys
 import tempfile
@@ -57,7 +59,8 @@ def _measure(name: str, budget: float) -> dict[str, dict[str, float]]:
     def evaluate(settings: Settings | None, agreement: Agreement) -> dict[str, dict[str, float]]:
         model = expedited_copy(workload.model, settings)
         evaluators = DatasetEvaluators([workload.make_evaluator(), agreement])
-        return inference_on_dataset(model, workload.loader, evaluators)
+        with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints its own tables
+            return inference_on_dataset(model, workload.loader, evaluators)
 
     reference = Agreement()
     plain = evaluate(None, reference)
