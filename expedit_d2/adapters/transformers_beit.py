@@ -6,7 +6,6 @@ both. Reduced tokens interpolate it at their mean positions.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -41,27 +40,7 @@ def adapt(beit: nn.Module) -> TransformerSpec:
     spec = spec_of(beit, _KIND, _Layout)
     check_parts(beit, beit.layers, "relative_position_bias")
     check_parts(beit, [beit], "shared_position_bias")
-    attach = spec.attach
-
-    def attach_both(model: nn.Module) -> Callable[[], None]:
-        hook = beit.register_forward_pre_hook(_refuse_mask, with_kwargs=True)
-        detach = attach(model)
-
-        def undo() -> None:
-            detach()
-            hook.remove()
-
-        return undo
-
-    return replace(spec, attach=attach_both)
-
-
-def _refuse_mask(beit: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Forward pre-hook, as the model adds the mask to the shared position bias."""
-    if kwargs.get("attention_mask") is not None:
-        raise ValueError(
-            "attention_mask is not supported with Expedit, as it is for all tokens: leave it out"
-        )
+    return spec
 
 
 @dataclass(frozen=True)

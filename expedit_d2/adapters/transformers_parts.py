@@ -19,6 +19,7 @@ __all__ = [
     "checkpointed",
     "pair",
     "refuse_attentions",
+    "refuse_mask",
 ]
 
 #: Implementations of attention that take an additive mask.
@@ -69,6 +70,18 @@ class RecordedLayout:
 
     def reads_outputs(self, kwargs: Mapping[str, Any]) -> bool:
         return "hidden_states" in recorded_outputs()
+
+
+def refuse_mask(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Forward pre-hook of a model, as its layers get masks that it makes or adds to by itself.
+
+    Raises:
+        ValueError: if the model is given a mask.
+    """
+    if kwargs.get("attention_mask") is not None:
+        raise ValueError(
+            "attention_mask is not supported with Expedit, as it is for all tokens: leave it out"
+        )
 
 
 def refuse_attentions(requested: bool) -> None:

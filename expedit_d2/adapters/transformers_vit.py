@@ -15,6 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..tokens import Tokens
+from ..tracing import is_exporting
 from .map_size import MapSizes
 from .spec import BlockCosts, TransformerSpec, block_costs, is_class, mean_of_heads
 from .timm_eva import positions_of
@@ -25,6 +26,7 @@ from .transformers_parts import (
     check_parts,
     pair,
     refuse_attentions,
+    refuse_mask,
 )
 from .versions import unfit
 
@@ -151,13 +153,23 @@ def spec_of(vit: nn.Module, kind: Kind, layout: Callable[..., LayerLayout]) -> T
             rope=getattr(vit, "rope_embeddings", None),
         )
 
+    def attach(model: nn.Module) -> Callable[[], None]:
+        hook = vit.register_forward_pre_hook(refuse_mask, with_kwargs=True)
+        detach = sizes.attach_projection(model, vit, projection)
+
+        def undo() -> None:
+            detach()
+            hook.remove()
+
+        return undo
+
     return TransformerSpec(
         owner=owner,
         attribute=kind.layers,
         transformer=vit,
         layout=build,
         outputs=(len(layers) - 1,),
-        attach=lambda model: sizes.attach_projection(model, vit, projection),
+        attach=attach,
         unstructured=True,
         inside=True,
         size=tuple(
@@ -257,11 +269,8 @@ class LayerLayout(RecordedLayout, PrefixLayout):
         self, block: nn.Module, tokens: Tokens, mask: Tensor | None, kwargs: dict[str, Any]
     ) -> tuple[Tensor | None, dict[str, Any]]:
         """The mask and the other arguments of a layer, for the reduced tokens."""
-        if mask is not None:
-            raise ValueError(
-                "attention_mask is not supported with Expedit, as it is for all tokens: leave it "
-                "out"
-            )
+        if not is_exporting():  # the model then makes a mask by itself, which hides nothing
+            refuse_mask(block, (), {"attention_mask": mask})
         default = getattr(self.config, "output_attentions", False)
         refuse_attentions(kwargs.get("output_attentions", default))
         context = tokens.context

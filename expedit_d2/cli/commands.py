@@ -5,7 +5,13 @@ from __future__ import annotations
 import argparse
 import inspect
 
-from .options import ToolParser, add_config_options, add_measuring_options, at_least, height_width
+from .options import (
+    ToolParser,
+    add_config_options,
+    add_measuring_options,
+    add_model_options,
+    at_least,
+)
 
 __all__ = ["COMMANDS", "parser_of"]
 
@@ -148,6 +154,9 @@ def draw(parser: argparse.ArgumentParser) -> None:
 
         # the first four images of the config's test data set
         expedit draw --config-file configs/embedded/dinov2_mask2former_budget_50.yaml
+
+        # features of a ViT of another library, their principal components as colours
+        expedit draw --model hf:facebook/dinov2-base --images photos --setting "budget=0.5"
     """
     option = parser.add_argument
     option(
@@ -164,14 +173,16 @@ def draw(parser: argparse.ArgumentParser) -> None:
         default=1,
         help="processes that share the images, one per GPU (%(default)s)",
     )
-    add_config_options(parser, "YAML or LazyConfig with MODEL.EXPEDIT")
+    option("--setting", metavar="KEY=VALUE ...", help="with --model (budget=0.5)")
+    add_model_options(parser, "YAML or LazyConfig with MODEL.EXPEDIT")
 
 
 def export(parser: argparse.ArgumentParser) -> None:
     r"""Export a model, plain or with Expedit, as an ONNX file or a torch.export program.
 
     Segmenter and DPT are exported whole (images to class scores or depth), other models as their
-    backbone (normalised images to feature maps).
+    backbone (normalised images to feature maps). A --model is exported for one image size (RGB
+    images, 0 to 255, to its last feature map).
 
     Examples::
 
@@ -186,12 +197,15 @@ def export(parser: argparse.ArgumentParser) -> None:
         # time PyTorch and ONNX Runtime, plain and with Expedit, interleaved
         expedit export --config-file configs/embedded/small_segmenter_budget_50.yaml \
             --size 256x256 --fixed --output segmenter.onnx --benchmark 20
+
+        # a ViT of another library, at half of its blocks' GFLOPs
+        expedit export --model timm:vit_base_patch14_dinov2.lvd142m --size 518x518 \
+            --setting "budget=0.5" --output dinov2.onnx --check
     """
     option = parser.add_argument
     option("--output", required=True, metavar="FILE", help="file to write")
     option("--format", choices=("onnx", "pt2"), help="default: by the suffix of the file")
-    option("--size", type=height_width, default=(256, 320), help="example image, HxW (256x320)")
-    option("--fixed", action="store_true", help="accept only images of this size")
+    option("--fixed", action="store_true", help="accept only images of the example's size")
     option("--check", action="store_true", help="compare with PyTorch")
     option(
         "--benchmark",
@@ -200,7 +214,8 @@ def export(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="time N rounds, plain and expedited",
     )
-    add_config_options(parser)
+    option("--setting", metavar="KEY=VALUE ...", help="with --model; without it, that is plain")
+    add_model_options(parser, size="of the example (256x320; with --model, the model's own)")
 
 
 def report(parser: argparse.ArgumentParser) -> None:

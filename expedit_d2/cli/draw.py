@@ -16,9 +16,10 @@ from ..comparison.session import expedited_copy
 from ..data import register_collage
 from ..engine import check_folder, import_modules, launch, one_sentence
 from ..files import code_in_files
-from ..settings import Settings
+from ..settings import Settings, parse_setting
 from ..visualize import save_panels, side_by_side
 from .commands import parser_of
+from .measuring import check_model_options, workload_of_model
 from .workloads import load_workload, needed_setting
 
 
@@ -33,8 +34,13 @@ def load(args: argparse.Namespace) -> tuple[Workload, Settings]:
         ValueError, OSError: for invalid configs, weights or images, or settings that do not fit the
             model.
     """
-    settings = needed_setting(args.config_file, args.opts)
-    workload = load_workload(args.config_file, args.opts, args.images)
+    if args.model is None:
+        check_model_options(args, ("size", "random_weights", "setting"))
+        settings = needed_setting(args.config_file, args.opts)
+        workload = load_workload(args.config_file, args.opts, args.images)
+    else:
+        _, settings = parse_setting(args.setting or "budget=0.5")
+        workload = workload_of_model(args)
     expedited_copy(workload.model, settings)
     return workload, settings
 

@@ -13,11 +13,15 @@ from tabulate import tabulate
 from torch import Tensor, nn
 
 from ..analysis.timing import interleaved
+from ..api import apply
 from ..data import register_collage
 from ..engine import check_file, import_modules, one_sentence
 from ..export import ImageModel, check_onnx, export_onnx, export_program, onnx_session
 from ..files import code_in_files
+from ..libraries import load_feature_model
+from ..settings import parse_setting
 from .commands import parser_of
+from .measuring import check_model_options
 from .workloads import load_any_model, needed_setting
 
 
@@ -33,9 +37,15 @@ def load(args: argparse.Namespace, expedited: bool | None = None) -> nn.Module:
 
     Args:
         args: command line arguments.
-        expedited: whether to expedite the model; None: as configured.
+        expedited: whether to expedite the model; None: as configured, or as ``--setting`` says.
     """
-    model = load_any_model(args.config_file, args.opts, "cpu", expedited)
+    if args.model is None:
+        model = load_any_model(args.config_file, args.opts, "cpu", expedited)
+    else:
+        torch.manual_seed(0)  # of random weights
+        model = load_feature_model(args.model, args.size, args.random_weights)
+        if args.setting and expedited is not False:
+            apply(model, parse_setting(args.setting)[1])
     return ImageModel(model).eval() if hasattr(model, "predict") else model.backbone
 
 
@@ -71,6 +81,17 @@ def benchmark(args: argparse.Namespace, path: Path) -> None:
     print(tabulate(rows, ["", "plain", "Expedit", "speed-up"], disable_numparse=True))
 
 
+def check_setting(args: argparse.Namespace) -> None:
+    """
+    Raises:
+        ValueError: if there is no setting to compare with the plain model.
+    """
+    if args.model is None:
+        needed_setting(args.config_file, args.opts)
+    elif not args.setting:
+        raise ValueError('--benchmark compares with Expedit: give --setting "budget=0.5"')
+
+
 def main(args: argparse.Namespace) -> None:
     setup_logger(name="detectron2").setLevel("ERROR")
     if args.format == "pt2" and (args.check or args.benchmark):
@@ -78,9 +99,14 @@ def main(args: argparse.Namespace) -> None:
     check_file(args.output, "--output")
     import_modules(args.imports)
     register_collage()
+    check_model_options(args, ("random_weights", "setting"))
     if args.benchmark:
-        needed_setting(args.config_file, args.opts)
-    model, images = load(args), random_images(args.size)
+        check_setting(args)
+    model = load(args)
+    if args.model is not None:  # most have one size, and others are merged for one
+        args.size, args.fixed = model.model.size, True
+    args.size = args.size or (256, 320)
+    images = random_images(args.size)
     path = Path(args.output)
     path.parent.mkdir(parents=True, exist_ok=True)
     if args.format == "pt2":

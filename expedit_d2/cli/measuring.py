@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 
 import torch
 from detectron2.utils.logger import setup_logger
@@ -12,7 +13,13 @@ from ..data import register_collage
 from ..engine import check_file, check_folder
 from .workloads import load_workload, model_workload
 
-__all__ = ["measuring_options", "prepare", "prepare_benchmark"]
+__all__ = [
+    "check_model_options",
+    "measuring_options",
+    "prepare",
+    "prepare_benchmark",
+    "workload_of_model",
+]
 
 
 def prepare_benchmark(args: argparse.Namespace) -> None:
@@ -50,18 +57,30 @@ def prepare(args: argparse.Namespace) -> tuple[Workload, Store]:
     if args.model is None:
         check_model_options(args)
         return load_workload(args.config_file, args.opts, args.images, args.first), store
-    if args.opts:
-        raise ValueError(f"--model has no config, so it takes no overrides, got {args.opts[0]!r}")
+    return workload_of_model(args, args.first), store
+
+
+def workload_of_model(args: argparse.Namespace, limit: int | None = None) -> Workload:
+    """The workload of ``--model`` and its options; ``limit`` and errors are `model_workload`'s."""
+    check_model_options(args)
     torch.manual_seed(0)  # the same random weights when the command is resumed
-    workload = model_workload(args.model, args.images, args.first, args.size, args.random_weights)
-    return workload, store
+    return model_workload(args.model, args.images, limit, args.size, args.random_weights)
 
 
-def check_model_options(args: argparse.Namespace) -> None:
+def check_model_options(
+    args: argparse.Namespace, options: Sequence[str] = ("size", "random_weights")
+) -> None:
     """
     Raises:
-        ValueError: for an option of --model without it.
+        ValueError: for an option of --model without it, or of a config with it.
     """
-    for option, given in (("--size", args.size), ("--random-weights", args.random_weights)):
-        if given:
+    if args.model is not None:
+        if args.opts:
+            raise ValueError(
+                f"--model has no config, so it takes no overrides, got {args.opts[0]!r}"
+            )
+        return
+    for name in options:
+        if getattr(args, name):
+            option = f"--{name.replace('_', '-')}"
             raise ValueError(f"{option} needs --model; a config sets this itself")

@@ -14,6 +14,7 @@ __all__ = [
     "ToolParser",
     "add_config_options",
     "add_measuring_options",
+    "add_model_options",
     "add_trust_option",
     "at_least",
     "height_width",
@@ -93,7 +94,7 @@ def add_config_options(
     Args:
         parser: of a command that reads a config.
         help: of ``--config-file``.
-        default: of ``--config-file``, which is required without it.
+        default: of ``--config-file``, which is required without it and without a group.
         group: mutually exclusive group to add ``--config-file`` to.
     """
     option = parser.add_argument
@@ -101,7 +102,7 @@ def add_config_options(
         "--config-file",
         type=_config_path,
         metavar="FILE",
-        required=default is None,
+        required=default is None and group is None,
         default=default,
         help=f"{help}; or the name of one in the package, such as {EMBEDDED}",
     )
@@ -123,28 +124,40 @@ def add_config_options(
     add_trust_option(parser)
 
 
-def add_measuring_options(parser: argparse.ArgumentParser, output: str) -> None:
-    """Add the model, its data, measurement options, and ``output``, the folder for results."""
-    option = parser.add_argument
-    model = parser.add_mutually_exclusive_group()
+def add_model_options(
+    parser: argparse.ArgumentParser,
+    help: str = "YAML or LazyConfig",
+    default: str | None = None,
+    size: str = "with --model: resize images, in whole patches (default: the model's)",
+) -> None:
+    """Add the model, of another library or of a config, with all of `add_config_options`.
+
+    Args:
+        parser: of a command that takes both.
+        help: of ``--config-file``.
+        default: of ``--config-file``; None: one of the two must be given.
+        size: help of ``--size``.
+    """
+    model = parser.add_mutually_exclusive_group(required=default is None)
     model.add_argument(
         "--model",
         metavar="LIBRARY:NAME",
-        help="compare features of a ViT of another library: hf:NAME or hf:FOLDER, timm:NAME, "
+        help="a ViT of another library, for its features: hf:NAME or hf:FOLDER, timm:NAME, "
         "torchvision:NAME, sam:FILE",
     )
-    add_config_options(parser, "YAML or LazyConfig (the small Segmenter)", EMBEDDED, model)
-    option(
-        "--size",
-        type=height_width,
-        metavar="HxW",
-        help="with --model: resize images to a multiple of the patch size (default: the model's)",
-    )
-    option(
+    add_config_options(parser, help, default, model)
+    parser.add_argument("--size", type=height_width, metavar="HxW", help=size)
+    parser.add_argument(
         "--random-weights",
         action="store_true",
         help="with --model: do not load trained weights; GFLOPs and speed are the same",
     )
+
+
+def add_measuring_options(parser: argparse.ArgumentParser, output: str) -> None:
+    """Add the model, its data, measurement options, and ``output``, the folder for results."""
+    option = parser.add_argument
+    add_model_options(parser, "YAML or LazyConfig (the small Segmenter)", EMBEDDED)
     option("--images", metavar="FOLDER_OR_PATTERN", help="images without labels")
     option("--first", type=at_least(1), metavar="N", help="only the first N images, no metrics")
     option("--timed", type=at_least(0), default=20, help="images to time; 0: none (%(default)s)")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..adapters import TransformerSpec, find_transformer
+from ..adapters.versions import VERSIONS
 from ..analysis.flops import count_flops
 from ..analysis.timing import Ratio, rounds
 from ..api import apply
@@ -160,7 +162,7 @@ def _cells(row: Row) -> list[str]:
     fused = PLAIN_FUSED in row.seconds
     return [
         f"{row.model}, {row.size}²",
-        f"{row.package} {row.version}",
+        f"{row.package} {_oldest(row.package)}{row.version}",
         ", ".join(row.methods),
         "bit for bit" if row.restored else "**no**",
         f"{max(row.errors.values()):.0e}",
@@ -168,6 +170,12 @@ def _cells(row: Row) -> list[str]:
         _speed_up(row.seconds[PLAIN], row.seconds[FEWER]),
         _speed_up(row.seconds[PLAIN_FUSED], row.seconds[FEWER_FUSED]) if fused else "",
     ]
+
+
+def _oldest(package: str) -> str:
+    """The oldest version that fits, as the beginning of a range; "" if it is the only one."""
+    oldest = re.match(r">=([\d.]+)", VERSIONS.get(package, ""))
+    return f"{oldest[1]} to " if oldest else ""
 
 
 def _speed_up(slow: Sequence[float], fast: Sequence[float]) -> str:

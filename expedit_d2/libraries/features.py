@@ -68,13 +68,17 @@ class FeatureModel(nn.Module):
         image = torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
         return {**record, "image": image, "height": height, "width": width}
 
+    def predict(self, images: Tensor) -> Tensor:
+        """Normalised images (B, 3, H, W) to their maps (B, C, h, w)."""
+        return self.features(self.model, images)
+
     def forward(self, inputs: list[dict[str, Any]]) -> list[dict[str, Tensor]]:
         """
         Args:
             inputs: each with an ``image`` (3, H, W), RGB, 0 to 255; all of the same size.
         """
         images = torch.stack([item["image"] for item in inputs]).to(self.pixel_mean.device)
-        maps = self.features(self.model, (images - self.pixel_mean) / self.pixel_std)
+        maps = self.predict((images - self.pixel_mean) / self.pixel_std)
         return [{"features": features, "feature_directions": features} for features in maps]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import statistics
 from functools import partial
 
@@ -75,6 +76,7 @@ def test_rows(tool, tmp_path, capsys):
     assert table in capsys.readouterr().out
     cells = [cell.strip() for cell in table.splitlines()[4].split("|")]
     assert cells[1] == "ViT, 32²" and cells[4] == "bit for bit"
+    assert re.fullmatch(r"timm 1\.0\.\d+ to 1\.[\d.]+", cells[2])
     seconds = rows["ViT"]["seconds"]
     ratios = [a / b for a, b in zip(seconds["plain"], seconds["expedited"], strict=True)]
     assert cells[7].startswith(f"{statistics.median(ratios):.2f}×")

@@ -13,11 +13,14 @@ from torchvision.models import get_model
 from torchvision.models.feature_extraction import create_feature_extractor
 from transformers import BitImageProcessor, Dinov2Config, Dinov2Model, ViTConfig, ViTModel
 
+from expedit_d2.api import apply
 from expedit_d2.cli import tune
 from expedit_d2.cli.main import main
+from expedit_d2.cli.options import height_width
 from expedit_d2.evaluation import Agreement
+from expedit_d2.export import onnx_session
 from expedit_d2.libraries import FeatureModel, load_feature_model
-from expedit_d2.settings import Settings
+from expedit_d2.settings import Settings, parse_setting
 
 
 def photo(size: tuple[int, int], seed: int = 0) -> Image.Image:
@@ -233,6 +236,94 @@ def test_compare_and_tune(hf_folder, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(tune, "candidates", lambda spec: {"half": Settings(budget=0.5)})
     main(["tune", *model[:2], "--output", str(tmp_path / "t"), *quick, "--agreement", "1"])
     assert "Use it with `expedite`" in capsys.readouterr().out
+
+
+def test_draw(hf_folder, tmp_path):
+    for number in range(2):
+        photo((80, 100), number).save(tmp_path / f"{number}.jpg")
+    model = ["--model", f"hf:{hf_folder}", "--images", *map(str, sorted(tmp_path.glob("*.jpg")))]
+    pictures = []
+    for setting in ([], ["--setting", "alpha=1 grid=3,3"]):
+        output = tmp_path / f"out{len(setting)}"
+        main(["draw", *model, *setting, "--output", str(output)])
+        files = sorted(output.glob("*.png"))
+        assert [path.name for path in files] == ["000_0.png", "001_1.png"]
+        pictures.append(np.asarray(Image.open(files[0])))
+        # Two rows, one for each kind of agreement, with five panels each.
+        height, width, _ = pictures[-1].shape
+        assert 1.5 < width / height < 3.5
+    merged, clustered = pictures
+    assert merged.shape != clustered.shape or (merged != clustered).any()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("library", "options", "setting"),
+    [
+        ("hf", ["--size", "56x84"], ""),
+        ("hf", [], "alpha=1 keep=0.5"),
+        ("timm", ["--size", "64x96", "--random-weights"], "alpha=1 ratio=0.6"),
+        ("torchvision", ["--size", "64x64", "--random-weights"], "alpha=1 keep=0.5"),
+        ("sam", [], "alpha=1 keep=0.5"),
+    ],
+)
+def test_export(library, options, setting, request, tmp_path):
+    """The file gives what the library's model gives, expedited by hand."""
+    source = {"timm": "test_vit", "torchvision": "vit_b_16"}.get(library)
+    if library == "hf":
+        source = request.getfixturevalue("hf_folder")
+    elif library == "sam":
+        source = request.getfixturevalue("sam_file")[0]
+    file, name = tmp_path / "model.onnx", f"{library}:{source}"
+    given = ["--setting", setting] if setting else []
+    main(["export", "--model", name, *options, *given, "--output", str(file)])
+
+    torch.manual_seed(0)
+    size = height_width(options[1]) if options else None
+    model = load_feature_model(name, size, "--random-weights" in options)
+    image = torch.rand(3, *model.size) * 255
+    if setting:
+        apply(model, parse_setting(setting)[1])
+    with torch.no_grad():
+        expected = model([{"image": image}])[0]["features"]
+    ((found,),) = onnx_session(file)(image[None])
+    assert ((found - expected).abs().max() / expected.abs().max()).item() < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("command", "options", "words"),
+    [
+        ("draw", ["--setting", "budget=0.5"], "--setting needs --model"),
+        ("draw", ["--size", "64x64"], "--size needs --model"),
+        ("export", ["--random-weights", "--output", "x.onnx"], "--random-weights needs"),
+        ("export", ["--setting", "keep=0.5", "--output", "x.onnx"], "--setting needs --model"),
+    ],
+)
+def test_options_of_models_that_a_config_has_itself(command, options, words, capsys):
+    with pytest.raises(SystemExit) as error:
+        main([command, "--config-file", "configs/embedded/small_segmenter.yaml", *options])
+    assert error.value.code == 2
+    assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("command", "options", "words"),
+    [
+        ("draw", [], "one of the arguments --model --config-file is required"),
+        ("draw", ["--model", "timm:test_vit", "--setting", "budget=2"], "BUDGET must be"),
+        ("draw", ["--model", "timm:test_vit", "MODEL.WEIGHTS", "x"], "--model has no config"),
+        (
+            "export",
+            ["--model", "timm:test_vit", "--output", "x.onnx", "--benchmark", "2"],
+            "--benchmark compares with Expedit",
+        ),
+    ],
+)
+def test_models_that_cannot_be_drawn_or_exported(command, options, words, capsys):
+    with pytest.raises(SystemExit) as error:
+        main([command, *options])
+    assert error.value.code == 2
+    assert words in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
