@@ -9,7 +9,7 @@ __all__ = ["VERSIONS", "unfit"]
 #: By the name of the package on PyPI.
 VERSIONS = {
     "segment-anything": "==1.0",
-    "timm": ">=1.0.20,<2",  # blocks that take attn_mask
+    "timm": ">=1.0.29,<2",  # before, ViTs without class tokens have another layout
     "torchvision": ">=0.16,<1",
     "transformers": ">=5.18,<6",
 }
