@@ -192,7 +192,7 @@ def load_labels(path: str | os.PathLike) -> np.ndarray:
         labels = np.array(image)
         mode = image.mode
     if labels.ndim != 2:
-        raise DataError(f"{path} has colours (mode {mode}), but its pixels must be labels")
+        raise DataError(f"{path} has colours (mode {mode}), but its pixels must be single numbers")
     return labels.astype(np.uint8) if labels.dtype == bool else labels
 
 

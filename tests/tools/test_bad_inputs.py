@@ -230,6 +230,8 @@ CASES: list[tuple[str, list[str], list[str]]] = [
     ("export", ["--config-file", "x", "--output", "y", "--size", "0x64"], ["--size", "'0x64'"]),
     ("export", ["--config-file", "x", "--output", "y", "--benchmark", "-1"], ["--benchmark"]),
     ("benchmark_backbone", ["--config-file", "{vitdet}", "--batch", "0"], ["--batch", "'0'"]),
+    ("benchmark_families", ["--models", "ResNet"], ["--models ResNet", "SWAG ViT-L"]),
+    ("benchmark_families", ["--models", "swag", "--budget", "1.5"], ["BUDGET", "(0, 1)", "1.5"]),
     ("benchmark_operators", ["--repeats", "0"], ["--repeats", "1 or more", "'0'"]),
     ("paper_tables", ["--threads", "-1"], ["--threads", "1 or more"]),
     # Options and settings

@@ -81,7 +81,7 @@ def test_scales_must_agree():
 
 def test_depth_with_colours_is_refused(tmp_path):
     Image.fromarray(np.zeros((4, 4, 3), np.uint8)).save(tmp_path / "rgb.png")
-    with pytest.raises(ValueError, match=r"rgb.png has colours \(RGB\)"):
+    with pytest.raises(ValueError, match=r"rgb.png has colours \(mode RGB\)"):
         read_depth(str(tmp_path / "rgb.png"), 1000.0)
 
 

@@ -311,6 +311,7 @@ def test_perfect_outputs_have_perfect_metrics(collage, tmp_path):
     cfg = config(OUTPUT_DIR=str(tmp_path))
     test = cfg.MODEL.MASK_FORMER.TEST
     test.PANOPTIC_ON = test.INSTANCE_ON = test.SEMANTIC_ON = True
+    DatasetCatalog.get(collage + "_val")  # written when it is first read, as a loader does
     results = evaluate(build_evaluators(cfg, collage + "_val"), collage + "_val")
     assert results["panoptic_seg"]["PQ"] == pytest.approx(100)
     assert results["sem_seg"]["mIoU"] == pytest.approx(100)

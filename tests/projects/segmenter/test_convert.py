@@ -230,7 +230,7 @@ def test_nothing_is_overwritten(tmp_path, name):
         ({"image_size": "32"}, "image_size must be a square, in pixels, got '32'"),
         ({"patch_size": None}, "patch_size must be a positive whole number, got None"),
         ({"n_cls": 0}, "n_cls must be a positive whole number, got 0"),
-        ({"backbone": None}, "backbone must be a name of timm's, got None"),
+        ({"backbone": None}, "backbone must be a model of timm, got None"),
         ({"drop_path_rate": None}, r"drop_path_rate must be a number in \[0, 1\), got None"),
     ],
 )
