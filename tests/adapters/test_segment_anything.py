@@ -260,12 +260,14 @@ def share_of_flops(model: nn.Module, **settings) -> float:
         return count_flops(model, x).blocks / plain.blocks
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", [None, "merge", "tome", "expedit", "pool", "hard"])
 def test_the_budget_is_met(method):
     share = share_of_flops(wide(window_size=0), budget=0.5, method=method)
     assert 0.46 < share < 0.54
 
 
+@pytest.mark.slow
 def test_the_budget_is_met_in_windows():
     model = wide(window_size=8, global_attn_indexes=(3, 7))
     assert 0.46 < share_of_flops(model, budget=0.5) < 0.54

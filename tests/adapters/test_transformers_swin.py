@@ -240,6 +240,7 @@ def test_compiles_without_a_break():
     torch._dynamo.reset()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["SwinBackbone", "MaskFormerSwinBackbone"])
 def test_the_budget_is_met(kind):
     sizes = {"embed_dim": 96, "depths": [2, 2, 18, 2], "num_heads": [3, 6, 12, 24]}

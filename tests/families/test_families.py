@@ -51,6 +51,7 @@ def test_models_are_the_published_ones(family):
     assert millions == pytest.approx(PUBLISHED[family.model], abs=0.05)
 
 
+@pytest.mark.slow
 def test_rows(tool, tmp_path, capsys):
     options = ["--repeats", "3", "--warmup", "0", "--budget", "0.6", "--output", str(tmp_path)]
     tool.run(options)
@@ -82,6 +83,7 @@ def test_rows(tool, tmp_path, capsys):
     assert cells[7].startswith(f"{statistics.median(ratios):.2f}×")
 
 
+@pytest.mark.slow
 def test_several_budgets(tool, tmp_path):
     options = ["--repeats", "3", "--budget", "0.7", "0.5", "--output", str(tmp_path)]
     rows = tool.main(tool.parse_arguments(options))
@@ -100,6 +102,7 @@ def test_several_budgets(tool, tmp_path):
     assert line[7].strip() == f"{ratio * row.gflops / plain.gflops:.2f}"
 
 
+@pytest.mark.slow
 def test_finished_rows_are_kept(tool, tmp_path, monkeypatch):
     options = ["--repeats", "1", "--warmup", "0", "--output", str(tmp_path)]
     tool.run([*options, "--models", "vit,"])

@@ -208,6 +208,7 @@ def test_features_agree_with_themselves_also_where_all_are_alike():
 # --- the command ---------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_compare_and_tune(hf_folder, tmp_path, capsys, monkeypatch):
     photos, output = tmp_path / "photos", tmp_path / "out"
     photos.mkdir()
@@ -238,6 +239,7 @@ def test_compare_and_tune(hf_folder, tmp_path, capsys, monkeypatch):
     assert "Use it with `expedite`" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_draw(hf_folder, tmp_path):
     for number in range(2):
         photo((80, 100), number).save(tmp_path / f"{number}.jpg")

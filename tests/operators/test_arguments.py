@@ -104,6 +104,7 @@ def test_neighbors_beyond_the_clusters(neighbors):
         reconstruct_tokens(clusters, tokens, clusters, neighbors=neighbors)
 
 
+@pytest.mark.slow
 def test_importable_without_detectron2_and_timm():
     """The operators, and the package around them, need torch alone."""
     code = """
