@@ -8,10 +8,9 @@ from functools import partial
 
 import torch
 
-from ..adapters import find_transformer
 from ..analysis.flops import count_flops
 from ..analysis.memory import peak_memory
-from ..analysis.timing import Ratio, rounds
+from ..analysis.timing import Ratio, rounds, summarize
 from ..api import apply
 from ..budget import within_budget
 from ..comparison import share_weights
@@ -49,20 +48,11 @@ class BudgetRow:
 def measure_budgets(
     family: Family, budgets: Sequence[float], repeats: int, warmup: int = 1
 ) -> list[BudgetRow]:
-    """Measure a model on the CPU, plain and at each budget in turns; the plain one comes first.
+    """Measure a model on the CPU, plain and at several budgets in turns; the plain one first.
 
-    Args:
-        family: its library must be installed.
-        budgets: shares of the GFLOPs of the blocks.
-        repeats: timed rounds.
-        warmup: rounds before these.
-
-    Raises:
-        ValueError: for a budget that the model cannot meet.
+    Arguments and errors are those of `measure`.
     """
-    torch.manual_seed(0)
-    model = family.build().eval()
-    spec, x = find_transformer(model), torch.randn(1, 3, family.size, family.size)
+    model, spec, x = family.prepare()
     chosen = {budget: within_budget(Settings(budget=budget), spec) for budget in budgets}
     models = {1.0: model} | {budget: share_weights(model) for budget in budgets}
     if spec.fused is not None:  # else it is fused as it is
@@ -103,7 +93,7 @@ def budget_table(rows: Sequence[BudgetRow]) -> str:
                 "plain" if row is plain else f"{row.budget:g}",
                 f"{row.gflops:.0f}",
                 f"{1 - row.block_gflops / plain.block_gflops:.0%}",
-                f"{sorted(row.seconds)[len(row.seconds) // 2]:.1f}",
+                f"{summarize(row.seconds).median:.1f}",
                 f"{ratio.median:.2f}×" + (" (uneven)" if ratio.is_wide else ""),
                 f"{ratio.median * row.gflops / plain.gflops:.2f}",
                 f"{row.memory / 2**20:.0f} MiB",

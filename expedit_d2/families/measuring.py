@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..adapters import TransformerSpec, find_transformer
+from ..adapters import TransformerSpec
 from ..adapters.versions import VERSIONS
 from ..analysis.flops import count_flops
 from ..analysis.timing import Ratio, rounds
@@ -99,11 +99,9 @@ def measure(family: Family, budget: float, repeats: int, warmup: int = 1) -> Row
     Raises:
         ValueError: for a budget that the model cannot meet.
     """
-    torch.manual_seed(0)
-    model = family.build().eval()
+    model, spec, x = family.prepare()
     for parameter in model.parameters():  # libraries begin with zeros here and there
         parameter.add_(torch.randn_like(parameter), alpha=0.02)
-    spec, x = find_transformer(model), torch.randn(1, 3, family.size, family.size)
     settings = within_budget(Settings(budget=budget), spec)
     expected = model(x)
     flops, errors = {PLAIN: count_flops(model, x)}, {}

@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
+from ..adapters import TransformerSpec, find_transformer
 from ..analysis.gpu_models import MODELS
 
 __all__ = ["FAMILIES", "LARGE", "Family"]
@@ -35,6 +37,12 @@ class Family:
     @property
     def available(self) -> bool:
         return find_spec(self.module) is not None
+
+    def prepare(self) -> tuple[nn.Module, TransformerSpec, Tensor]:
+        """The model in evaluation mode, its transformer, and a random image; always the same."""
+        torch.manual_seed(0)
+        model = self.build().eval()
+        return model, find_transformer(model), torch.randn(1, 3, self.size, self.size)
 
     def __str__(self) -> str:
         return f"{self.model}, {self.size}², {self.package}"

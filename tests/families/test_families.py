@@ -10,7 +10,7 @@ from functools import partial
 import pytest
 import torch
 
-from expedit_d2.families import FAMILIES, Family, measuring
+from expedit_d2.families import FAMILIES, BudgetRow, Family, budget_table, measuring
 from expedit_d2.methods import METHOD_REGISTRY
 from support.repository import load_tool
 from support.vits import detectron2_vit, swin, timm_vit
@@ -117,6 +117,11 @@ def test_finished_rows_are_kept(tool, tmp_path, monkeypatch):
     assert measured == ["ViTDet"]
     tool.run([*options, "--models", "ViTDet", "--budget", "0.7"])  # is another result
     assert measured == ["ViTDet", "ViTDet"]
+
+
+def test_seconds_of_two_rounds_are_their_median():
+    row = BudgetRow("ViT", 32, 1.0, "", 1.0, 1.0, 0, [1.0, 3.0])
+    assert budget_table([row]).splitlines()[2].split("|")[5].strip() == "2.0"
 
 
 def test_a_model_that_is_not_restored_is_told(tool, tmp_path, monkeypatch):
