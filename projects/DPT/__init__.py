@@ -1,6 +1,6 @@
-"""DPT (Ranftl et al., arXiv 2103.13413) and Depth Anything V2 for Detectron2: depth of one image.
+"""DPT (Ranftl et al., arXiv 2103.13413) and Depth Anything V2 for Detectron2: depth from one image.
 
-- ``config``: the keys.
+- ``config``: its config keys.
 - ``modeling``: the model, registered by importing this package.
 - ``data``: mapper, KITTI and NYU Depth V2, and any list of images and depth files.
 - ``evaluation``: metrics.

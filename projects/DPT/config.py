@@ -26,10 +26,10 @@ _DPT: dict[str, Any] = {
     "POSITIONS": "bilinear",
     # Use of the class token: "project" (concatenated to every token), "add" or "ignore".
     "READOUT": "project",
-    # Channels of the four reassembled maps, finest first, and of the maps that are fused.
+    # Channels of the four reassembled maps, finest first, and of the fused maps.
     "CHANNELS": [256, 512, 1024, 1024],
     "FEATURES": 256,
-    # Of the head's number y: "relu", or "sigmoid" for (0, 1).
+    # Activation that gives the head's output y: "relu", or "sigmoid" for values in (0, 1).
     "ACTIVATION": "relu",
     # The output is SCALE * y + SHIFT, or with INVERT 1 / (SCALE * y + SHIFT).
     "SCALE": 1.0,
@@ -39,9 +39,9 @@ _DPT: dict[str, Any] = {
     # shift. It also chooses the loss.
     "OUTPUT": "inverse",
     # (height, width) in pixels to resize images to in inference, keeping the aspect ratio; None: no
-    # resizing, as in training. METHOD selects the side that gets it: "minimal", the one that
-    # changes least (DPT); "lower_bound", so that the other is larger (Depth Anything);
-    # "upper_bound", so that it is smaller. Both sides become multiples of DIVISIBILITY.
+    # resizing, as in training. SIZE_METHOD is the side that gets its size: "minimal", the one that
+    # changes least (DPT); "lower_bound", the one that leaves the other larger (Depth Anything);
+    # "upper_bound", smaller. Both sides become multiples of SIZE_DIVISIBILITY.
     "SIZE": [384, 384],
     "SIZE_METHOD": "minimal",
     "SIZE_DIVISIBILITY": 32,

@@ -1,6 +1,6 @@
-"""Official checkpoints of DPT and Depth Anything V2 to weights of `modeling.DPT`.
+"""Converts official checkpoints of DPT and Depth Anything V2 to weights of `modeling.DPT`.
 
-Every key is renamed by its longest known beginning, and accounted for: mapped, not used, missing.
+Every key is renamed by its longest known prefix, and accounted for: renamed, not used or missing.
 """
 
 from __future__ import annotations
@@ -97,11 +97,11 @@ def convert_state(state: Mapping[str, Tensor], model: nn.Module) -> Conversion:
 
     Args:
         state: official keys and tensors.
-        model: a `modeling.DPT` of the same architecture, on any device, "meta" too.
+        model: a `modeling.DPT` of the same architecture, on any device, also "meta".
 
     Raises:
         ValueError: if these are not official keys, if a tensor has another shape than the model's,
-            or if they are of more layers than it has.
+            or if they have more layers than the model.
     """
     if any(key.startswith("depth_head.") for key in state):
         rules = dict(_depth_anything())
@@ -148,9 +148,9 @@ def convert_checkpoint(source: str, target: str, model: nn.Module) -> Conversion
         model: see `convert_state`.
 
     Raises:
-        OSError: if there is no such file; or as `check_new_file`, of the target.
-        ValueError: if it is not a file of weights, as `convert_state`, or if weights are missing or
-            not finite; nothing is written then.
+        OSError: if there is no such file; or from `check_new_file`, for the target.
+        ValueError: if it is not a file of weights; from `convert_state`; or if weights are missing
+            or not finite. Nothing is written then.
     """
     check_new_file(target, "target")
     conversion = convert_state(read_weights(source, "the checkpoint"), model)

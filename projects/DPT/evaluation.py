@@ -29,6 +29,9 @@ def align(prediction: np.ndarray, target: np.ndarray, how: str) -> tuple[float, 
     Args:
         prediction, target: (N,).
         how: "median", the ratio of the medians; "scale" or "scale_shift", least squares; "none".
+
+    Returns:
+        (scale, shift), so that scale * prediction + shift is near the target.
     """
     p, t = prediction.astype(np.float64), target.astype(np.float64)
     if how == "median":
@@ -81,7 +84,7 @@ class DepthEvaluator(DatasetEvaluator):
         """
         Args:
             dataset_name: a registered data set with ``depth_scale`` in its metadata.
-            output: what the model predicts: "metric" or "inverse", see `modeling.meta_arch.DPT`.
+            output: what the model predicts, "metric" or "inverse"; see `modeling.DPT`.
             min_depth, max_depth: metres; depths outside are ignored, predictions are clipped.
             crop: a name in `CROPS`.
             alignment: a name in `ALIGNMENTS`; in inverse depth if that is the output.
@@ -157,7 +160,7 @@ class DepthEvaluator(DatasetEvaluator):
         return np.clip(depth, *self.limits)
 
     def evaluate(self) -> dict[str, dict[str, float]]:
-        """Means over the images of all processes, on the main process; None on the others.
+        """Means over the images of all processes, on the main process; {} on the others.
 
         Raises:
             ValueError: if no pixel of the data set was evaluated.

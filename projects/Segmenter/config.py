@@ -12,15 +12,14 @@ from expedit_d2.engine import add_solver_config
 
 __all__ = ["add_segmenter_config"]
 
-# Beside it, the model reads of MODEL.TIMM: NAME, PRETRAINED, CHECKPOINT, DROP_PATH_RATE, KWARGS
-# (img_size, patch_size), FREEZE, GRAD_CHECKPOINTING; and MODEL.SEM_SEG_HEAD.{NUM_CLASSES,
-# IGNORE_VALUE}.
+# The model also reads MODEL.TIMM.{NAME, PRETRAINED, CHECKPOINT, DROP_PATH_RATE, KWARGS (img_size,
+# patch_size), FREEZE, GRAD_CHECKPOINTING} and MODEL.SEM_SEG_HEAD.{NUM_CLASSES, IGNORE_VALUE}.
 _SEGMENTER: dict[str, Any] = {
-    # "linear": one layer, token by token (Seg-L). "mask_transformer": class embeddings attend
-    # together with the tokens, masks are their products (Seg-L-Mask).
+    # "linear": one linear layer on each token (Seg-L). "mask_transformer": class embeddings and
+    # tokens attend to each other, and their products are the masks (Seg-L-Mask).
     "DECODER": "mask_transformer",
     "DECODER_LAYERS": 2,  # transformer blocks of the mask transformer
-    "DECODER_DIM": None,  # their width, 64 for each head; None: as the encoder's
+    "DECODER_DIM": None,  # their width, 64 per head; None: that of the encoder
     "DECODER_DROPOUT": 0.1,  # in these blocks
     # Initial value of the learnt scale of the scores, which are normalised over the K classes and
     # so limited to sqrt(K - 1) times it. With few classes, more than 1 allows confident scores

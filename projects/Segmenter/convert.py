@@ -1,8 +1,8 @@
-"""Official Segmenter checkpoints to Detectron2's format.
+"""Converts official Segmenter checkpoints to Detectron2's format.
 
 An official run is a folder with ``checkpoint.pth`` and ``variant.yml``, the settings it was trained
-with. Names of weights are the same here, but that the classifier of the pretrained ViT is left
-out. `convert_checkpoint` writes the weights and a config that builds their model.
+with. Weights have the same names here; only the classifier of the pretrained ViT is left out.
+`convert_checkpoint` writes the weights and a config that builds their model.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ _TEST_SETS = {
     "cityscapes": "cityscapes_fine_sem_seg_val",
     "pascal_context": "pascal_context_60_val",
 }
-# Official names that timm has under another one; sizes are given anyway.
+# Official name -> timm's, where they differ; the sizes come from variant.yml.
 _BACKBONES = {"vit_base_patch8_384": "vit_base_patch8_224"}
-# Longest side of an evaluated image, in shortest ones, by data set; the most of them for others.
+# Largest aspect ratio of an evaluated image, by data set; others get the largest of these.
 _ASPECTS = {"ade20k": 4, "cityscapes": 2, "pascal_context": 8}
 
 
@@ -118,7 +118,7 @@ def _read_variant(file: str) -> dict[str, Any]:
         if not isinstance(variant["net_kwargs"], dict):
             raise TypeError("its net_kwargs are not a mapping")
     except (yaml.YAMLError, UnicodeError, KeyError, TypeError) as error:
-        reason = getattr(error, "problem", None) or repr(error)  # YAML's own is of several lines
+        reason = getattr(error, "problem", None) or repr(error)  # YAML's message has several lines
         raise ValueError(f"{file!r} is not a variant.yml of Segmenter: {reason}") from None
     return variant
 
@@ -165,7 +165,7 @@ def config_of(variant: Mapping[str, Any], weights: str = "") -> CfgNode:
         weights: path of the converted weights.
 
     Raises:
-        ValueError: for settings that this project does not have.
+        ValueError: for missing, invalid or unsupported settings.
     """
     net = variant["net_kwargs"]
     needed = ("backbone", "decoder", "image_size", "patch_size", "n_cls", "normalization")
@@ -179,7 +179,7 @@ def config_of(variant: Mapping[str, Any], weights: str = "") -> CfgNode:
     decoder = settings.get("name")
     if decoder not in list(DECODERS):
         raise ValueError(
-            f"variant.yml: the name of decoder must be {' or '.join(DECODERS)}, got {decoder!r}"
+            f"variant.yml: the decoder's name must be {' or '.join(DECODERS)}, got {decoder!r}"
         )
     if net["normalization"] not in list(_PIXELS):
         raise ValueError(
@@ -226,7 +226,7 @@ def config_of(variant: Mapping[str, Any], weights: str = "") -> CfgNode:
 
 
 def _build_on_meta(config: CfgNode, net: Mapping[str, Any]) -> nn.Module:
-    """The model of a config without weights; also checks the number of heads, unlike shapes."""
+    """The model of a config without weights; checks the number of heads, which no shape shows."""
     from detectron2.config import get_cfg
 
     cfg = get_cfg()
@@ -253,17 +253,17 @@ def convert_checkpoint(source: str | os.PathLike, target: str | os.PathLike) -> 
         target: file to write; the config is written beside it, with the suffix ``.yaml``.
 
     Returns:
-        What became of every weight; nothing is missing or misshapen.
+        A report on every weight; none is missing or misshapen.
 
     Raises:
-        OSError: if one of the two official files is not there; or as `check_new_file`, of the
+        OSError: if one of the two official files does not exist; or from `check_new_file`, for the
             files to write.
-        ValueError: if the files are something else, or the weights do not fit or are not finite.
+        ValueError: if they are not official files, or the weights do not fit or are not finite.
     """
     source, target = os.fspath(source), Path(target)
     config_file = target.with_suffix(".yaml")
     if target == config_file:
-        raise ValueError(f"{str(target)!r} is for weights; the config gets the suffix .yaml")
+        raise ValueError(f"{str(target)!r} must not end in .yaml, the suffix of the config")
     for path in (target, config_file):
         check_new_file(path, "target")
     beside = os.path.join(os.path.dirname(source), "variant.yml")  # of a URL, too

@@ -1,6 +1,6 @@
-"""FLOPs of a Segmenter config in a second: on PyTorch's meta device, without weights or arithmetic.
+"""FLOPs of a Segmenter config, counted in a second on PyTorch's meta device, without weights.
 
-Counts are exact, as they depend on shapes alone.
+Counts are exact, as they depend only on shapes.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ __all__ = ["SegmenterTrainer"]
 class SegmenterTrainer(Trainer):
     """For configs whose ``MODEL.META_ARCHITECTURE`` is ``Segmenter``."""
 
-    sizes_vary = False  # crops have one size, and records may not tell theirs
+    sizes_vary = False  # crops have one size, and records may lack theirs
 
     @classmethod
     def check_dataset(cls, cfg: CfgNode, name: str, key: str = "DATASETS.TEST") -> None:

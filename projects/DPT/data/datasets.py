@@ -1,9 +1,9 @@
 """Data sets of images with depth PNGs: KITTI (Eigen split), NYU Depth V2, and any list of files.
 
-A list has one image a line, and its depth: ``image depth [focal]``, as BTS and AdaBins give their
-splits; ``None`` for the depth, and lines of fewer words, are left out. A depth PNG has 16 bits, a
-fixed number of values to the metre, and 0 where nothing is known. Nothing is read before a data
-set is used.
+A list has an image and its depth on each line: ``image depth [focal]``, as in the splits of BTS and
+AdaBins. Lines whose depth is ``None``, or with fewer words, are left out. A depth PNG has 16 bits,
+a fixed number of values per metre, and 0 where depth is unknown. Nothing is read before a data set
+is used.
 """
 
 from __future__ import annotations
@@ -44,10 +44,10 @@ def load_depth_list(file: Path, images: Path, depths: Path) -> list[dict[str, An
 
     Args:
         file: the list.
-        images, depths: folders that its paths are relative to, even with a leading slash.
+        images, depths: folders that its paths are relative to, also those with a leading slash.
 
     Raises:
-        FileNotFoundError: if the list, or an image or depth in it, is not there.
+        FileNotFoundError: if the list, or an image or depth in it, does not exist.
         ValueError: if nothing in the list has a depth.
     """
     if not file.is_file():
@@ -98,7 +98,7 @@ def register_depth_datasets() -> None:
 
 
 def register_depth_lists(names: Iterable[str], depth_scale: float) -> None:
-    """Register every name that is the path of a list (``.txt``); its paths start from its folder.
+    """Register every name that is the path of a list (``.txt``) with paths relative to its folder.
 
     Args:
         names: the values of ``DATASETS.TRAIN`` or ``DATASETS.TEST``.
@@ -114,7 +114,7 @@ def depth_scale_of(names: Iterable[str]) -> float:
     """PNG values per metre of registered data sets, which must agree.
 
     Raises:
-        ValueError: if one of them has no depth, or they differ.
+        ValueError: if one of them has no depth, or their values differ.
     """
     scales = {name: MetadataCatalog.get(name).get("depth_scale") for name in names}
     for name, scale in scales.items():
@@ -126,7 +126,11 @@ def depth_scale_of(names: Iterable[str]) -> float:
 
 
 def read_depth(path: str, scale: float) -> np.ndarray:
-    """A depth PNG in metres, float32 (H, W); 0 where nothing is known.
+    """A depth PNG in metres, float32 (H, W); 0 where depth is unknown.
+
+    Args:
+        path: of the PNG.
+        scale: PNG values per metre.
 
     Raises:
         ValueError: if the file cannot be read, or has colours.

@@ -17,12 +17,16 @@ from .datasets import depth_scale_of, read_depth
 
 __all__ = ["DepthMapper", "bottom_crop"]
 
-# Of a record; other annotations would be costly to send between processes.
+# Keys of a record; other annotations would be costly to send between processes.
 _COPIED_KEYS = ("file_name", "depth_file_name", "image_id")
 
 
 def bottom_crop(size: tuple[int, int], crop: Sequence[int]) -> tuple[int, int]:
     """Top and left of a crop at the bottom centre, as in KITTI's benchmark.
+
+    Args:
+        size: (H, W) of the image.
+        crop: (H, W) of the crop.
 
     Raises:
         ValueError: if the image is smaller than the crop.
@@ -34,7 +38,7 @@ def bottom_crop(size: tuple[int, int], crop: Sequence[int]) -> tuple[int, int]:
 
 
 class DepthMapper:
-    """Reads the image of a record and, in training, its depth, which is augmented alike."""
+    """Reads the image of a record and, in training, its depth, with the same augmentations."""
 
     @configurable
     def __init__(
@@ -49,7 +53,7 @@ class DepthMapper:
         Args:
             augmentations: applied one after the other, after the crop.
             image_format: "RGB" or "BGR".
-            crop: (height, width) kept of an image, see `bottom_crop`; None: all.
+            crop: (height, width) of the part to keep, see `bottom_crop`; None: all.
             depth_scale: PNG values per metre; None: depth is not read.
         """
         self.augmentations = T.AugmentationList(augmentations)
@@ -114,7 +118,7 @@ class DepthMapper:
             top, left = bottom_crop(size, self.crop)
             window = np.s_[top : top + self.crop[0], left : left + self.crop[1]]
             image, depth = image[window], None if depth is None else depth[window]
-        # Depth is resized and flipped like labels, to the nearest pixel.
+        # Depth is resized by nearest neighbours, and flipped, as labels are.
         augmented = T.AugInput(image, sem_seg=depth)
         self.augmentations(augmented)
         image, depth = augmented.image, augmented.sem_seg

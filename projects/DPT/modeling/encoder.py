@@ -50,11 +50,11 @@ class Encoder(nn.Module):
             vit: timm's ``VisionTransformer``, whose position embedding includes the class token.
             blocks: indices of the blocks to use, ascending: four, or two for a hybrid.
             norm: apply the final norm to every level, as for DINOv2.
-            positions: how the table follows the size of the image: "bilinear" (DPT), or "bicubic"
-                with an offset of 0.1 (DINOv2).
+            positions: interpolation of the position embedding: "bilinear" (DPT), or "bicubic" with
+                an offset of 0.1 (DINOv2).
 
         Raises:
-            ValueError: if the ViT or the blocks are not of this kind.
+            ValueError: for an unsupported ViT, or invalid blocks or positions.
         """
         super().__init__()
         fits = isinstance(vit, VisionTransformer) and vit.cls_token is not None
@@ -125,7 +125,7 @@ class Encoder(nn.Module):
         return levels
 
     def _positions(self, size: tuple[int, int]) -> Tensor:
-        """The table (1, 1 + h * w, C) for h x w tokens; its own size changes nothing."""
+        """The position embedding (1, 1 + h * w, C) for h x w tokens, as it is at its own size."""
         table, own = self.vit.pos_embed, tuple(self.vit.patch_embed.grid_size)
         if size == own:
             return table

@@ -1,6 +1,6 @@
 """The decoder of DPT: tokens to maps, fused from coarse to fine (Ranftl et al., section 3.1).
 
-Shorthand: B images, h x w tokens of C channels, D channels of the maps that are fused.
+Shorthand: B images, h x w tokens of C channels, D channels of the fused maps.
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ class DPTHead(nn.Module):
             features: D.
             readout: see `Reassemble`.
             activation: of the output: "relu", or "sigmoid" for values in (0, 1).
-            stages: channels of the levels that are maps of a ResNet, which are not reassembled.
+            stages: channels of the levels that are maps of a ResNet and need no reassembling.
 
         Raises:
             ValueError: for an unknown name, or channels that are not the ResNet's.

@@ -11,14 +11,14 @@ _TINY = 1e-6
 
 
 def silog_loss(prediction: Tensor, target: Tensor, valid: Tensor, variance: float = 0.5) -> Tensor:
-    """Scale-invariant logarithmic error (Eigen et al., arXiv 1406.2283, section 3.2), its root.
+    """Root of the scale-invariant logarithmic error (Eigen et al., arXiv 1406.2283, section 3.2).
 
-    sqrt(mean(d^2) - variance * mean(d)^2) of d = log(prediction) - log(target).
+    sqrt(mean(d^2) - variance * mean(d)^2), with d = log(prediction) - log(target).
 
     Args:
         prediction, target: (H, W) depth.
         valid: (H, W) bool, pixels that have a target.
-        variance: 0 is the plain RMS of d, 1 ignores a common scale.
+        variance: 0 gives the RMS of d, 1 ignores a common scale.
     """
     if not valid.any():
         return prediction.sum() * 0.0
@@ -28,9 +28,13 @@ def silog_loss(prediction: Tensor, target: Tensor, valid: Tensor, variance: floa
 
 
 def normalized(x: Tensor, valid: Tensor) -> Tensor:
-    """Without shift and scale: minus the median, over the mean absolute deviation from it.
+    """Remove shift and scale: subtract the median, divide by the mean absolute deviation from it.
 
-    Ranftl et al., arXiv 1907.01341, equation 5; of the valid pixels of (H, W).
+    Ranftl et al., arXiv 1907.01341, equation 5.
+
+    Args:
+        x: (H, W).
+        valid: (H, W) bool, at least one; the pixels whose median and deviation count.
     """
     values = x[valid]
     shift = values.median()

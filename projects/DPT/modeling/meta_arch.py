@@ -33,7 +33,7 @@ INTERPOLATIONS = {"bicubic": False, "bilinear": True}
 class DPT(NormalizingModel):
     """Vision Transformers for Dense Prediction (Ranftl et al., arXiv 2103.13413): depth.
 
-    With other channels and a DINOv2 encoder it is Depth Anything V2 (arXiv 2406.09414).
+    With a DINOv2 encoder it is Depth Anything V2 (arXiv 2406.09414).
     """
 
     #: Config node of the ViT.
@@ -65,10 +65,10 @@ class DPT(NormalizingModel):
             backbone, head: the parts.
             output: what the model predicts: "metric", depth in metres, or "inverse", inverse depth
                 up to a scale and a shift, larger where it is nearer.
-            scale, shift, invert: the head's number y becomes scale * y + shift, or with invert
+            scale, shift, invert: the head's output y becomes scale * y + shift, or with invert
                 1 / (scale * y + shift).
-            size: (H, W) to resize images to in inference, keeping the aspect ratio; None:
-                their own, as in training.
+            size: (H, W) to resize images to in inference, keeping the aspect ratio; None: no
+                resizing, as in training.
             size_method: see `network_size`.
             size_divisibility: pixels; a multiple of the encoder's stride.
             interpolation: of the prediction to the output size.
@@ -79,7 +79,7 @@ class DPT(NormalizingModel):
             feature_cache: folder of the frozen encoder's outputs, see `cache_features`.
 
         Raises:
-            ValueError: for an unknown name, a size that does not fit, or as `cache_features`.
+            ValueError: for an unknown name or invalid size, or from `cache_features`.
         """
         super().__init__(pixel_mean, pixel_std)
         for key, value, known in (
@@ -154,7 +154,7 @@ class DPT(NormalizingModel):
         Args:
             batched_inputs: for each image ``image`` (3, H, W), any sizes; in training ``depth``
                 (H, W), metres, 0 where there is none; in inference optionally ``height`` and
-                ``width`` of the output, else that of the image.
+                ``width`` of the output, by default those of the image.
 
         Returns:
             In training a dict of losses. In inference for each image {"depth": (height, width)}.
@@ -179,7 +179,7 @@ class DPT(NormalizingModel):
         return results
 
     def predict(self, images: Tensor) -> Tensor:
-        """Normalised images (B, 3, H, W) at a size of the network's to depth (B, H, W) in fp32."""
+        """Normalised images (B, 3, H, W), of a `network_size`, to depth (B, H, W) in fp32."""
         y = self.head(self.backbone(images), shape_of(images)[2:]).float()
         y = self.scale * y + self.shift
         return y.clamp_min(1e-8).reciprocal() if self.invert else y

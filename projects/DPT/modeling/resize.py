@@ -18,9 +18,9 @@ def network_size(
         size: (H, W) of the image.
         target: (H, W); None keeps the image's size.
         multiple: of both sides, in pixels.
-        method: which side meets the target, where the aspect is another: "lower_bound" so that the
-            other is larger (Depth Anything), "upper_bound" so that it is smaller, "minimal" the
-            one that has to change least (DPT).
+        method: which side meets the target if the aspect ratios differ: "lower_bound", the one that
+            leaves the other larger (Depth Anything), "upper_bound", smaller, or "minimal", the one
+            that changes least (DPT).
 
     Returns:
         (H, W), each at least one multiple.

@@ -9,19 +9,19 @@ from torch import Tensor, nn
 
 __all__ = ["StandardizedConv2d", "standardize"]
 
-#: Beside the standard deviation of a kernel.
+#: Added to the standard deviation of a kernel.
 EPS = 1e-5
 
 
 class StandardizedConv2d(StdConv2dSame):
     """A convolution by (w - mean) / (std + 1e-5), for the kernel w of each output channel.
 
-    That is weight standardisation as timm 0.4.5 had it, the official code's version. Today's timm
-    divides by sqrt(var + 1e-8): in kernels of small weights another number (2e-3 in the depth).
+    This is weight standardisation as in timm 0.4.5, the official code's version. Today's timm
+    divides by sqrt(var + 1e-8), which differs for kernels of small weights (2e-3 in the depth).
     """
 
     def kernels(self) -> Tensor:
-        """(C_out, C_in, k, k)."""
+        """The standardised kernels (C_out, C_in, k, k)."""
         centred = self.weight - self.weight.mean(dim=(1, 2, 3), keepdim=True)
         std = centred.square().mean(dim=(1, 2, 3), keepdim=True).sqrt()
         return centred / (std + EPS)
@@ -34,7 +34,7 @@ class StandardizedConv2d(StdConv2dSame):
 
 
 def standardize(resnet: nn.Module) -> None:
-    """Replace timm's convolutions by `StandardizedConv2d`; weights and their names stay."""
+    """Replace timm's convolutions by `StandardizedConv2d`, with the same weights and names."""
     for name, conv in list(resnet.named_modules()):
         if type(conv) is not StdConv2dSame:
             continue

@@ -1,6 +1,6 @@
 """Registers Pascal Context and CamVid; ADE20K and Cityscapes come with Detectron2.
 
-Below the folder of all data sets, ``$DETECTRON2_DATASETS``; nothing is read before it is used:
+In the folder of all data sets, ``$DETECTRON2_DATASETS``; nothing is read before it is used:
 
 - ``pascal_context_60_{train,val}``: ``pascal_context/VOCdevkit/VOC2010`` with ``JPEGImages``,
   ``SegmentationClassContext`` and ``ImageSets/SegmentationContext/{train,val}.txt``, as Segmenter's

@@ -28,10 +28,10 @@ _PAD_VALUE = 128
 
 
 def fitted_size(size: tuple[int, int], shorter: int, longer: int) -> tuple[int, int]:
-    """(H, W) of an image scaled up to the limits ``shorter`` and ``longer`` of its sides.
+    """(H, W) of an image scaled as far as its sides' limits, ``shorter`` and ``longer``, allow.
 
-    The official rule has one scale, and so one rounding; Detectron2's `ResizeShortestEdge` scales
-    a second time where the longer side is the limit, and may then be a pixel off.
+    The official rule scales, and so rounds, once; Detectron2's `ResizeShortestEdge` scales a second
+    time if the longer side is the limit, and may then be a pixel off.
     """
     scale = min(longer / max(size), shorter / min(size))
     height, width = (int(side * scale + 0.5) for side in size)
@@ -97,9 +97,9 @@ class SemanticMapper:
     ) -> None:
         """
         Args:
-            augmentations: applied one after the other.
+            augmentations: applied in this order.
             image_format: "RGB" or "BGR".
-            classes: of the model; labels that are not below are refused. None: none is.
+            classes: number of the model's classes; other labels are refused. None: no check.
             ignore_label: of pixels without a class.
         """
         self.augmentations = T.AugmentationList(augmentations)
@@ -116,7 +116,7 @@ class SemanticMapper:
         if "sem_seg_file_name" not in record:
             raise ValueError(
                 f"DATASETS.TRAIN: semantic segmentation needs records with 'sem_seg_file_name', "
-                f"that of {record['file_name']!r} has {sorted(record)}"
+                f"the one of {record['file_name']!r} has {sorted(record)}"
             )
         image = utils.read_image(record["file_name"], format=self.image_format)
         labels = load_labels(record["sem_seg_file_name"])
@@ -146,7 +146,7 @@ def build_train_mapper(cfg: CfgNode) -> SemanticMapper:
         ignored = MetadataCatalog.get(name).get("ignore_label", head.IGNORE_VALUE)
         if ignored != head.IGNORE_VALUE:
             raise ValueError(
-                f"MODEL.SEM_SEG_HEAD.IGNORE_VALUE must be {ignored}, as {name!r} has it, got "
+                f"MODEL.SEM_SEG_HEAD.IGNORE_VALUE must be {ignored}, that of {name!r}, got "
                 f"{head.IGNORE_VALUE}"
             )
     return SemanticMapper(

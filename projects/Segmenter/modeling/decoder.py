@@ -1,6 +1,6 @@
 """Decoders (arXiv 2105.05633, section 3.2): tokens to class scores of each token.
 
-Neither needs to know where a token lies, so both run on clusters as they are.
+Neither depends on where a token lies, so both also run on clusters.
 
 Shorthand: B images, N tokens (or clusters), C channels, K classes. Parameters have their official
 names.
@@ -43,7 +43,7 @@ class LinearDecoder(nn.Module):
 
 
 class MaskTransformer(nn.Module):
-    """Blocks on class embeddings and tokens, whose products are the scores."""
+    """Transformer blocks on class embeddings and tokens; their products are the scores."""
 
     def __init__(
         self,
@@ -58,12 +58,12 @@ class MaskTransformer(nn.Module):
         """
         Args:
             num_classes: K.
-            dim: C, also the width of the blocks if no other is given.
-            num_heads: of their attention, if they are as wide as the tokens.
+            dim: C, the channels of the tokens.
+            num_heads: of the blocks, if no width is given.
             layers: number of blocks.
-            dropout: in them.
-            width: of the blocks, with a head for every 64 channels.
-            scale: of the normed scores, to begin with.
+            dropout: in the blocks.
+            width: of the blocks, with a head for every 64 channels; None: C.
+            scale: initial scale of the normalised scores.
 
         Raises:
             ValueError: for a width that is not a multiple of 64.

@@ -19,7 +19,7 @@ __all__ = ["enlarged_size", "sliding_window"]
 
 
 class _Window(NamedTuple):
-    """Position of a window, and its image."""
+    """Position of a window, and the index of its image."""
 
     image: int
     rows: slice
@@ -47,8 +47,7 @@ def _windows(image: int, size: tuple[int, int], window: int, stride: int) -> Ite
 def enlarged_size(size: tuple[int, int], side: int) -> tuple[int, int]:
     """(H, W) of an image whose shorter side is enlarged to ``side``, keeping the aspect ratio.
 
-    It is the official arithmetic: where a side is a whole number of pixels, the aspect in floating
-    point may fall just short of it, and a pixel is lost.
+    This is the official arithmetic, in which rounding of the aspect ratio may cost a pixel.
     """
     height, width = size
     if height < width:
@@ -82,7 +81,7 @@ def sliding_window(
         batch: windows, of all images together, per forward pass.
 
     Returns:
-        for each image the scores (K, H, W), fp32, at the size to which it was enlarged.
+        For each image the scores (K, H, W), fp32, at the size to which it was enlarged.
     """
     images = [_at_least(image, window) for image in images]
     windows = [

@@ -36,7 +36,7 @@ class Segmenter(NormalizingModel):
     """Semantic segmentation by transformers (arXiv 2105.05633).
 
     With ``MODEL.EXPEDIT.RECONSTRUCT_AT`` "head", the decoder runs on clusters and its class scores
-    are reconstructed, as published for this model; with "backbone", the tokens are.
+    are reconstructed, as published for this model; with "backbone", the tokens are, before it.
     """
 
     #: Config node of the ViT.
@@ -65,12 +65,12 @@ class Segmenter(NormalizingModel):
             pixel_mean, pixel_std: of each channel.
             ignore_value: label of pixels without a class.
             window_size, window_stride, window_batch: see `sliding_window`.
-            freeze_encoder: train the decoder alone.
+            freeze_encoder: train only the decoder.
             feature_cache: folder of the frozen encoder's outputs, see `cache_features`.
             expedit: a ``MODEL.EXPEDIT`` node.
 
         Raises:
-            ValueError: for windows out of range, or as `cache_features` and `expedit_d2.expedite`.
+            ValueError: for invalid windows, or from `cache_features` or `expedit_d2.expedite`.
         """
         super().__init__(pixel_mean, pixel_std)
         if window_size < 0 or window_size and not 0 < window_stride <= window_size:
@@ -147,8 +147,8 @@ class Segmenter(NormalizingModel):
         """
         Args:
             batched_inputs: for each image ``image`` (3, H, W); in training ``sem_seg`` (H, W)
-                long; in inference optionally ``height`` and ``width`` of the output, else those of
-                the image.
+                long; in inference optionally ``height`` and ``width`` of the output, by default
+                those of the image.
 
         Returns:
             In training a dict of the loss. In inference for each image a dict with ``sem_seg``
@@ -201,14 +201,14 @@ class Segmenter(NormalizingModel):
         return scores[..., :height, :width]
 
     def encode(self, images: Tensor) -> tuple[Tensor, Rebuild | None]:
-        """Images (B, 3, H, W), of whole tokens, to tokens without class tokens.
+        """Images (B, 3, H, W), in whole tokens, to tokens without prefix tokens.
 
         Returns:
-            (B, h * w, C), or clusters (B, M, C) and what rebuilds a map from their scores.
+            (B, h * w, C) and None, or clusters (B, M, C) and what rebuilds a map from their scores.
 
         Raises:
-            ValueError: if the clusters are to be left to the decoder and the encoder is no
-                ``VisionTransformer`` of timm's.
+            ValueError: if the decoder is to run on clusters, and the encoder is not timm's
+                ``VisionTransformer``.
         """
         vit, rebuild = self.encoder, None
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.freeze_encoder):
