@@ -224,8 +224,8 @@ def test_nothing_is_overwritten(tmp_path, name):
         ({"image_size": (32, 64)}, "image_size must be a square"),
         ({"normalization": "none"}, r"normalization must be one of \['deit', 'vit'\]"),
         ({"decoder": {"name": "deeplab_dec"}}, "linear or mask_transformer, got 'deeplab_dec'"),
-        ({"decoder": "linear"}, "the name of decoder must be linear or .*, got None"),
-        ({"decoder": {"name": ["linear"]}}, "the name of decoder must be .*, got \\['linear'\\]"),
+        ({"decoder": "linear"}, "the decoder's name must be linear or .*, got None"),
+        ({"decoder": {"name": ["linear"]}}, "the decoder's name must be .*, got \\['linear'\\]"),
         ({"image_size": None}, "image_size must be a square, in pixels, got None"),
         ({"image_size": "32"}, "image_size must be a square, in pixels, got '32'"),
         ({"patch_size": None}, "patch_size must be a positive whole number, got None"),
@@ -285,7 +285,7 @@ def test_other_size_than_in_the_variant_is_named(tmp_path):
 
 def test_targets_that_cannot_be_written(tmp_path):
     source = write_official(tmp_path, official(tiny_model()))
-    with pytest.raises(ValueError, match="the config gets the suffix .yaml"):
+    with pytest.raises(ValueError, match="must not end in .yaml, the suffix of the config"):
         convert_checkpoint(source, tmp_path / "out.yaml")
     with pytest.raises(FileNotFoundError, match="there is no folder '.*none' to write to"):
         convert_checkpoint(source, tmp_path / "none" / "out.pth")

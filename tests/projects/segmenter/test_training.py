@@ -175,7 +175,7 @@ def test_palette_images_are_read_as_ids(tmp_path):
 
 
 def test_ignored_labels_must_agree(camvid):
-    with pytest.raises(ValueError, match="IGNORE_VALUE must be 11, as 'camvid_train' has it"):
+    with pytest.raises(ValueError, match="IGNORE_VALUE must be 11, that of 'camvid_train'"):
         SegmenterTrainer.build_train_loader(camvid_cfg("MODEL.SEM_SEG_HEAD.IGNORE_VALUE", 255))
 
 
