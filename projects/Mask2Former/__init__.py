@@ -1,6 +1,6 @@
 """Mask2Former (Cheng et al., arXiv 2112.01527) for Detectron2, in plain PyTorch.
 
-- ``config``: every key of official configs.
+- ``config``: the keys of official configs.
 - ``modeling``: the model, registered by importing this package.
 - ``data``: training mappers, and registration of the data sets that official configs name.
 - ``evaluation``: metrics.

@@ -1,6 +1,6 @@
 """Config keys of Mask2Former: those of the official repository, with its defaults.
 
-Official YAML files parse unchanged. Nothing that some other project already added is replaced.
+Official YAML files parse unchanged. Keys that another project has already added are not replaced.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from expedit_d2.engine import add_solver_config
 __all__ = ["add_maskformer2_config"]
 
 _MASK_FORMER: dict[str, Any] = {
-    # Losses: weights of the class, dice and mask terms (also in the matching costs) and of "no
-    # object", and whether every decoder layer is supervised.
+    # Losses: whether every decoder layer is supervised, and the weights of "no object" and of the
+    # class, dice and mask terms (also in the matching costs).
     "DEEP_SUPERVISION": True,
     "NO_OBJECT_WEIGHT": 0.1,
     "CLASS_WEIGHT": 1.0,
@@ -80,7 +80,7 @@ _INPUT: dict[str, Any] = {
     "MAX_SCALE": 2.0,
 }
 
-# DeepLab's keys, which official YAML files set but which are not used.
+# DeepLab's keys, which official YAML files set and nothing uses.
 _RESNETS: dict[str, Any] = {
     "STEM_TYPE": "deeplab",
     "RES4_DILATION": 1,
@@ -91,7 +91,7 @@ _RESNETS: dict[str, Any] = {
 def add_maskformer2_config(cfg: CN) -> None:
     """Add the keys of official Mask2Former configs that ``cfg`` does not have yet.
 
-    ``SOLVER.OPTIMIZER`` is that of all projects here; official YAML files set it.
+    ``SOLVER.OPTIMIZER``, which official YAML files set, is shared by all projects here.
     """
     add_solver_config(cfg)
     add_swin_config(cfg)

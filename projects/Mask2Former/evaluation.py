@@ -43,7 +43,7 @@ _LABELS = {
 
 
 class ThingEvaluator(COCOEvaluator):
-    """Mask AP by pycocotools, also if the contiguous ids of things have gaps (ADE20K)."""
+    """Mask AP by pycocotools, even if the contiguous ids of things have gaps (ADE20K)."""
 
     def __init__(self, dataset_name: str, output_dir: str) -> None:
         super().__init__(dataset_name, tasks=("segm",), output_dir=output_dir, use_fast_impl=False)
@@ -60,7 +60,7 @@ class ThingEvaluator(COCOEvaluator):
             )
 
     def process(self, inputs: Sequence[dict], outputs: Sequence[dict[str, Any]]) -> None:
-        """Collect the instances of a batch that are things."""
+        """Collect the instances of a batch, without those that are not things."""
         if self._rank:
             outputs = [{"instances": self._renumber(o["instances"])} for o in outputs]
         super().process(inputs, outputs)
@@ -85,13 +85,13 @@ class _CityscapesSemanticEvaluator(CityscapesSemSegEvaluator):
 
 
 def _panoptic_evaluator(dataset_name: str, folder: str) -> COCOPanopticEvaluator:
-    """PQ, unless there are no classes to average over, with which panopticapi divides by zero."""
+    """PQ; refused without things or without stuff, where panopticapi divides by zero."""
     meta = MetadataCatalog.get(dataset_name)
     things = set(meta.thing_dataset_id_to_contiguous_id)
     if not things or not set(meta.stuff_dataset_id_to_contiguous_id) - things:
         raise ValueError(
             f"DATASETS.TEST: {dataset_name!r} has no {'stuff' if things else 'things'}, which "
-            "panopticapi cannot do without: set MODEL.MASK_FORMER.TEST.PANOPTIC_ON False"
+            "panopticapi needs: set MODEL.MASK_FORMER.TEST.PANOPTIC_ON False"
         )
     return COCOPanopticEvaluator(dataset_name, folder)
 
@@ -114,7 +114,7 @@ def wanted_outputs(cfg: CfgNode, dataset_name: str) -> tuple[str, ...]:
     """Outputs that are enabled and for which a data set has labels.
 
     Raises:
-        ValueError: if it is not known what it has labels for.
+        ValueError: for an unsupported ``evaluator_type``.
     """
     kind = MetadataCatalog.get(dataset_name).get("evaluator_type")
     if kind not in _LABELS:
@@ -129,17 +129,17 @@ def wanted_outputs(cfg: CfgNode, dataset_name: str) -> tuple[str, ...]:
 def check_dataset(cfg: CfgNode, dataset_name: str, key: str, outputs: Collection[str]) -> None:
     """Refuse a data set whose labels or classes do not match the model.
 
-    Instances may be of a model that knows more classes, where its first ones are the things of the
-    data set: that is so for panoptic models of COCO and COCO's instances.
+    For instances, a model may have more classes if its first ones are the things of the data set,
+    as panoptic models of COCO have for COCO's instances.
 
     Args:
         cfg: of the model.
         dataset_name: a registered data set.
-        key: of the config, which names it.
-        outputs: "panoptic", "instance" or "semantic": what its labels are read for.
+        key: config key that names it, for error messages.
+        outputs: what its labels are read for: "panoptic", "instance" or "semantic".
 
     Raises:
-        ValueError: with both numbers of classes.
+        ValueError: if they do not match.
     """
     classes = cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES
     if not outputs:
@@ -160,13 +160,13 @@ def build_evaluators(cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
     """Evaluators of all outputs that are enabled and for which the data set has labels.
 
     Args:
-        cfg: ``MODEL.MASK_FORMER.TEST`` says what is switched on, ``OUTPUT_DIR`` where
-            predictions go.
+        cfg: ``MODEL.MASK_FORMER.TEST`` enables outputs; predictions are written to
+            ``OUTPUT_DIR``.
         dataset_name: a registered data set; its ``evaluator_type`` determines its labels.
 
     Raises:
-        ValueError: if the type is unknown, or nothing is left to evaluate.
-        ModuleNotFoundError: without cityscapesScripts, for AP and mIoU of Cityscapes.
+        ValueError: for an unsupported ``evaluator_type``, or if nothing is left to evaluate.
+        ModuleNotFoundError: for AP and mIoU of Cityscapes without cityscapesScripts.
     """
     outputs = wanted_outputs(cfg, dataset_name)
     kind = MetadataCatalog.get(dataset_name).evaluator_type

@@ -1,11 +1,11 @@
-"""Registers the data sets of official configs that Detectron2 itself does not have.
+"""Registers the data sets of official configs that Detectron2 does not register.
 
 ``coco_2017_{train,val}_panoptic_with_sem_seg``: COCO panoptic, with semantic PNGs, so that one
 evaluation gives PQ, AP and mIoU. ``ade20k_panoptic_{train,val}``: ADE20K with its 150 classes.
 ``ade20k_instance_{train,val}``: its 100 things. Detectron2's own ``cityscapes_fine_instance_seg_*``
-say what to install if a package is missing.
+now name the package to install if one is missing.
 
-The files are those that the official preparation scripts make, in the folder of all data sets,
+The files are those of the official preparation scripts, in the folder of all data sets,
 ``$DETECTRON2_DATASETS``. Nothing is read before a data set is used.
 """
 
@@ -35,15 +35,15 @@ _ADE20K_STUFF = frozenset(
 
 
 def check_packages(dataset_name: str, *packages: str) -> None:
-    """Name the package to install if a data set needs one that this project does not.
+    """Check for packages that a data set needs and this project does not.
 
     Raises:
-        ModuleNotFoundError: if one of them is missing.
+        ModuleNotFoundError: if one is missing; names it.
     """
     missing = [package for package in packages if find_spec(package) is None]
     if missing:
         raise ModuleNotFoundError(
-            f"the data set {dataset_name!r} needs a package that is not here: "
+            f"the data set {dataset_name!r} needs a package that is not installed: "
             f"pip install {' '.join(missing)}"
         )
 

@@ -35,7 +35,7 @@ Segments = list[tuple[int, np.ndarray]]
 
 _PAD_VALUE = 128
 _IGNORE = 255
-# Keys that only the mapper needs, and that are costly to send between processes.
+# Keys that only the mapper needs, and that would be costly to send between processes.
 _CONSUMED = ("annotations", "segments_info", "sem_seg_file_name", "pan_seg_file_name")
 
 
@@ -78,7 +78,7 @@ def _instance_segments(
             mask = polygons_to_bitmask(polygons, *size)
         else:
             mask = mask_util.decode(shape) if isinstance(shape, dict) else np.asarray(shape)
-            # Padding may be 255, which is not foreground.
+            # Padding may have the value 255, which is not foreground.
             mask = transforms.apply_segmentation(mask.astype(np.uint8)) == 1
         segments.append((annotation["category_id"], mask))
     return segments
@@ -120,8 +120,8 @@ def read_segments(
         ignore_label: semantic label that is not a class.
 
     Returns:
-        Instances with ``gt_classes`` (G,) and bool ``gt_masks`` (G, H, W), without crowds and
-        without segments that have no pixel left.
+        Instances with ``gt_classes`` (G,) and bool ``gt_masks`` (G, H, W), without crowds and empty
+        segments.
 
     Raises:
         ValueError: if the record lacks what the task needs.
@@ -221,11 +221,12 @@ class MaskFormerMapper:
         """
         Args:
             task: see `read_segments`.
-            augmentations: applied one after the other.
+            augmentations: applied in this order.
             image_format: "RGB" or "BGR".
             ignore_label: semantic label that is not a class.
             pad_to: pad image and masks to this height and width; not positive: no padding.
-            classes: of the model; larger semantic labels are refused. None: no check.
+            classes: number of the model's classes; other semantic labels are refused. None: no
+                check.
         """
         self.task = task
         self.augmentations = T.AugmentationList(augmentations)
@@ -238,7 +239,11 @@ class MaskFormerMapper:
         )
 
     def __call__(self, record: Record) -> dict[str, Any]:
-        """A training sample: the record with ``image`` uint8 (3, H, W) and ``instances``."""
+        """A training sample: the record with ``image`` uint8 (3, H, W) and ``instances``.
+
+        Raises:
+            ValueError: if the record lacks what the task needs, or for labels that are not classes.
+        """
         image = utils.read_image(record["file_name"], format=self.image_format)
         sample = {key: value for key, value in record.items() if key not in _CONSUMED}
         utils.check_image_size(sample, image)
@@ -270,7 +275,7 @@ def build_mapper(cfg: CfgNode) -> MaskFormerMapper:
     """The training mapper that ``INPUT.DATASET_MAPPER_NAME`` names.
 
     Raises:
-        ValueError: if there is none of that name.
+        ValueError: if there is none with that name.
     """
     name = cfg.INPUT.DATASET_MAPPER_NAME
     if name not in MAPPERS:
@@ -284,7 +289,7 @@ def build_mapper(cfg: CfgNode) -> MaskFormerMapper:
         augment(cfg, task),
         cfg.INPUT.FORMAT,
         metadata.get("ignore_label", cfg.MODEL.SEM_SEG_HEAD.IGNORE_VALUE),
-        # Large scale jitter has its own size.
+        # Large scale jitter pads to its own size.
         cfg.INPUT.SIZE_DIVISIBILITY if augment is _resize_and_crop else 0,
         cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES,
     )

@@ -50,14 +50,14 @@ class SetCriterion(nn.Module):
         """
         Args:
             num_classes: K.
-            matcher: assigns queries to segments, for every prediction anew.
-            weights: of ``loss_ce``, ``loss_mask`` and ``loss_dice``.
+            matcher: assigns queries to segments, separately for every prediction.
+            weights: of ``loss_ce``, ``loss_mask`` and ``loss_dice``, by these names.
             no_object_weight: weight of "no object" among the classes.
             num_points, oversample_ratio, importance_sample_ratio: see `uncertain_points`.
             deep_supervision: also supervise ``aux_outputs``.
 
         Raises:
-            ValueError: if the sampling ratios make no sense.
+            ValueError: if a sampling ratio is out of range.
         """
         super().__init__()
         if oversample_ratio < 1 or not 0 <= importance_sample_ratio <= 1:

@@ -88,6 +88,16 @@ class MSDeformAttn(nn.Module):
     """Deformable attention over several levels, with the official parameter names."""
 
     def __init__(self, dim: int, levels: int, heads: int, points: int) -> None:
+        """
+        Args:
+            dim: C.
+            levels: L.
+            heads: M.
+            points: P.
+
+        Raises:
+            ValueError: if C is not a multiple of M.
+        """
         super().__init__()
         if dim % heads:
             raise ValueError(
@@ -103,7 +113,7 @@ class MSDeformAttn(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Equal weights; head m looks in direction m, its point p goes p + 1 cells that way."""
+        """Equal weights; head m looks in direction m, its point p is p + 1 cells away."""
         heads, levels, points = self.shape
         angle = torch.arange(heads) * (2 * math.pi / heads)
         direction = torch.stack((angle.cos(), angle.sin()), dim=-1)
@@ -131,7 +141,7 @@ class MSDeformAttn(nn.Module):
         heads, levels, points = self.shape
         batch, queries, _ = query.shape
         offsets = self.sampling_offsets(query).view(batch, queries, heads, levels, points, 2)
-        # Offsets count the level's cells.
+        # Offsets are in cells of the level.
         cells = offsets.new_tensor([(width, height) for height, width in sizes])
         locations = reference[None, :, None, None, None] + offsets / cells[:, None]
         weights = self.attention_weights(query).view(batch, queries, heads, levels * points)

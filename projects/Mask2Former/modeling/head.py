@@ -28,6 +28,12 @@ class MaskFormerHead(nn.Module):
     def __init__(
         self, *, num_classes: int, pixel_decoder: nn.Module, transformer_predictor: nn.Module
     ) -> None:
+        """
+        Args:
+            num_classes: K, without "no object".
+            pixel_decoder: see `build_pixel_decoder`.
+            transformer_predictor: see `build_transformer_decoder`.
+        """
         super().__init__()
         self.num_classes = num_classes
         self.pixel_decoder = pixel_decoder
@@ -57,6 +63,6 @@ class MaskFormerHead(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def forward(self, features: Mapping[str, Tensor]) -> dict[str, Any]:
-        """Maps by name to what the transformer decoder returns."""
+        """Features (B, C, H, W) by name to the output of the transformer decoder."""
         mask_features, _, levels = self.pixel_decoder.forward_features(features)
         return self.predictor(levels, mask_features)

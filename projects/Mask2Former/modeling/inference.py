@@ -31,10 +31,10 @@ def panoptic_inference(
     Args:
         logits: (Q, K + 1) class logits.
         masks: (Q, H, W) mask logits.
-        things: classes of which each query is a segment of its own; other queries of one class
-            become one segment.
+        things: classes whose queries are separate segments; the queries of any other class become
+            one segment.
         object_mask_threshold: queries need a class score above this.
-        overlap_threshold: queries must keep at least this share of their mask.
+        overlap_threshold: the pixels that a query wins must be at least this share of its mask.
 
     Returns:
         Segment ids, int32 (H, W), 0 where there is none, and for each segment ``id``, ``isthing``
@@ -79,11 +79,11 @@ def instance_inference(
         logits: (Q, K + 1) class logits.
         masks: (Q, H, W) mask logits.
         things: classes that have instances; None: all.
-        limit: number of pairs, before those of other classes are dropped.
+        limit: number of pairs, before those of classes without instances are dropped.
 
     Returns:
         Instances with ``pred_masks`` (0 or 1, float), ``pred_boxes`` around them, ``pred_classes``
-        and ``scores``: the class score times the mean of the mask inside of itself.
+        and ``scores``: the class score times the mean mask probability inside the mask.
     """
     scores = logits.softmax(-1)[:, :-1]
     classes = scores.shape[1]

@@ -1,4 +1,4 @@
-"""Hungarian matching of queries and segments.
+"""Hungarian matching of queries to segments.
 
 Shorthand: Q queries, G segments of an image, P points, K classes.
 """
@@ -33,11 +33,16 @@ def pairwise_dice(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 class HungarianMatcher:
-    """Costs of class, mask and dice, masks compared at random points; solved by scipy."""
+    """Assigns queries to segments by class, mask and dice costs, with scipy."""
 
     def __init__(
         self, cost_class: float, cost_mask: float, cost_dice: float, num_points: int
     ) -> None:
+        """
+        Args:
+            cost_class, cost_mask, cost_dice: weights of the costs.
+            num_points: P, the random points at which masks are compared.
+        """
         self.cost_class = cost_class
         self.cost_mask = cost_mask
         self.cost_dice = cost_dice

@@ -52,15 +52,15 @@ class MaskFormer(NormalizingModel):
             backbone, sem_seg_head, criterion: the parts.
             things: classes that have instances; None if unknown.
             size_divisibility: images are padded to a multiple of it; negative: the backbone's.
-            sem_seg_postprocess_before_inference: resize masks to the output size first, and not
-                the semantic map at the end. Panoptic and instance output ask for it.
+            sem_seg_postprocess_before_inference: resize masks to the output size first, instead of
+                the semantic map at the end; needed for panoptic and instance output.
             pixel_mean, pixel_std: of each channel.
             semantic_on, panoptic_on, instance_on: kinds of output.
             object_mask_threshold, overlap_threshold: see `panoptic_inference`.
             test_topk_per_image: see `instance_inference`.
 
         Raises:
-            ValueError: if no output is wanted, or panoptic output without known things.
+            ValueError: if no output is enabled, or panoptic output without known things.
         """
         super().__init__(pixel_mean, pixel_std)
         if not (semantic_on or panoptic_on or instance_on):
@@ -134,12 +134,12 @@ class MaskFormer(NormalizingModel):
         Args:
             batched_inputs: for each image ``image`` (3, H, W); in training ``instances`` with
                 ``gt_classes`` (G,) and ``gt_masks`` (G, H, W), a tensor or BitMasks; in inference
-                optionally ``height`` and ``width`` of the output, else that of the image.
+                optionally ``height`` and ``width`` of the output, by default those of the image.
 
         Returns:
-            In training a dict of losses. In inference for each image a dict with those of
-            ``sem_seg`` (K, height, width), ``panoptic_seg`` (see `panoptic_inference`) and
-            ``instances`` (see `instance_inference`) that are switched on.
+            In training a dict of losses. In inference for each image a dict with the enabled ones
+            of ``sem_seg`` (K, height, width), ``panoptic_seg`` (see `panoptic_inference`) and
+            ``instances`` (see `instance_inference`).
         """
         images = ImageList.from_tensors(
             [self.normalize(x["image"]) for x in batched_inputs],

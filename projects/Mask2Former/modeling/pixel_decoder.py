@@ -105,7 +105,7 @@ class MSDeformAttnPixelDecoder(nn.Module):
             input_shape: channels and stride of the backbone's features.
             transformer_in_features: the features that the transformer refines.
             transformer_dropout, transformer_nheads, transformer_points, transformer_enc_layers:
-                the transformer; points are those a head samples in each level.
+                of the transformer; points are those a head samples in each level.
             conv_dim: C.
             mask_dim: channels of the per-pixel embeddings.
             norm: normalisation in the FPN.
@@ -223,7 +223,7 @@ def build_pixel_decoder(cfg: CfgNode, input_shape: Mapping[str, ShapeSpec]) -> n
     """The pixel decoder that ``MODEL.SEM_SEG_HEAD.PIXEL_DECODER_NAME`` names.
 
     Raises:
-        ValueError: if there is none of that name, or it has no ``forward_features``.
+        ValueError: if there is none with that name, or it has no ``forward_features``.
     """
     name = cfg.MODEL.SEM_SEG_HEAD.PIXEL_DECODER_NAME
     if name not in SEM_SEG_HEADS_REGISTRY:
@@ -234,7 +234,7 @@ def build_pixel_decoder(cfg: CfgNode, input_shape: Mapping[str, ShapeSpec]) -> n
     decoder = SEM_SEG_HEADS_REGISTRY.get(name)
     if not hasattr(decoder, "forward_features"):
         raise ValueError(
-            f"MODEL.SEM_SEG_HEAD.PIXEL_DECODER_NAME: {name!r} is no pixel decoder, it has no "
+            f"MODEL.SEM_SEG_HEAD.PIXEL_DECODER_NAME: {name!r} is not a pixel decoder: it has no "
             "forward_features"
         )
     return decoder(cfg, input_shape)

@@ -1,4 +1,4 @@
-"""Sampling of masks at points, and of points (PointRend, Kirillov et al., arXiv 1912.08193).
+"""Sampling masks at points, and choosing points (PointRend, Kirillov et al., arXiv 1912.08193).
 
 Points are x and y in [0, 1] from edge to edge of a mask, whatever its resolution.
 """

@@ -1,7 +1,7 @@
 """Transformer decoder with masked attention (Cheng et al., arXiv 2112.01527, section 3.2).
 
-Every layer attends to one level of the pixel decoder, each query only inside of the mask that it
-predicted before; then the queries attend to each other.
+In every layer the queries attend to one level of the pixel decoder, each only inside the mask that
+it has predicted before, and then to each other.
 
 Shorthand: B images, Q queries, C = ``MODEL.MASK_FORMER.HIDDEN_DIM`` channels, K classes.
 """
@@ -137,10 +137,13 @@ class MultiScaleMaskedTransformerDecoder(nn.Module):
             num_classes: K, without "no object".
             hidden_dim: C.
             num_queries: Q.
-            nheads, dim_feedforward, pre_norm: the layers.
+            nheads, dim_feedforward, pre_norm: of the layers.
             dec_layers: number of layers; layer i attends to level i modulo 3, coarsest first.
             mask_dim: channels of the per-pixel embeddings.
             enforce_input_project: project the levels even if they have C channels.
+
+        Raises:
+            ValueError: if mask_classification is False.
         """
         super().__init__()
         if not mask_classification:
@@ -260,7 +263,7 @@ def build_transformer_decoder(
     """The decoder that ``MODEL.MASK_FORMER.TRANSFORMER_DECODER_NAME`` names.
 
     Raises:
-        ValueError: if there is none of that name.
+        ValueError: if there is none with that name.
     """
     name = cfg.MODEL.MASK_FORMER.TRANSFORMER_DECODER_NAME
     if name not in TRANSFORMER_DECODER_REGISTRY:
