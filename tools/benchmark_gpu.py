@@ -3,7 +3,7 @@
 
 Segmenter's ViT-L, DINOv2 and, where Detectron2 is installed, ViTDet's ViT: plain, with each method
 at BUDGET 0.5 and 0.7, and with the published operator; at batch 1, 8 and 32, in bf16, fp16 and
-fp32, eager and compiled. Needs torch and timm. Results are written as they come.
+fp32, eager and compiled. Needs torch and timm. Results are written as they are measured.
 
 Examples::
 
@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))  # from a bare environment too
+sys.path.insert(0, str(ROOT))  # so that the package need not be installed
 
 from expedit_d2.analysis import gpu_benchmark as benchmark  # noqa: E402
 from expedit_d2.analysis.gpu_models import MODELS, SMALL_MODELS  # noqa: E402
@@ -36,13 +36,13 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     option = parser.add_argument
     option("--device", choices=["cpu", "cuda"], default="cuda", help="(%(default)s)")
-    option("--small", action="store_true", help="small models, as for a CPU")
-    option("--models", nargs="+", metavar="NAME", help="those whose names have this in them (all)")
+    option("--small", action="store_true", help="small models, for a CPU")
+    option("--models", nargs="+", metavar="NAME", help="models whose names contain this (all)")
     option("--settings", nargs="+", choices=[*benchmark.settings()], metavar="NAME", help="(all)")
     option("--batch", nargs="+", type=int, default=benchmark.BATCHES, metavar="N", help="images")
     option("--dtype", nargs="+", choices=DTYPES, default=benchmark.PRECISIONS)
     option("--mode", nargs="+", choices=[*MODES], default=[*MODES])
-    option("--seconds", type=float, default=450, help="begin nothing later (%(default)s)")
+    option("--seconds", type=float, default=450, help="start nothing after this time (%(default)s)")
     option("--output", type=Path, default=Path("benchmark_gpu"), help="a folder (%(default)s)")
     args = parser.parse_args(argv)
     if min(args.batch) < 1:
@@ -107,7 +107,7 @@ def main(argv: list[str] | None = None) -> int:
     if deviations:
         worst = max(deviations, key=lambda row: row["deviation"])
         text.append(
-            f"In fp32 outputs of small models are within {worst['deviation']:.1e} of the CPU's "
+            f"In fp32, outputs of small models are within {worst['deviation']:.1e} of the CPU's "
             f"({worst['model']}, {worst['name']})."
         )
     if left:

@@ -1,8 +1,8 @@
 #!/usr/bin/env python
 """Time the two operators, a dense implementation, and the blocks of a ViT-L.
 
-Dense is what the published code does (expedit_d2/analysis/dense.py). Everything for one map size
-is timed in turns in one run, after a check that both implementations agree.
+The dense implementation is that of the published code (expedit_d2/analysis/dense.py). All that is
+measured for one map size is timed in turns, after a check that both implementations agree.
 
 Examples::
 
@@ -79,7 +79,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         metavar="N",
         help=f"blocks of the ViT-L to time, scaled to all {VIT_DEPTH} (%(default)s)",
     )
-    option("--no-vit", action="store_true", help="leave the ViT-L out")
+    option("--no-vit", action="store_true", help="without the ViT-L")
     option("--json", type=Path, metavar="FILE", help="also write the numbers here")
     args = parser.parse_args(arguments)
     if args.channels % 64:
@@ -108,23 +108,31 @@ def vit_blocks(args: argparse.Namespace, device: torch.device, dtype: torch.dtyp
 
 
 def check_agreement(name: str, ours: Call, dense: Call) -> None:
-    """Exit unless both results are equal for 99 % of the tokens.
+    """Check that both results are equal for 99 % of the tokens.
 
-    Such tokens have two clusters equally far and take another one as their last neighbor.
+    The others have two clusters at the same distance, either of which may be their last neighbor.
+
+    Raises:
+        ValueError: if not.
     """
     expected = dense()
     errors = (ours() - expected).norm(dim=-1) / expected.norm(dim=-1)
     error = errors.flatten().quantile(0.99)
     if not error < 1e-3:
-        raise ValueError(f"{name}: differs from dense by {error:.1e}; nothing timed")
+        raise ValueError(f"{name} differs from the dense result by {error:.1e}; nothing is timed")
 
 
 def make_calls(
     args: argparse.Namespace, tokens: Tensor, refined: Tensor
 ) -> tuple[dict[str, Call], list[tuple[str, str]]]:
-    """Functions to time by name, and pairs that must have equal results."""
+    """Functions to time by name, and pairs that must have equal results.
+
+    Args:
+        tokens: (B, H, W, C).
+        refined: (B, h, w, C), the clusters after the blocks.
+    """
     grid = (refined.shape[1], refined.shape[2])
-    # As "auto" would choose for such tokens.
+    # About what "auto" chooses for such tokens.
     temperature = 6 / args.channels
     clustering = (tokens, grid, args.iterations, temperature, args.window)
     rebuild = (refined, tokens, cluster_tokens(*clustering)[0], args.neighbors, temperature)
@@ -249,7 +257,7 @@ def main(args: argparse.Namespace) -> None:
     rows = [row for result in results for row in table_rows(result, args.window)]
     aligned = ("left", "left", *["right"] * (len(HEADERS) - 2))
     print(tabulate(rows, HEADERS, disable_numparse=True, colalign=aligned))
-    print("Median (middle half) of the repeats; memory: most at once, beyond the inputs.")
+    print("Median (middle half) of the repeats. Peak memory: beyond the inputs.")
     if args.json:
         report = {"environment": environment, "settings": settings, "results": results}
         # Only timings need conversion for JSON.

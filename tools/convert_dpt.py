@@ -25,7 +25,7 @@ def build_on_meta(cfg: CfgNode) -> nn.Module:
     """The configured model without weights, for names and shapes."""
     if cfg.MODEL.META_ARCHITECTURE != "DPT":
         raise ValueError(
-            "--config-file must be one of projects/DPT/configs, or on top of one: its "
+            "--config-file must be one of projects/DPT/configs, or based on one: its "
             f"MODEL.META_ARCHITECTURE is {cfg.MODEL.META_ARCHITECTURE!r}, not 'DPT'"
         )
     cfg.MODEL.DEVICE = "meta"

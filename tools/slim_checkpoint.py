@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Keep only the weights of a checkpoint, in half precision.
+"""Write only the weights of a checkpoint, in half precision.
 
 Examples::
 
@@ -37,7 +37,7 @@ def run(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--head-of",
         metavar="CONFIG",
-        help="leave out what this config freezes and takes from elsewhere",
+        help="leave out the backbone that this config freezes and loads from its CHECKPOINT",
     )
     add_trust_option(parser)
     args = parser.parse_args(arguments)

@@ -8,8 +8,7 @@ They are given as::
 - ``panoptic.json``, ``panoptic.json@images`` or ``panoptic.json@images@pngs``: a COCO panoptic
   file, recognised by its content; ``panoptic.json@@pngs`` gives only the folder of the PNGs;
 - ``labels`` or ``labels@images``: a folder of PNGs, at any depth, whose pixels are class ids (255
-is
-  ignored), and a folder of images with the same names. Class names are read from ``classes.txt``
+  is ignored), and a folder of images with the same names. Class names are read from ``classes.txt``
   (one per line) or ``classes.json`` (a list) in the folder of labels; without these, classes are
   numbered up to the largest id.
 
