@@ -1,8 +1,8 @@
 """``BUDGET``: from a share of the blocks' GFLOPs to alpha and counts, by rules that were measured.
 
-- Methods that reduce "early", such as METHOD merge: a few merges in the first blocks (`MergeRule`),
-  down to the share of tokens that meets the budget. Four merges with two rounds of matching are as
-  accurate as one before each of the first three quarters of the blocks, with far fewer kernels.
+- Methods that reduce "evenly", such as METHOD merge: a few merges spread over the depth (`MERGES`),
+  each of the same share, down to the share of tokens that meets the budget. Every merge launches
+  about 60 kernels, so there are few.
 - Methods that reduce "late", such as those that leave a grid: few clusters late are more accurate
   than many clusters early, until they become too few. So alpha is the latest one at which the
   budget is met with at least the share of clusters that the family tolerates (`GridRule`).
@@ -155,10 +155,8 @@ def _merging(settings: Settings, spec: TransformerSpec, name: str) -> Settings:
     costs, elsewhere, whole = _costs(spec, stage)
     method, depth = METHOD_REGISTRY[name], len(costs.blocks)
     alphas: Sequence[int] = range(depth)
-    if method.budget_rule == "early":
-        alphas = sorted({round(depth * part) for part in stage.merge_rule.alphas})
-    if "schedule" in method.reads:
-        settings = replace(settings, schedule=settings.schedule or stage.merge_rule.schedule)
+    if method.budget_rule == "evenly":
+        alphas = sorted({round(depth * part) for part in stage.merges})
 
     def share(keep: float) -> float:
         return (elsewhere + costs.merged(method, settings, keep, alphas)) / whole

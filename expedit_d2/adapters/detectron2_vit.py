@@ -19,7 +19,16 @@ from ..operators import grid_positions, on_device
 from ..tokens import Layout, Tokens
 from ..tracing import shape_of
 from ..windows import from_slots, partition, slot_rows, to_slots, unpartition
-from .spec import BlockCosts, GridRule, MergeRule, TransformerSpec, block_costs, is_class, mean_keys
+from .spec import (
+    MERGES,
+    WINDOWED_MERGES,
+    BlockCosts,
+    GridRule,
+    TransformerSpec,
+    block_costs,
+    is_class,
+    mean_keys,
+)
 
 FAMILY = "Detectron2's ViT (ViTDet)"
 
@@ -59,7 +68,7 @@ def spec_of(
         fused=attend_layer,
         unstructured=unstructured,
         inside=True,
-        merge_rule=MergeRule.windowed() if window else MergeRule(),
+        merges=WINDOWED_MERGES if window else MERGES,
         grid_rule=GridRule(latest=0.75, least_latest=0.375),
         size=_size(vit, blocks),
     )

@@ -26,9 +26,9 @@ from ..tokens import Layout, Tokens
 from ..tracing import shape_of
 from ..windows import from_slots, partition, shifted_mask, slot_rows, to_slots, unpartition
 from .spec import (
+    WINDOWED_MERGES,
     BlockCosts,
     GridRule,
-    MergeRule,
     TransformerSpec,
     block_costs,
     is_class,
@@ -85,7 +85,7 @@ def spec_of(
         return TransformerSpec(
             owner=layer,
             attribute="blocks",
-            merge_rule=MergeRule.windowed(),
+            merges=WINDOWED_MERGES,
             grid_rule=_GRID_RULE,
             window=window,
             outputs=(len(layer.blocks) - 1,),

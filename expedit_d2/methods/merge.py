@@ -1,10 +1,10 @@
-"""Merging before every block, by a schedule that falls with depth.
+"""Merging before a few of the blocks, each time the same share of the tokens.
 
 Bipartite matching on keys and proportional attention come from ToMe (Bolya et al., arXiv
-2210.09461): the most similar tokens become one. The differences are: the share that is merged falls
-from block to block, where ToMe's constant number is a growing share; tokens are merged before a
-block, by the keys that it would compute, averaged over the heads; and pairs of large clusters are
-merged a little later.
+2210.09461): the most similar tokens become one. The differences are: every merge takes the same
+share of the tokens that are left, where ToMe's constant number is a growing share; tokens are
+merged before a block, by the keys that it would compute, averaged over the heads; and pairs of
+large clusters are merged a little later.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ class Merge(UnstructuredMethod):
     """Merges the share of the tokens given by SCHEDULE before each alpha."""
 
     reads = UnstructuredMethod.reads | {"schedule", "rounds"}
-    budget_rule = "early"
+    budget_rule = "evenly"
 
     @staticmethod
     def spread(settings: Settings) -> Spread:
-        return SCHEDULES[settings.schedule or "falling"]
+        return SCHEDULES[settings.schedule or "equal"]
 
     @staticmethod
     def cost(settings: Settings, tokens: float, clusters: float, channels: int) -> float:

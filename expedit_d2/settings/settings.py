@@ -45,8 +45,7 @@ class Settings:
             "merge" with keep, "expedit" with grid or ratio, and with budget the best one for the
             transformer.
         schedule: how method "merge" spreads one ``keep`` over several alphas: the share that it
-            merges is "falling" linearly from the first to the last, or "equal". None: "falling",
-            and with budget the best one for the transformer.
+            merges is "equal", or "falling" linearly from the first to the last. None: "equal".
         rounds: rounds of bipartite matching in each merge.
         iterations: soft k-means steps, the paper's kappa.
         temperature: multiplies squared distances, the paper's tau; None (or "auto") follows the

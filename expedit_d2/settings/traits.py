@@ -9,7 +9,7 @@ from ..registry import Registry
 
 __all__ = ["METHOD_REGISTRY", "MethodTraits", "default_method"]
 
-_BUDGET_RULES = ("late", "early", "every")
+_BUDGET_RULES = ("late", "evenly", "every")
 
 
 class MethodTraits:
@@ -25,8 +25,8 @@ class MethodTraits:
     unstructured = False
     #: Whether it reduces inside the block after alpha, between its attention and its MLP.
     inside = False
-    #: Where BUDGET lets it reduce: once, "late" (see `GridRule`); a few times, "early" (see
-    #: `MergeRule`); or at "every" block.
+    #: Where BUDGET lets it reduce: once, "late" (see `GridRule`); a few times, "evenly" (see
+    #: `MERGES`); or at "every" block.
     budget_rule = "late"
 
 

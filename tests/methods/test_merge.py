@@ -146,9 +146,10 @@ def count_of(vit, x, **settings) -> list[int]:
 def test_counts_of_a_schedule():
     vit, x = timm_vit(), images()
     equal = [round(TOKENS * 0.4 ** (i / 3)) for i in (1, 2, 3)]
-    assert count_of(vit, x, alpha=(0, 1, 2), keep=0.4, schedule="equal") == [*equal, equal[-1]]
+    assert count_of(vit, x, alpha=(0, 1, 2), keep=0.4) == [*equal, equal[-1]]
     falling = [round(TOKENS * 0.4 ** (i / 6)) for i in (3, 3 + 2, 3 + 2 + 1)]
-    assert count_of(vit, x, alpha=(0, 1, 2), keep=0.4) == [*falling, falling[-1]]
+    counts = count_of(vit, x, alpha=(0, 1, 2), keep=0.4, schedule="falling")
+    assert counts == [*falling, falling[-1]]
     assert count_of(vit, x, alpha=(0, 1, 2), keep=38)[-1] == 38
     assert count_of(vit, x, alpha=(1, 3), keep=(0.75, 30)) == [96, 72, 72, 30]
     assert count_of(vit, x, alpha=(3, 1), keep=(30, 0.75)) == [96, 72, 72, 30]
