@@ -24,11 +24,6 @@ IDENTITY = {"temperature": 1e6, "neighbors": 1}
 KINDS = ("Sam", "SamHQ")
 
 
-@pytest.fixture(autouse=True)
-def seed():
-    torch.manual_seed(0)
-
-
 def config_of(kind: str, **changes):
     settings = {
         "image_size": SIDE * PATCH,

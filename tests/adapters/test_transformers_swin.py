@@ -25,11 +25,6 @@ STAGES = ["stage1", "stage2", "stage3", "stage4"]
 KINDS = ("SwinModel", "SwinBackbone", "MaskFormerSwinBackbone")
 
 
-@pytest.fixture(autouse=True)
-def seed():
-    torch.manual_seed(0)
-
-
 def config_of(name: str = "Swin", **changes):
     settings = {
         "image_size": 128,
