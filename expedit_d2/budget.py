@@ -156,7 +156,7 @@ def _merging(settings: Settings, spec: TransformerSpec, name: str) -> Settings:
     method, depth = METHOD_REGISTRY[name], len(costs.blocks)
     alphas: Sequence[int] = range(depth)
     if method.budget_rule == "evenly":
-        alphas = sorted({round(depth * part) for part in stage.merges})
+        alphas = sorted({depth * merge // stage.merges for merge in range(stage.merges)})
 
     def share(keep: float) -> float:
         return (elsewhere + costs.merged(method, settings, keep, alphas)) / whole

@@ -122,17 +122,27 @@ def test_costs_of_a_plain_model_are_those_that_fvcore_counts():
 def test_what_is_chosen():
     spec = find_transformer(vit_b())
     merge = within_budget(Settings(budget=0.5), spec)
-    assert (merge.method, merge.alphas, merge.budget) == ("merge", (0, 2, 3, 4), None)
+    assert (merge.method, merge.alphas, merge.budget) == ("merge", (0, 1, 3, 4), None)
     assert within_budget(Settings(budget=0.4), spec).keep < merge.keep
     # Late where the clusters stay many enough, else earlier.
     grids = [within_budget(Settings(budget=b, method="expedit"), spec) for b in (0.75, 0.5)]
     assert grids[0].alpha == 3 and grids[1].alpha < 3
     assert min(setting.ratio for setting in grids) >= 0.6
     merge = within_budget(Settings(budget=0.5), find_transformer(vitdet()))
-    assert (merge.method, merge.alphas) == ("merge", (0, 1, 3, 4, 5, 7))
+    assert (merge.method, merge.alphas) == ("merge", (0, 1, 2, 4, 5, 6))
     windows = within_budget(Settings(budget=0.8, method="expedit"), find_transformer(vitdet()))
     assert (windows.method, windows.scope) == ("expedit", "window")
     assert windows.grid[0] == windows.grid[1] < 8
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3, 5, 24])
+def test_merges_are_spread_over_any_depth(depth):
+    spec = find_transformer(timm_vit(depth=depth))
+    alphas = within_budget(Settings(budget=0.7), spec).alphas
+    assert alphas[0] == 0 and alphas[-1] < depth
+    assert len(alphas) == min(depth, 4)
+    gaps = [later - earlier for earlier, later in zip(alphas, (*alphas[1:], depth), strict=True)]
+    assert max(gaps) - min(gaps) <= 1
 
 
 def test_other_settings_stay():

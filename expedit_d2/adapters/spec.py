@@ -42,11 +42,11 @@ class GridRule:
     least_earlier: float = 0.6
 
 
-#: Where METHOD merge merges with BUDGET, as shares of the depth. Spread evenly, outputs agree in
-#: 0.1 to 9 % more of the pixels than early (semantic, panoptic and depth heads).
-MERGES = (0, 1 / 4, 1 / 2, 3 / 4)
-#: With windowed attention. Two more merges keep 1.4 % more of a detector's AP.
-WINDOWED_MERGES = (0, 1 / 6, 1 / 3, 1 / 2, 2 / 3, 5 / 6)
+#: How often METHOD merge merges with BUDGET. Spread evenly over the depth, outputs agree in 0.1 to
+#: 9 % more of the pixels than early (semantic, panoptic and depth heads).
+MERGES = 4
+#: The same with windowed attention. Two more merges keep 1.4 % more of a detector's AP.
+WINDOWED_MERGES = 6
 
 
 class BlockCosts(NamedTuple):
@@ -106,7 +106,7 @@ class TransformerSpec:
         inside: whether the blocks can be taken apart, for methods that reduce inside a block.
         size: (H, W) in tokens of the map that the model was made for; costs are computed there.
         grid_rule: for BUDGET, where methods that leave a grid reduce.
-        merges: where METHOD merge merges with BUDGET, as shares of the depth.
+        merges: how often METHOD merge merges with BUDGET.
         fused: computes the output of an attention layer (``block.attn``) from the layer and its
             arguments, by scaled dot-product attention; None where the layers do so themselves.
         stages: where the blocks lie in several containers, one spec each, in order; tokens
@@ -127,7 +127,7 @@ class TransformerSpec:
     inside: bool = False
     size: tuple[int, int] = (64, 64)
     grid_rule: GridRule = GridRule()
-    merges: tuple[float, ...] = MERGES
+    merges: int = MERGES
     fused: Callable[..., Tensor] | None = None
     stages: tuple[TransformerSpec, ...] = ()
     transformer: nn.Module | None = None
