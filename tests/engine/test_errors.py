@@ -128,7 +128,7 @@ TOOLS = {
     "draw": (["--config-file", VITDET, "--output", "some/folder"], "some/folder"),
     "demo": (["--output", "some/folder"], "some/folder"),
     "export": (["--config-file", VITDET, "--output", "x.onnx"], "nothing was written"),
-    "paper_tables": ([], "what was done"),
+    "paper_tables": ([], "the rows that are done"),
     "benchmark_backbone": (["--config-file", VITDET], "nothing was written"),
     "benchmark_operators": ([], "nothing was written"),
 }
