@@ -19,8 +19,8 @@ ROW = re.compile(
     re.MULTILINE,
 )
 #: Points by which the metric of the plain model, and the percentage kept of it, may differ between
-#: these few images and README's. They do by up to (mIoU 0.2 and 0.6, δ1 0.2 and 1.5, PQ 5.8 and 6.5,
-#: mask AP 7.0 and 8.6, box AP 9.8 and 3.5); one object more or less in six images is several points.
+#: these few images and README's. They differ by (mIoU 0.2 and 0.6, δ1 0.2 and 1.5, PQ 5.8 and 6.5,
+#: mask AP 1.8 and 8.6, box AP 9.8 and 3.5): one object in six images is several points.
 NOISE = {"mIoU": (8, 3), "δ1": (8, 4), "PQ": (12, 9), "mask AP": (14, 12), "box AP": (20, 7)}
 #: Points by which the same images may differ between machines: rounding flips pixels at borders,
 #: and an instance whose score is at a threshold.
