@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from expedit_d2 import expedite, fuse_attention
 from expedit_d2.adapters.timm_vit import PrefixLayout
 from expedit_d2.attention import MasksAsChannels
-from expedit_d2.methods import METHOD_REGISTRY
-from support.vits import detectron2_vit, images, swin, timm_eva, timm_vit
+from support.every_method import MODELS, PAIRS, SIZE, outputs, settings_for
+from support.vits import images
 
 pytestmark = pytest.mark.slow
 
@@ -24,44 +22,6 @@ def fresh():
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
-
-
-SIZE = (6, 8)  # tokens of the images here
-MODELS = {
-    "timm_vit": partial(timm_vit, SIZE, depth=2, dynamic_img_size=True),
-    "timm_eva": partial(timm_eva, SIZE, depth=2, use_rot_pos_emb=True, dynamic_img_size=True),
-    "detectron2_vit": partial(
-        detectron2_vit, img_size=32, depth=2, window_size=4, window_block_indexes=(0,)
-    ),
-    "swin": partial(swin, depths=(2,), num_heads=(2,), out_features=["res2"]),
-}
-
-
-def settings_for(kind: str, method: str) -> dict:
-    settings = {"alpha": 1, "method": method}
-    if "iterations" in METHOD_REGISTRY[method].reads:
-        settings["iterations"] = 2
-    if METHOD_REGISTRY[method].unstructured:
-        return settings | {"keep": 0.6}
-    if kind == "swin":
-        return settings | {"grid": (2, 3), "scope": "window"}
-    return settings | {"grid": (4, 5)}
-
-
-#: ToMe needs a block that it can work inside of.
-PAIRS = [
-    (kind, method)
-    for kind in MODELS
-    for method in METHOD_REGISTRY
-    if method != "tome" or kind == "timm_vit"
-]
-
-
-def outputs(model: nn.Module, x: Tensor) -> Tensor:
-    out = model(x)
-    if isinstance(out, dict):
-        out = tuple(out.values())
-    return torch.cat([t.flatten() for t in out])
 
 
 def assert_compiles(model: nn.Module) -> None:
