@@ -10,12 +10,22 @@ import pytest
 import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
+from support import gpu
 from support.detector import make_confident
 from support.repository import VITDET
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # one core each, for the processes that tests start as well
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
+
+
+gpu.hide()
+
+
+@pytest.fixture(autouse=True)
+def no_gpu_in_other_processes(request, monkeypatch):
+    if request.path.name != "test_cuda.py":  # CUDA reads this when it is first used
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
 
 
 @pytest.fixture(autouse=True)

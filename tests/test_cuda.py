@@ -11,21 +11,38 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from expedit_d2 import expedite
 from expedit_d2.attention import attend, key_bias
+from expedit_d2.cuda_graph import capture
+from expedit_d2.operators import cluster_tokens, reconstruct_tokens
+from support import gpu
 from support.every_method import MODELS, PAIRS, SIZE, outputs, settings_for
 from support.tensors import distance
+from support.token_maps import smooth_map
 from support.vits import images, timm_vit
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+pytestmark = pytest.mark.skipif(not gpu.is_available(), reason="needs a GPU")
 
 DEVICE = "cuda"
 EVERY = pytest.mark.parametrize("kind,method", PAIRS)
 
 
 @pytest.fixture(autouse=True)
-def exact():
+def exact(monkeypatch):
     """No gradients, and convolutions in fp32 instead of TF32."""
+    monkeypatch.setattr(torch.cuda, "is_available", gpu.is_available)
     with torch.no_grad(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         yield
+
+
+def test_operators_compute_what_they_do_on_a_cpu():
+    tokens, refined = smooth_map(2, (25, 19), 64), torch.randn(2, 18, 17, 8)
+    clusters, sizes, _ = cluster_tokens(tokens, (18, 17))
+    clusters_there, sizes_there, _ = cluster_tokens(tokens.to(DEVICE), (18, 17))
+    assert distance(clusters_there.cpu(), clusters) < 1e-3
+    assert distance(sizes_there.cpu(), sizes) < 1e-3
+    for window in (None, 5):
+        rebuilt = reconstruct_tokens(refined, tokens, clusters, window=window)
+        maps = (x.to(DEVICE) for x in (refined, tokens, clusters))
+        assert distance(reconstruct_tokens(*maps, window=window).cpu(), rebuilt) < 1e-3
 
 
 @EVERY
@@ -51,7 +68,10 @@ def test_removed_is_the_original_bit_for_bit(kind, method):
 @EVERY
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_half_precision(kind, method, dtype):
-    """As near to fp32 as the plain model is, but for tokens that are paired differently."""
+    """As near to fp32 as the plain model is, but for tokens that are paired differently.
+
+    With DENSITY, fewer than half of the tokens of these small maps keep their clusters.
+    """
     plain, x = MODELS[kind]().to(DEVICE), images(SIZE).to(DEVICE)
     expedited = copy.deepcopy(plain)
     errors = []
@@ -62,7 +82,7 @@ def test_half_precision(kind, method, dtype):
             assert actual.dtype == dtype
             typical = expected.abs().median()
             errors.append(((actual.float() - expected).abs().median() / typical).item())
-    assert errors[1] < 3 * errors[0] + 0.01
+    assert errors[1] < 3 * errors[0] + 0.05
 
 
 @EVERY
@@ -84,19 +104,11 @@ def test_cuda_graphs_replay_other_images(kind, method):
     others = [images(SIZE).to(DEVICE) * scale for scale in (1, 10)]
     with expedite(model, **settings_for(kind, method), fused_attention=True):
         expected = [outputs(model, other) for other in others]
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(3):
-                outputs(model, x)
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            out = outputs(model, x)
+        replay = capture(lambda images: outputs(model, images), x)
         for other, wanted in zip(others, expected, strict=True):
-            x.copy_(other)
-            graph.replay()
-            assert distance(out, wanted) < 1e-5
+            assert distance(replay(other), wanted) < 1e-5
+        with pytest.raises(ValueError, match=r"recorded for \(2, 3, 24, 32\) of torch"):
+            replay(x[:1])
 
 
 @pytest.mark.slow

@@ -3,12 +3,13 @@
 
 Segmenter's ViT-L, DINOv2 and, where Detectron2 is installed, ViTDet's ViT: plain, with each method
 at BUDGET 0.5 and 0.7, and with the published operator; at batch 1, 8 and 32, in bf16, fp16 and
-fp32, eager and compiled. Needs torch and timm. Results are written as they are measured.
+fp32, eager, replayed as CUDA graphs, and compiled. Needs torch and timm. Results are written as
+they are measured.
 
 Examples::
 
     python tools/benchmark_gpu.py --output out --seconds 450
-    python tools/benchmark_gpu.py --models Segmenter --batch 1 8 --dtype bfloat16 --mode compiled
+    python tools/benchmark_gpu.py --models Segmenter --batch 1 8 --dtype bfloat16 --mode graph
     python tools/benchmark_gpu.py --device cpu --small --settings "merge 0.5" --mode eager
 """
 
@@ -29,8 +30,6 @@ from expedit_d2.analysis import gpu_benchmark as benchmark  # noqa: E402
 from expedit_d2.analysis.gpu_models import MODELS, SMALL_MODELS  # noqa: E402
 from expedit_d2.analysis.timing import DTYPES, processor  # noqa: E402
 
-MODES = {"eager": False, "compiled": True}
-
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
@@ -41,7 +40,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     option("--settings", nargs="+", choices=[*benchmark.settings()], metavar="NAME", help="(all)")
     option("--batch", nargs="+", type=int, default=benchmark.BATCHES, metavar="N", help="images")
     option("--dtype", nargs="+", choices=DTYPES, default=benchmark.PRECISIONS)
-    option("--mode", nargs="+", choices=[*MODES], default=[*MODES])
+    option("--mode", nargs="+", choices=benchmark.MODES, help="(all that the device has)")
     option("--seconds", type=float, default=450, help="start nothing after this time (%(default)s)")
     option("--output", type=Path, default=Path("benchmark_gpu"), help="a folder (%(default)s)")
     args = parser.parse_args(argv)
@@ -55,6 +54,10 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     if not args.entries:
         known = ", ".join(SMALL_MODELS if args.small else MODELS)
         parser.error(f"--models {' '.join(args.models)} names none of {known}")
+    if args.mode is None:
+        args.mode = [m for m in benchmark.MODES if m != "graph" or args.device == "cuda"]
+    elif args.device == "cpu" and "graph" in args.mode:
+        parser.error("--mode graph needs a GPU; with --device cpu, valid are eager and compiled")
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch finds no GPU; --device cpu --small runs on the CPU")
     return args
@@ -68,9 +71,7 @@ def main(argv: list[str] | None = None) -> int:
     for name, package in missing.items():
         print(f"{name} is left out: {package} is not installed", flush=True)
     entries = {name: s for name, s in args.entries.items() if name not in missing}
-    units = benchmark.plan(
-        [*entries], args.batch, args.dtype, args.settings, [MODES[mode] for mode in args.mode]
-    )
+    units = benchmark.plan([*entries], args.batch, args.dtype, args.settings, args.mode)
     rows: list[dict] = []
     deviations: list[dict] = []
     left = list(units)

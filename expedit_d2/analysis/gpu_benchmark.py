@@ -1,8 +1,9 @@
 """Speed of expedited backbones on a GPU within a time limit, in order of importance.
 
-A *unit* is a model at a batch size and dtype, eager or compiled, with settings that are timed
-interleaved with the plain model. Compilation is slow, so a compiled unit has a single setting. The
-results of each unit are written when it finishes.
+A *unit* is a model at a batch size and dtype in one of three modes, with settings that are timed
+interleaved with the plain model. In mode "graph" a CUDA graph is replayed, so that the time of
+launches does not count. Compilation is slow, so a compiled unit has a single setting. The results
+of each unit are written when it finishes.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from ..api import expedite
 from ..compat import cpu_attention
+from ..cuda_graph import capture
 from ..methods import METHOD_REGISTRY
 from .gpu_models import BenchmarkModel
 from .launches import count_launches
@@ -30,6 +32,7 @@ from .timing import DTYPES, interleaved, synchronize
 
 __all__ = [
     "BATCHES",
+    "MODES",
     "PLAIN",
     "PRECISIONS",
     "Unit",
@@ -55,6 +58,7 @@ PUBLISHED = {
 }
 # In order of importance.
 BATCHES = (1, 8, 32)
+MODES = ("eager", "graph", "compiled")
 PRECISIONS = (*DTYPES[1:], DTYPES[0])
 
 # Seconds for the timed rounds of a unit, and limits for their number.
@@ -79,13 +83,12 @@ class Unit:
     model: str
     batch: int
     dtype: str
-    compiled: bool
+    mode: str
     names: tuple[str, ...]
 
     def __str__(self) -> str:
-        mode = "compiled" if self.compiled else "eager"
         names = "" if len(self.names) > 1 else f", {self.names[0]}"
-        return f"{self.model}, batch {self.batch}, {self.dtype}, {mode}{names}"
+        return f"{self.model}, batch {self.batch}, {self.dtype}, {self.mode}{names}"
 
 
 def plan(
@@ -93,22 +96,24 @@ def plan(
     batches: Sequence[int] = BATCHES,
     dtypes: Sequence[str] = PRECISIONS,
     names: Sequence[str] | None = None,
-    modes: Sequence[bool] = (False, True),
+    modes: Sequence[str] = MODES,
 ) -> list[Unit]:
     """All units in order of importance: the sum of the positions of its properties in their lists.
 
     Args:
         models, batches, dtypes, names: in order of importance.
-        modes: False for eager, True for compiled.
+        modes: of `MODES`.
     """
     names = tuple(settings() if names is None else names)
     ranked = []
     for (i, model), (j, batch), (k, dtype) in product(*map(enumerate, (models, batches, dtypes))):
-        if False in modes:
-            ranked.append((i + j + 3 * k, Unit(model, batch, dtype, False, names)))
-        if True in modes:
+        rank = i + j + 3 * k
+        for mode in ("eager", "graph"):
+            if mode in modes:
+                ranked.append((rank, Unit(model, batch, dtype, mode, names)))
+        if "compiled" in modes:
             ranked += (
-                (i + j + 3 * k + 1 + 2 * place, Unit(model, batch, dtype, True, (name,)))
+                (rank + 1 + 2 * place, Unit(model, batch, dtype, "compiled", (name,)))
                 for place, name in enumerate(names)
             )
     return [unit for _, unit in sorted(ranked, key=lambda item: item[0])]
@@ -159,8 +164,8 @@ def measure(entry: BenchmarkModel, unit: Unit, device: torch.device) -> Iterator
 
     A row has the properties of the unit, ``name``, and either ``seconds`` (median, low and high),
     ``speed_up`` over the plain model, ``gflops``, ``gflops_ratio`` (of the plain model to this: the
-    speed-up expected from arithmetic alone), ``memory`` in bytes and, unless compiled,
-    ``launches``; or ``error``.
+    speed-up expected from arithmetic alone), ``memory`` in bytes and, if eager, ``launches``; or
+    ``error``.
     """
     head = {name: value for name, value in asdict(unit).items() if name != "names"}
     torch.manual_seed(0)
@@ -168,22 +173,22 @@ def measure(entry: BenchmarkModel, unit: Unit, device: torch.device) -> Iterator
     models, refused = _prepared(entry, plain, unit.names)
     x = torch.randn(unit.batch, 3, entry.size, entry.size, device=device)
     x = x.to(getattr(torch, unit.dtype))
-    if unit.compiled:
+    if unit.mode == "compiled":
         torch.compiler.reset()
     rows: dict[str, dict[str, Any]] = {}
     calls: dict[str, Callable[[], object]] = {}
     for name, model in models.items():
         try:
             rows[name] = {"gflops": _gflops(model, x[:1]) * unit.batch}
-            if unit.compiled:
+            if unit.mode == "compiled":
                 model = torch.compile(model)
             call = partial(model, x)
             call()
             synchronize()
             rows[name]["memory"] = peak_memory(call, device)
-            if not unit.compiled:
+            if unit.mode == "eager":
                 rows[name]["launches"] = count_launches(model, x).total()
-            calls[name] = call
+            calls[name] = partial(capture(model, x), x) if unit.mode == "graph" else call
         except Exception as error:  # one failing setting must not stop the others
             refused[name] = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
     times = {}
@@ -239,8 +244,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
         "|" + "---|" * 5 + "---:|" * 5,
     ]
     for row in rows:
-        mode = "compiled" if row["compiled"] else "eager"
-        cells = [row["model"], row["batch"], row["dtype"], mode, row["name"]]
+        cells = [row[key] for key in ("model", "batch", "dtype", "mode", "name")]
         if "error" in row:
             cells += ["", "", "", "", row["error"].replace("|", "/")]
         else:

@@ -10,6 +10,7 @@ import torch
 from expedit_d2.analysis import gpu_benchmark as benchmark
 from expedit_d2.analysis import gpu_models
 from expedit_d2.analysis.gpu_models import SMALL_MODELS
+from expedit_d2.cuda_graph import capture
 from support.repository import load_tool
 
 SMALL = ["--device", "cpu", "--small", "--batch", "1", "--dtype", "float32"]
@@ -28,9 +29,9 @@ def few_rounds(monkeypatch):
 def test_the_most_important_comes_first():
     units = benchmark.plan(["a", "b"], names=["x", "y"])
     first = units[0]
-    assert (first.model, first.batch, first.dtype, first.compiled) == ("a", 1, "bfloat16", False)
+    assert (first.model, first.batch, first.dtype, first.mode) == ("a", 1, "bfloat16", "eager")
     assert first.names == ("x", "y")
-    assert len(set(units)) == len(units) == 2 * 3 * 3 * (1 + 2)
+    assert len(set(units)) == len(units) == 2 * 3 * 3 * (1 + 1 + 2)
     place = {str(unit): index for index, unit in enumerate(units)}
     assert place["a, batch 1, bfloat16, compiled, x"] < place["a, batch 1, float32, eager"]
     assert place["a, batch 1, bfloat16, compiled, x"] < place["a, batch 1, bfloat16, compiled, y"]
@@ -76,10 +77,30 @@ def test_compiled(tmp_path, monkeypatch):
 
     monkeypatch.setattr(torch, "compile", compile_)
     entry = SMALL_MODELS["DINOv2, small"]
-    unit = benchmark.Unit("DINOv2, small", 1, "float32", True, ("merge 0.5",))
+    unit = benchmark.Unit("DINOv2, small", 1, "float32", "compiled", ("merge 0.5",))
     rows = [*benchmark.measure(entry, unit, torch.device("cpu"))]
     assert len(compiled) == len(rows) == 2
-    assert all(row["compiled"] and "launches" not in row for row in rows)
+    assert all(row["mode"] == "compiled" and "launches" not in row for row in rows)
+
+
+def test_graphs_are_replayed(monkeypatch):
+    recorded = []
+
+    def capture(model, x):
+        recorded.append(model)
+        return model
+
+    monkeypatch.setattr(benchmark, "capture", capture)
+    entry = SMALL_MODELS["DINOv2, small"]
+    unit = benchmark.Unit("DINOv2, small", 1, "float32", "graph", ("merge 0.5",))
+    rows = [*benchmark.measure(entry, unit, torch.device("cpu"))]
+    assert len(recorded) == len(rows) == 2
+    assert "| graph | merge 0.5 |" in benchmark.table(rows)
+
+
+def test_graphs_need_a_gpu():
+    with pytest.raises(ValueError, match="need inputs on a GPU, got one on 'cpu'"):
+        capture(torch.abs, torch.ones(1))
 
 
 def test_what_fails_is_said_and_costs_nothing_else(monkeypatch):
@@ -89,7 +110,7 @@ def test_what_fails_is_said_and_costs_nothing_else(monkeypatch):
         return 1.0
 
     monkeypatch.setattr(benchmark, "_gflops", out_of_memory)
-    unit = benchmark.Unit("DINOv2, small", 1, "float32", False, ("merge 0.5",))
+    unit = benchmark.Unit("DINOv2, small", 1, "float32", "eager", ("merge 0.5",))
     entry = SMALL_MODELS["DINOv2, small"]
     plain, merged = benchmark.measure(entry, unit, torch.device("cpu"))
     assert "error" not in plain and plain["speed_up"] == 1
@@ -136,6 +157,7 @@ def test_without_detectron2(tool, tmp_path, monkeypatch, capsys):
     ("options", "message"),
     [
         (["--models", "ResNet"], "--models ResNet names none of Segmenter, small"),
+        (["--mode", "graph"], "--mode graph needs a GPU"),
         (["--batch", "0"], "--batch must be at least 1, got 0"),
         (["--settings", "merge 0.1"], "invalid choice: 'merge 0.1'"),
     ],

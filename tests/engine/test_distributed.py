@@ -65,12 +65,6 @@ def evaluate(name, folder):
             json.dump({"images": len(loader), **results}, file)
 
 
-needs_no_gpu = pytest.mark.skipif(
-    torch.cuda.is_available(), reason="Detectron2 wants a GPU for each process"
-)
-
-
-@needs_no_gpu
 @pytest.mark.parametrize("name", MODELS)
 def test_two_processes_give_the_metrics_of_one(name, tmp_path):
     results = []
@@ -84,7 +78,6 @@ def test_two_processes_give_the_metrics_of_one(name, tmp_path):
         assert two[task] == pytest.approx(one[task], nan_ok=True)
 
 
-@needs_no_gpu
 def test_pictures_of_a_folder_are_drawn_by_two_processes(tmp_path):
     photos, pictures = tmp_path / "photos", tmp_path / "pictures"
     photos.mkdir()

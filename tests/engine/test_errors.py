@@ -168,7 +168,6 @@ def test_an_error_in_training_is_a_sentence_in_the_log_too(tiny_opts, capfd, mon
         train_net.run(command)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="Detectron2 wants a GPU for each process")
 @pytest.mark.slow
 def test_one_sentence_of_several_processes():
     command = [sys.executable, str(ROOT / "tools" / "train_net.py"), "--eval-only"]

@@ -142,21 +142,6 @@ def test_no_device_is_hard_coded():
         assert (rebuilt.shape, rebuilt.device.type) == ((2, 13, 29, 8), "meta")
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_cuda_equals_cpu():
-    tokens, refined = smooth_map(2, (25, 19), 64), torch.randn(2, 18, 17, 8)
-    clusters, sizes, _ = cluster_tokens(tokens, (18, 17))
-    on_gpu, sizes_on_gpu, _ = cluster_tokens(tokens.cuda(), (18, 17))
-    assert relative_error(on_gpu.cpu(), clusters) < 1e-3
-    assert relative_error(sizes_on_gpu.cpu(), sizes) < 1e-3
-    for window in (None, 5):
-        rebuilt = reconstruct_tokens(refined, tokens, clusters, window=window)
-        rebuilt_on_gpu = reconstruct_tokens(
-            refined.cuda(), tokens.cuda(), clusters.cuda(), window=window
-        )
-        assert relative_error(rebuilt_on_gpu.cpu(), rebuilt) < 1e-3
-
-
 def test_layers_keep_nothing():
     clustering, reconstruction = TokenClustering((7, 11)), TokenReconstruction()
     before = [dict(vars(layer)) for layer in (clustering, reconstruction)]
