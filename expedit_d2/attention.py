@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from .tracing import in_graph, shape_of
+from .tracing import cached, in_graph, shape_of
 
 __all__ = [
     "MasksAsChannels",
@@ -129,16 +129,22 @@ def attend_without_mask(
     batch, heads, queries, channels = shape_of(q)
     scale = channels**-0.5 if scale is None else scale
     more = -(-(channels + 1) // 8) * 8 - channels
-    zeros = v.new_zeros(1, 1, 1, more)
     keys = shape_of(k)[2]
     # One small tensor for all heads; the zeros added to the values change nothing.
     tail = F.pad(bias[:, None, :, None].to(k.dtype), (0, more - 1))
-    first = F.pad(q.new_full((1, 1, 1, 1), 1 / scale), (0, more - 1))
+    first = _more_channels(1 / scale, more, q.dtype, q.device)
+    zeros = _more_channels(0.0, more, v.dtype, v.device)
     q = torch.cat([q, first.expand(batch, heads, queries, -1)], dim=-1)
     k = torch.cat([k, tail.expand(batch, heads, keys, -1)], dim=-1)
     v = torch.cat([v, zeros.expand(batch, heads, keys, -1)], dim=-1)
     out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=scale)
     return out[..., :channels]
+
+
+@cached
+def _more_channels(first: float, count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """``first`` and zeros, (1, 1, 1, count)."""
+    return F.pad(torch.full((1, 1, 1, 1), first, dtype=dtype, device=device), (0, count - 1))
 
 
 class MasksAsChannels(TorchFunctionMode):
