@@ -126,11 +126,11 @@ class MasksOfAttention(TorchFunctionMode):
 
 
 def test_launches_with_sizes_as_channels(monkeypatch, deep):
-    """On a GPU: one more for each of queries, keys, values and sizes in each block."""
+    """On a GPU: one more for queries, keys, values, sizes and the result of each block."""
     monkeypatch.setattr(PrefixLayout, "_masks", staticmethod(lambda x: MasksAsChannels()))
     with expedite(deep, outputs=(23,), budget=0.5):
         counts = count_launches(deep, torch.randn(1, 3, 384, 512))
-    assert counts.total() <= BOUNDS["budget"][1] + 4 * 24
+    assert counts.total() <= BOUNDS["budget"][1] + 5 * 24
 
 
 @pytest.mark.parametrize("settings", [{"alpha": 1, "grid": (4, 5)}, {"budget": 0.5}], ids=str)
