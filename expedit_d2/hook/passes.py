@@ -222,7 +222,12 @@ class Step:
     """
 
     def __init__(self, run: Pass, index: int, block: nn.Module, method: Method | None) -> None:
-        self.__dict__.update(_run=run, _index=index, _block=block, _method=method, _given={})
+        # One by one: not every torch.compile can trace ``__dict__.update`` (2.11 cannot).
+        object.__setattr__(self, "_run", run)
+        object.__setattr__(self, "_index", index)
+        object.__setattr__(self, "_block", block)
+        object.__setattr__(self, "_method", method)
+        object.__setattr__(self, "_given", {})
 
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         for name, value in self._given.items():

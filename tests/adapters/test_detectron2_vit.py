@@ -253,7 +253,7 @@ def test_compiles_without_a_break(scope, grid):
     with expedite(vit, 1, grid=grid, scope=scope):
         expected = features(vit, x)
         compiled = torch.compile(vit, fullgraph=True, backend="eager")
-        assert error(features(compiled, x), expected) < 1e-6
+        assert error(features(compiled, x), expected) < 1e-5
     torch._dynamo.reset()
 
 

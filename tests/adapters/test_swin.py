@@ -345,7 +345,7 @@ def test_compiles_without_a_break():
     with expedite(swin, 1, grid=(2, 2), scope="window"):
         expected = maps(swin, x)
         compiled = torch.compile(swin, fullgraph=True, backend="eager")
-        assert error(maps(compiled, x), expected) < 1e-6
+        assert error(maps(compiled, x), expected) < 1e-5
     torch._dynamo.reset()
 
 
