@@ -24,7 +24,7 @@ gpu.hide()
 
 @pytest.fixture(autouse=True)
 def no_gpu_in_other_processes(request, monkeypatch):
-    if request.path.name != "test_cuda.py":  # CUDA reads this when it is first used
+    if request.path.name != "test_cuda.py":
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
 
 
