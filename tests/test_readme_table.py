@@ -21,14 +21,7 @@ ROW = re.compile(
 #: Points by which the metric of the plain model, and the percentage kept of it, may differ between
 #: these few images and README's. They differ by up to (mIoU 2.9 and 0.8, δ1 1.2 and 0.8, PQ 4.2 and
 #: 5.6, mask AP 6.4 and 0.3 or 2.7, box AP 8.6 and 1.7): one object in six images is several points.
-NOISE = {
-    ("segmenter", "mIoU"): (6, 3),
-    ("dpt", "δ1"): (4, 2),
-    ("mask2former", "PQ"): (8, 8),
-    ("mask2former", "mask AP"): (10, 4),
-    ("vitdet", "mask AP"): (10, 3),
-    ("vitdet", "box AP"): (14, 4),
-}
+NOISE = {"mIoU": (6, 3), "δ1": (4, 2), "PQ": (8, 8), "mask AP": (10, 3), "box AP": (14, 3)}
 #: Points by which the same images may differ between machines: rounding flips pixels at borders,
 #: and an instance whose score is at a threshold.
 ROUNDING = {"mIoU": 0.3, "δ1": 0.3, "PQ": 1.0, "mask AP": 1.0, "box AP": 1.0}
@@ -77,6 +70,6 @@ def test_the_stored_numbers_are_those_of_readme(expected):
     assert {model for model, _ in table} == set(BUDGETS)
     for (model, metric), (plain, kept) in table.items():
         few, reduced = (expected[model][what][metric] for what in ("plain", "budget"))
-        of_plain, of_kept = NOISE[model, metric]
+        of_plain, of_kept = NOISE[metric]
         assert few == pytest.approx(plain, abs=of_plain), (model, metric)
         assert 100 * reduced / few == pytest.approx(kept, abs=of_kept), (model, metric)

@@ -68,34 +68,27 @@ def test_rows(tool, tmp_path, capsys):
     assert "| merge 0.5 |" in table and table in capsys.readouterr().out
 
 
-def test_compiled(tmp_path, monkeypatch):
-    compiled = []
+@pytest.mark.parametrize(
+    "mode,owner,name",
+    [
+        ("compiled", torch, "compile"),
+        ("graph", benchmark, "capture"),
+    ],
+)
+def test_models_are_compiled_or_recorded(monkeypatch, mode, owner, name):
+    prepared = []
 
-    def compile_(model):
-        compiled.append(model)
+    def prepare(model, *inputs):
+        prepared.append(model)
         return model
 
-    monkeypatch.setattr(torch, "compile", compile_)
+    monkeypatch.setattr(owner, name, prepare)
     entry = SMALL_MODELS["DINOv2, small"]
-    unit = benchmark.Unit("DINOv2, small", 1, "float32", "compiled", ("merge 0.5",))
+    unit = benchmark.Unit("DINOv2, small", 1, "float32", mode, ("merge 0.5",))
     rows = [*benchmark.measure(entry, unit, torch.device("cpu"))]
-    assert len(compiled) == len(rows) == 2
-    assert all(row["mode"] == "compiled" and "launches" not in row for row in rows)
-
-
-def test_graphs_are_replayed(monkeypatch):
-    recorded = []
-
-    def capture(model, x):
-        recorded.append(model)
-        return model
-
-    monkeypatch.setattr(benchmark, "capture", capture)
-    entry = SMALL_MODELS["DINOv2, small"]
-    unit = benchmark.Unit("DINOv2, small", 1, "float32", "graph", ("merge 0.5",))
-    rows = [*benchmark.measure(entry, unit, torch.device("cpu"))]
-    assert len(recorded) == len(rows) == 2
-    assert "| graph | merge 0.5 |" in benchmark.table(rows)
+    assert len(prepared) == len(rows) == 2
+    assert all(row["mode"] == mode and "launches" not in row for row in rows)
+    assert f"| {mode} | merge 0.5 |" in benchmark.table(rows)
 
 
 def test_graphs_need_a_gpu():
