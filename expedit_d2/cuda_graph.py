@@ -53,6 +53,7 @@ def capture(call: Callable[..., Any], *inputs: Tensor) -> Callable[..., Any]:
     with torch.cuda.graph(graph):
         outputs = call(*recorded)
 
+    @torch.no_grad()  # the decorator above does not reach what is called later
     def replay(*others: Tensor) -> Any:
         for x, other in zip(recorded, others, strict=True):
             if (x.shape, x.dtype) != (other.shape, other.dtype):
