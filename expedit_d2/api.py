@@ -77,7 +77,7 @@ def expedite(
             the model; several cluster again and again.
         outputs: indices of the blocks whose output is read, each rebuilt to the full map, counted
             in their stage; None: those that the model's family reads, else all.
-        **settings: budget, or alpha with grid, ratio or keep; temperature, …: see
+        **settings: budget, or alpha with grid, ratio, keep or budget; temperature, …: see
             `expedit_d2.settings.Settings`.
 
     Returns:

@@ -8,6 +8,8 @@
   budget is met with at least the share of clusters that the family tolerates (`GridRule`).
 - Methods that reduce in "every" block.
 
+Where ``ALPHA`` is given as well, it stays, and only the counts follow.
+
 Costs are multiply-adds, computed from shapes alone (approximately for the operators), at the size
 that the transformer was made for. On larger images attention is a larger part of the cost, and
 somewhat more is saved.
@@ -139,11 +141,12 @@ def within_budget(settings: Settings, spec: TransformerSpec) -> Settings:
     """Settings with alpha and counts in place of their budget.
 
     Args:
-        settings: with ``budget``; all other settings, also a given method, stay.
+        settings: with ``budget``; all other settings, also a given method or alpha, stay.
         spec: the transformer, see `find_transformer`.
 
     Raises:
-        ValueError: if no setting meets the budget; names the smallest budget that can be met.
+        ValueError: if no setting meets the budget; names the smallest budget that can be met. For
+            an alpha that does not fit the transformer, or several for a method that leaves a grid.
     """
     name = settings.method or default_method(spec.unstructured)
     rule = _reducing_late if METHOD_REGISTRY[name].budget_rule == "late" else _merging
@@ -151,11 +154,13 @@ def within_budget(settings: Settings, spec: TransformerSpec) -> Settings:
 
 
 def _merging(settings: Settings, spec: TransformerSpec, name: str) -> Settings:
-    stage, first = spec.longest_stage
+    stage, first = _stage(settings, spec)
     costs, elsewhere, whole = _costs(spec, stage)
     method, depth = METHOD_REGISTRY[name], len(costs.blocks)
     alphas: Sequence[int] = range(depth)
-    if method.budget_rule == "evenly":
+    if settings.alphas:
+        alphas = [alpha - first for alpha in settings.alphas]
+    elif method.budget_rule == "evenly":
         alphas = sorted({depth * merge // stage.merges for merge in range(stage.merges)})
 
     def share(keep: float) -> float:
@@ -167,6 +172,11 @@ def _merging(settings: Settings, spec: TransformerSpec, name: str) -> Settings:
     return _chosen(settings, name, tuple(first + alpha for alpha in alphas), keep=round(keep, 4))
 
 
+def _stage(settings: Settings, spec: TransformerSpec) -> tuple[TransformerSpec, int]:
+    """The stage to reduce in, and the number of blocks before its first."""
+    return spec.stage_of(settings.alphas) if settings.alphas else spec.longest_stage
+
+
 def _costs(spec: TransformerSpec, stage: TransformerSpec) -> tuple[Costs, float, float]:
     """Costs of the stage that reduces, of the others together, and of all."""
     own = Costs.of(stage)
@@ -176,7 +186,12 @@ def _costs(spec: TransformerSpec, stage: TransformerSpec) -> tuple[Costs, float,
 
 
 def _reducing_late(settings: Settings, spec: TransformerSpec, name: str) -> Settings:
-    stage, first = spec.longest_stage
+    if len(settings.alphas) > 1:
+        raise ValueError(
+            f"BUDGET with METHOD {name} takes one ALPHA, got {settings.alphas}; METHOD merge takes "
+            "several"
+        )
+    stage, first = _stage(settings, spec)
     own, elsewhere, whole = _costs(spec, stage)
     limit = settings.budget * whole - elsewhere
     method, rule, depth = METHOD_REGISTRY[name], stage.grid_rule, len(own.blocks)
@@ -187,8 +202,9 @@ def _reducing_late(settings: Settings, spec: TransformerSpec, name: str) -> Sett
         operators = method.cost(settings, own.tokens, area * sides**2, own.channels)
         return own.clustered(alpha, sides**2, operators) <= limit
 
-    latest = min(int(rule.latest * depth), depth - 1)
-    for alpha in range(latest, -1, -1):
+    alphas = [alpha - first for alpha in settings.alphas]
+    alphas = alphas or range(min(int(rule.latest * depth), depth - 1), -1, -1)
+    for alpha in alphas:
         meets = partial(fits, alpha)
         if method.unstructured:
             share = _least(lambda share, meets=meets: meets(share**0.5))
@@ -200,10 +216,10 @@ def _reducing_late(settings: Settings, spec: TransformerSpec, name: str) -> Sett
         else:
             sides = _least(meets)
             counts, smallest = {"ratio": round(sides, 3)}, sides * min(stage.size) >= 1
-        enough = rule.least_latest if alpha == latest else rule.least_earlier
-        if smallest and (sides >= enough or alpha == 0):
+        enough = rule.least_latest if alpha == alphas[0] else rule.least_earlier
+        if smallest and (sides >= enough or alpha == alphas[-1]):
             return _chosen(settings, name, first + alpha, **counts)
-    least = elsewhere + own.clustered(0, 1 / own.tokens, 0)
+    least = elsewhere + own.clustered(alphas[-1], 1 / own.tokens, 0)
     raise _too_small(settings, least / whole)
 
 
@@ -215,6 +231,7 @@ def _chosen(
 
 def _too_small(settings: Settings, least: float) -> ValueError:
     return ValueError(
-        f"BUDGET must be above {least:.2f} for this transformer, got {settings.budget}: its other "
-        "blocks cost that much"
+        f"BUDGET must be above {least:.2f} for this transformer"
+        + (f" with ALPHA {settings.alpha}" if settings.alphas else "")
+        + f", got {settings.budget}: its other blocks cost that much"
     )

@@ -168,7 +168,6 @@ def test_a_budget_in_one_argument():
         ({"budget": 0}, r"BUDGET must be a share .* got 0"),
         ({"budget": 1.2}, r"BUDGET must be a share .* got 1.2"),
         ({"budget": "half"}, r"BUDGET must be a share .* got 'half'"),
-        ({"budget": 0.5, "alpha": 3}, "BUDGET chooses ALPHA by itself.* ALPHA 3"),
         ({"budget": 0.5, "ratio": 0.7}, "BUDGET chooses RATIO by itself"),
         ({"budget": 0.5, "method": "merge", "keep": 0.7}, "BUDGET chooses KEEP by itself"),
     ],
@@ -176,6 +175,51 @@ def test_a_budget_in_one_argument():
 def test_budgets_that_do_not_fit(settings, message):
     with pytest.raises(ValueError, match=message):
         Settings(**settings)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"alpha": (0, 1, 2, 3, 4, 5)},
+        {"alpha": 1, "method": "merge"},
+        {"alpha": (1, 3), "method": "tome"},
+        {"alpha": 2, "method": "expedit"},
+        {"alpha": 1, "method": "density"},
+    ],
+)
+def test_a_given_alpha_stays(settings):
+    vit, x = vit_b(), torch.randn(1, 3, 192, 256)
+    with expedite(vit, budget=0.7, **settings) as handle:
+        assert handle.settings.alpha in (settings["alpha"], (settings["alpha"],))
+        assert handle.settings.budget is None
+    assert 0.66 < share_spent(vit, x, budget=0.7, **settings) < 0.74
+
+
+def test_a_given_alpha_names_the_stage():
+    swin = D2SwinTransformer(
+        embed_dim=48, depths=(2, 4, 6, 2), num_heads=(2, 2, 4, 8), window_size=8, drop_path_rate=0.0
+    ).eval()
+    x = torch.randn(1, 3, 256, 256)
+    assert 0.86 < share_spent(swin, x, budget=0.9, alpha=(2, 3)) < 0.94
+    windows = within_budget(
+        Settings(budget=0.85, alpha=3, method="expedit"), find_transformer(swin)
+    )
+    assert (windows.alpha, windows.scope) == (3, "window")
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"alpha": (1, 6)}, r"ALPHA must be in 0 to 5 .* got 6"),
+        ({"alpha": 6, "method": "expedit"}, r"ALPHA must be in 0 to 5 .* got 6"),
+        ({"alpha": (1, 2), "method": "pool"}, r"METHOD pool takes one ALPHA, got \(1, 2\)"),
+        ({"alpha": 5}, r"BUDGET must be above 0\.8\d .* with ALPHA 5, got 0.5"),
+        ({"alpha": 5, "method": "expedit"}, r"above 0\.8\d .* with ALPHA 5, got 0.5"),
+    ],
+)
+def test_a_given_alpha_that_does_not_fit(settings, message):
+    with pytest.raises(ValueError, match=message):
+        expedite(vit_b(), budget=0.5, **settings)
 
 
 def test_a_budget_that_cannot_be_met():

@@ -144,7 +144,7 @@ def test_clusters_off_the_grid_may_be_reduced_again():
 def test_a_method_outside_the_blocks_is_refused(vit):
     spec = find_transformer(vit)
     for alpha in (-1, 4):
-        with pytest.raises(ValueError, match=f"ALPHA must be in 0 to 3 .* got {alpha}"):
+        with pytest.raises(ValueError, match=rf"methods must be at 0 to 3, got \[{alpha}\]"):
             ExpeditedBlocks(spec.blocks, spec.layout(True), {alpha: Unstructured()})
 
 

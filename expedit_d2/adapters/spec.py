@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch.nn.functional as F
@@ -152,25 +154,27 @@ class TransformerSpec:
         """The stage that the alphas lie in, and the number of blocks before its first.
 
         Raises:
-            ValueError: if the alphas do not lie in one of the stages.
+            ValueError: if an alpha is outside 0 to the number of blocks - 1 (or `end` - 1), or they
+                do not lie in one stage.
         """
-        if not self.stages:
-            return self, 0
-        first = 0
-        for stage in self.stages:
-            end = first + len(stage.blocks)
-            if first <= min(alphas) < end:
-                if max(alphas) >= end:
-                    raise ValueError(
-                        f"ALPHA must stay inside one stage, here {first} to {end - 1}, got "
-                        f"{tuple(alphas)}"
-                    )
-                return stage, first
-            first = end
-        raise ValueError(
-            f"ALPHA must be in 0 to {first - 1} (blocks run before clustering, of {first}), got "
-            f"{min(alphas)}"
-        )
+        stages = self.stages or (self,)
+        ends = list(accumulate(len(stage.blocks) for stage in stages))
+        depth, end = ends[-1], ends[-1] if self.end is None else self.end
+        for alpha in alphas:
+            if not 0 <= alpha < end:
+                rest = ", whose others are not for the map alone" if end < depth else ""
+                raise ValueError(
+                    f"ALPHA must be in 0 to {end - 1} (blocks run before clustering, of "
+                    f"{depth}{rest}), got {alpha}"
+                )
+        index = bisect_right(ends, min(alphas))
+        first = ends[index] - len(stages[index].blocks)
+        if max(alphas) >= ends[index]:
+            raise ValueError(
+                f"ALPHA must stay inside one stage, here {first} to {ends[index] - 1}, got "
+                f"{tuple(alphas)}"
+            )
+        return stages[index], first
 
 
 def is_class(module: nn.Module, name: str, defined_in: str) -> bool:

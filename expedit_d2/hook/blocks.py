@@ -45,20 +45,15 @@ class ExpeditedBlocks(nn.Module):
             end: blocks from this index on run as they are, on the whole map; None: no such blocks.
 
         Raises:
-            ValueError: if an alpha is outside 0 to end - 1.
+            ValueError: for a method outside 0 to end - 1.
         """
         super().__init__()
         for name, block in blocks.named_children():
             self.add_module(name, block)
         self.names = tuple(name for name, _ in blocks.named_children())
         self.end = len(self.names) if end is None else end
-        for alpha in methods:
-            if not 0 <= alpha < self.end:
-                rest = ", whose others are not for the map alone" if self.end < len(self) else ""
-                raise ValueError(
-                    f"ALPHA must be in 0 to {self.end - 1} (blocks run before clustering, of "
-                    f"{len(self)}{rest}), got {alpha}"
-                )
+        if not all(0 <= alpha < self.end for alpha in methods):
+            raise ValueError(f"methods must be at 0 to {self.end - 1}, got {sorted(methods)}")
         self.layout = layout
         self.outputs = outputs
         self.rebuilds = rebuilds

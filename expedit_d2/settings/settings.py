@@ -38,7 +38,8 @@ class Settings:
         keep: for methods that leave no grid: tokens that remain after the last alpha, as a share of
             all in (0, 1] or a number; or one such value for each alpha, in the order of alpha.
         budget: instead of all of these: share of the GFLOPs of the transformer's blocks to spend,
-            in (0, 1); alpha and the counts follow from a rule, see `expedit_d2.budget`.
+            in (0, 1); alpha and the counts follow from a rule, see `expedit_d2.budget`. With a
+            given alpha, only the counts follow.
         scope: "map": cluster the whole map; "window": each attention window separately.
         method: how tokens are reduced: "expedit", "merge", "tome", "density", "pool", "hard" (one
             file each in `expedit_d2.methods`), or one that another package registers. None:
@@ -166,7 +167,7 @@ class Settings:
             raise ValueError(
                 f"BUDGET must be a share of the blocks' GFLOPs in (0, 1), got {self.budget!r}"
             )
-        for name in ("alpha", "grid", "ratio", "keep"):
+        for name in ("grid", "ratio", "keep"):
             if getattr(self, name) is not None:
                 raise ValueError(
                     f"BUDGET chooses {name.upper()} by itself; set one of the two, got BUDGET "
