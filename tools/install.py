@@ -15,6 +15,7 @@ import importlib.util
 import os
 import platform
 import shlex
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -30,6 +31,9 @@ TORCH = {
     # Before torch's aarch64 wheels on PyPI became CUDA builds of several GB.
     "aarch64": ("2.9.1", "0.24.1"),
 }
+
+# GB that everything takes, torch's CUDA libraries included, which its wheels for this need.
+SPACE = {("Linux", "x86_64"): 7}
 
 # Detectron2 imports pkg_resources, which setuptools 81 removes; 70.1 is the first that builds
 # wheels itself, so that the project can be installed without downloading build tools.
@@ -143,6 +147,18 @@ def find_detectron2() -> str | None:
     return f"{done.stdout.split()[0]} at {os.path.dirname(spec.origin)}"
 
 
+def check_space() -> None:
+    """Refuse a disk that is too full for torch, before minutes of downloads."""
+    folder = sysconfig.get_path("purelib")
+    free = shutil.disk_usage(folder).free / 1e9
+    needed = SPACE.get((platform.system(), platform.machine()), 2)
+    if free < needed:
+        raise InstallError(
+            f"{folder} has {free:.1f} GB of free disk space, and {needed} GB are needed: free some, "
+            "or install a smaller build of torch first (for CPU only, for instance)."
+        )
+
+
 def install_torch(installer: Installer) -> str:
     """Install torch and torchvision if missing; return the version of torch."""
     torch, torchvision = TORCH.get(platform.machine(), TORCH["default"])
@@ -150,6 +166,8 @@ def install_torch(installer: Installer) -> str:
     if have is None:
         print(f"[1/3] torch {torch} and torchvision {torchvision}: installing (a large download)")
         wanted = [f"torch=={torch}", f"torchvision=={torchvision}", NUMPY]
+        if not installer.dry_run:
+            check_space()
     else:
         print(f"[1/3] torch {have} is already there, leaving it alone")
         # Naming the installed torch lets pip find the matching torchvision.
@@ -256,7 +274,7 @@ def main(argv: list[str] | None = None) -> int:
         install_project(installer, parse_extras(args.extras), torch, uses_wheel)
     except InstallError as error:
         print(f"install.py: {error}", file=sys.stderr)
-        return 1
+        return 2
     except KeyboardInterrupt:
         print("install.py: interrupted; run it again to go on.", file=sys.stderr)
         return 130

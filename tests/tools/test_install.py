@@ -111,14 +111,14 @@ def test_importable_detectron2_is_found(tmp_path):
 def test_detectron2_without_vitdet_is_an_error(tmp_path):
     fake_detectron2(tmp_path, "")
     done = run_with(tmp_path)
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert "older than ViTDet" in done.stderr and len(done.stderr.splitlines()) == 1
 
 
 def test_refuses_a_system_interpreter(install, capsys, monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "prefix", str(tmp_path))
     monkeypatch.setattr(sys, "base_prefix", str(tmp_path))
-    assert install.main(["--dry-run"]) == 1
+    assert install.main(["--dry-run"]) == 2
     captured = capsys.readouterr()
     assert "is not in a virtual or conda environment" in captured.err
     assert len(captured.err.splitlines()) == 1 and captured.out == ""
@@ -129,7 +129,7 @@ def test_refuses_a_system_interpreter(install, capsys, monkeypatch, tmp_path):
 @pytest.mark.parametrize("version", [(3, 9, 1), (3, 13, 0)])
 def test_refuses_other_pythons(install, capsys, monkeypatch, version):
     monkeypatch.setattr(sys, "version_info", version)
-    assert install.main(["--dry-run"]) == 1
+    assert install.main(["--dry-run"]) == 2
     assert "Python 3.10, 3.11 or 3.12 is needed" in capsys.readouterr().err
 
 
@@ -138,10 +138,21 @@ def test_failure_of_pip_is_one_sentence(install, capsys, monkeypatch):
     monkeypatch.setattr(install, "installed_version", versions.get)
     monkeypatch.setattr(install, "find_detectron2", lambda: "0.6 at /there")
     monkeypatch.setattr(install.subprocess, "call", lambda *args, **kwargs: 2)
-    assert install.main(["--system"]) == 1
+    assert install.main(["--system"]) == 2
     error = capsys.readouterr().err
     assert error.startswith("install.py: pip could not install expedit_d2")
     assert len(error.splitlines()) == 1
+
+
+def test_a_full_disk_is_refused_before_pip_runs(install, capsys, monkeypatch):
+    monkeypatch.setattr(install, "installed_version", lambda name: None)
+    monkeypatch.setattr(install.platform, "system", lambda: "Linux")
+    monkeypatch.setattr(install.platform, "machine", lambda: "x86_64")
+    usage = install.shutil.disk_usage("/")._replace(free=5_300_000_000)
+    monkeypatch.setattr(install.shutil, "disk_usage", lambda folder: usage)
+    assert install.main(["--system"]) == 2
+    err = capsys.readouterr().err
+    assert "has 5.3 GB of free disk space, and 7 GB are needed" in err
 
 
 def test_setup_reads_the_version_without_importing_torch():
