@@ -154,8 +154,8 @@ def check_space() -> None:
     needed = SPACE.get((platform.system(), platform.machine()), 2)
     if free < needed:
         raise InstallError(
-            f"{folder} has {free:.1f} GB of free disk space, and {needed} GB are needed: free some, "
-            "or install a smaller build of torch first (for CPU only, for instance)."
+            f"{folder} has {free:.1f} GB of free disk space, and {needed} GB are needed: free "
+            "some, or install a smaller build of torch first (for CPU only, for instance)."
         )
 
 
