@@ -134,8 +134,7 @@ class _StrictCheckpointer(Checkpointer):
     """Raises an error if the weights do not fit the model, instead of logging it.
 
     ``elsewhere`` names weights that the model already has: a file without any of them is the
-        checkpoint
-    of a head only, in which nothing else may be missing or unexpected.
+    checkpoint of a head only, in which nothing else may be missing or unexpected.
     """
 
     elsewhere: frozenset[str] = frozenset()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 
 import torch
+from detectron2.utils.logger import log_first_n
 
 __all__ = ["choose_device"]
 
@@ -20,7 +21,7 @@ def choose_device(device: str, key: str = "MODEL.DEVICE") -> str:
         ValueError: if this machine does not have the device.
     """
     if device == "cuda" and not torch.cuda.is_available():
-        logging.getLogger(__name__).warning("no CUDA device: running on the CPU")
+        log_first_n(logging.WARNING, "no CUDA device: running on the CPU")
         return "cpu"
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     available = ", ".join(["cpu", *(f"cuda:{index}" for index in range(gpus))])

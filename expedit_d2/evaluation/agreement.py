@@ -21,8 +21,7 @@ class Agreement(DatasetEvaluator):
 
     - instances, panoptic: panoptic quality (Kirillov et al., arXiv 1801.00868, equation 1) between
       the segments of the two, over all classes at once: the sum of matched IoUs divided by the
-          matched
-      segments plus half of the unmatched ones. None if neither model detects anything.
+      matched segments plus half of the unmatched ones. None if neither model detects anything.
     - semantic: pixels with the same label.
     - depth: pixels within 5 % of the plain model's depth (or inverse depth).
 
