@@ -230,6 +230,11 @@ def _chosen(
 
 
 def _too_small(settings: Settings, least: float) -> ValueError:
+    if least >= 1:
+        return ValueError(
+            f"no BUDGET fits this transformer with METHOD {settings.method or 'merge'}: reducing "
+            "its tokens costs more than its blocks"
+        )
     return ValueError(
         f"BUDGET must be above {least:.2f} for this transformer"
         + (f" with ALPHA {settings.alpha}" if settings.alphas else "")

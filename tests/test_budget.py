@@ -222,6 +222,20 @@ def test_a_given_alpha_that_does_not_fit(settings, message):
         expedite(vit_b(), budget=0.5, **settings)
 
 
+def test_a_method_that_costs_more_than_the_blocks():
+    tiny = ViT(
+        img_size=256,
+        patch_size=8,
+        embed_dim=8,
+        depth=2,
+        num_heads=1,
+        window_size=4,
+        window_block_indexes=(0, 1),
+    )
+    with pytest.raises(ValueError, match="no BUDGET fits this transformer with METHOD tome"):
+        expedite(tiny, budget=0.5, method="tome")
+
+
 def test_a_budget_that_cannot_be_met():
     swin = D2SwinTransformer(
         embed_dim=24, depths=(2, 2, 2, 2), num_heads=(1, 1, 2, 4), window_size=4

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Time a config's transformer: plain, with fused attention, with Expedit, and with both.
+r"""Time a config's transformer: plain, with fused attention, with Expedit, and with both.
 
 Only the transformer runs, with random weights, on random images. All four are timed in turns.
 Clustering and rebuilding are timed inside the forward pass, in separate rounds. GFLOPs are counted

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Convert an official checkpoint of DPT or Depth Anything V2 for ``MODEL.WEIGHTS``.
+r"""Convert an official checkpoint of DPT or Depth Anything V2 for ``MODEL.WEIGHTS``.
 
 Example::
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Write only the weights of a checkpoint, in half precision.
+r"""Write only the weights of a checkpoint, in half precision.
 
 Examples::
 

@@ -24,16 +24,16 @@ def train(parser: argparse.ArgumentParser) -> None:
         # evaluate official weights, plain and with Expedit
         expedit train --eval-only --config-file configs/vitdet/mask_rcnn_vitdet_b.yaml
         expedit train --eval-only --config-file configs/vitdet/mask_rcnn_vitdet_b.yaml \
-            MODEL.EXPEDIT.ENABLED True MODEL.EXPEDIT.ALPHA 4 MODEL.EXPEDIT.RATIO 0.7
+            MODEL.EXPEDIT.ENABLED True MODEL.EXPEDIT.BUDGET 0.65
 
         # both at once, in one table with GFLOPs and speed
         expedit train --eval-only --compare \
-            --config-file configs/vitdet/mask_rcnn_vitdet_b_expedit_a4_45x45.yaml
+            --config-file configs/vitdet/mask_rcnn_vitdet_b.yaml MODEL.EXPEDIT.BUDGET 0.65
 
         # an existing ViTDet LazyConfig
         expedit train --eval-only --config-file my_vitdet.py \
             train.init_checkpoint=my_weights.pth \
-            expedit.enabled=True expedit.alpha=4 expedit.ratio=0.7
+            expedit.enabled=True expedit.budget=0.65
 
         # your own models and data sets, registered by a module
         expedit train --import my_model.py --config-file my_model.yaml --num-gpus 4
@@ -122,7 +122,9 @@ def tune(parser: argparse.ArgumentParser) -> None:
     command resumes.
     """
     option = parser.add_argument
-    option("--keep", type=float, metavar="PERCENT", help="share of every metric, or of --metric")
+    option(
+        "--keep", type=float, metavar="PERCENT", help="of the plain model's metrics, or --metric"
+    )
     option("--metric", help="name in the tables: PQ, mIoU, 'box AP'")
     option("--agreement", type=float, metavar="PERCENT", help="agreement with the plain model")
     option("--faster", type=float, metavar="TIMES", help="speed-up over the plain model, batch 1")
@@ -143,14 +145,14 @@ def draw(parser: argparse.ArgumentParser) -> None:
 
         # your images
         expedit draw --images photos/*.jpg --config-file my_model.yaml \
-            MODEL.WEIGHTS my_model.pth MODEL.EXPEDIT.ALPHA 8 MODEL.EXPEDIT.RATIO 0.7
+            MODEL.WEIGHTS my_model.pth MODEL.EXPEDIT.BUDGET 0.5
 
         # all images of a folder, on four GPUs (without GPUs, in four processes)
         expedit draw --images photos --num-gpus 4 --config-file my_model.yaml
 
         # a LazyConfig, such as the official ones of ViTDet
         expedit draw --images photos --config-file my_vitdet.py \
-            train.init_checkpoint=my_model.pth expedit.alpha=4 expedit.ratio=0.7
+            train.init_checkpoint=my_model.pth expedit.budget=0.65
 
         # the first four images of the config's test data set
         expedit draw --config-file configs/embedded/dinov2_mask2former_budget_50.yaml

@@ -68,10 +68,13 @@ class Row:
 
 def _methods(spec: TransformerSpec) -> tuple[str, ...]:
     stage, _ = spec.longest_stage
+    whole = stage.window is None or not any(side % stage.window for side in stage.size)
     return tuple(
         name
         for name, method in METHOD_REGISTRY.items()
-        if (spec.unstructured or not method.unstructured) and (stage.inside or not method.inside)
+        if (spec.unstructured or not method.unstructured)
+        and (stage.inside or not method.inside)
+        and (whole or not method.whole_windows)
     )
 
 

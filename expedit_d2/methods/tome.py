@@ -25,6 +25,7 @@ class ToMe(UnstructuredMethod):
     """Merges the same number inside each block: the tokens left fall linearly with the alphas."""
 
     inside = True
+    whole_windows = True
     budget_rule = "every"
 
     @staticmethod

@@ -32,26 +32,31 @@ class Settings:
     None is a key's automatic value. What the chosen method does not read must keep its default.
 
     Attributes:
-        alpha: number of blocks run before clustering, or several of them; None: off.
+        alpha: number of blocks run before tokens are reduced, or several of them; None: chosen by
+            budget; without one, nothing is reduced.
         grid: clusters (h, w), of the map or, with scope "window", of each attention window.
-        ratio: instead of grid, clusters along each side as a share of the tokens, in (0, 1].
+        ratio: instead of grid, clusters along each side as a share of the tokens, in (0, 1]; 0.7
+            leaves half of them.
         keep: for methods that leave no grid: tokens that remain after the last alpha, as a share of
-            all in (0, 1] or a number; or one such value for each alpha, in the order of alpha.
+            all in (0, 1] or a number (1.0 is all of them, 1 a single one); or one such value for
+            each alpha, in the order of alpha.
         budget: instead of all of these: share of the GFLOPs of the transformer's blocks to spend,
             in (0, 1); alpha and the counts follow from a rule, see `expedit_d2.budget`. With a
-            given alpha, only the counts follow.
+            given alpha, only the counts follow. Costs are those of the image size that the model
+            was built for; on larger images somewhat less is spent.
         scope: "map": cluster the whole map; "window": each attention window separately.
         method: how tokens are reduced: "expedit", "merge", "tome", "density", "pool", "hard" (one
             file each in `expedit_d2.methods`), or one that another package registers. None:
-            "merge" with keep, "expedit" with grid or ratio, and with budget the best one for the
-            transformer.
+            "merge" with keep, "expedit" with grid or ratio; with budget "merge", or "expedit" if
+            the transformer's blocks need a grid.
         schedule: how method "merge" spreads one ``keep`` over several alphas: the share that it
             merges is "equal", or "falling" linearly from the first to the last. None: "equal".
         rounds: rounds of bipartite matching in each merge.
         iterations: soft k-means steps, the paper's kappa.
         temperature: multiplies squared distances, the paper's tau; None (or "auto") follows the
             features.
-        window: odd side, in cells, of the clusters a token may join.
+        window: odd side, in clusters, of the neighborhood that a token may join; not the attention
+            window.
         neighbors: clusters that a token is rebuilt from, at most; the paper's k.
         neighbor_window: odd side, in cells, of where these are looked for; 0: everywhere, as in
             the paper.

@@ -25,6 +25,8 @@ class MethodTraits:
     unstructured = False
     #: Whether it reduces inside the block after alpha, between its attention and its MLP.
     inside = False
+    #: Whether it needs attention windows that divide the map.
+    whole_windows = False
     #: Where BUDGET lets it reduce: once, "late" (see `GridRule`); a few times, "evenly" (see
     #: `MERGES`); or at "every" block.
     budget_rule = "late"
