@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -94,6 +95,7 @@ def check_setting(args: argparse.Namespace) -> None:
 
 def main(args: argparse.Namespace) -> None:
     setup_logger(name="detectron2").setLevel("ERROR")
+    logging.getLogger("onnxscript").setLevel("ERROR")  # a line for each node that it leaves as is
     if args.format == "pt2" and (args.check or args.benchmark):
         raise ValueError("--check and --benchmark need --format onnx, got pt2")
     check_file(args.output, "--output")
