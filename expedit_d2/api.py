@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from .adapters import TransformerSpec, find_transformer
+from .adapters.changed_blocks import refuse_changed_blocks
 from .budget import within_budget
 from .fused import Handle, fuse_attention
 from .hook import ExpeditedBlocks
@@ -118,6 +119,8 @@ def apply(
         return Expedited(settings, None, fuse_attention(model).remove, transformer)
     _check_that_it_fits(settings, spec)
     spec, first = spec.stage_of(settings.alphas)
+    inside = METHOD_REGISTRY[settings.method].inside
+    refuse_changed_blocks(spec, min(settings.alphas) - first, inside)
     layout, original = spec.layout(settings.size_aware), spec.blocks
     blocks = ExpeditedBlocks(
         original,
@@ -130,7 +133,7 @@ def apply(
         settings.reconstruct_at == "backbone",
         spec.end,
     )
-    blocks.train(original.training)
+    blocks.training = original.training
     detach, unguard = spec.attach(model), blocks.guard()
     fused = fuse_attention(model) if settings.fused_attention else Handle(lambda: None)
     setattr(spec.owner, spec.attribute, blocks)

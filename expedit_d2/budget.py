@@ -119,6 +119,7 @@ class Costs:
             if index in alphas:
                 before = False
                 left = spread(keep, alphas.index(index), len(alphas))
+                left = max(left, method.least(entering))
                 tokens = self.tokens * entering
                 total += method.cost(settings, tokens, self.tokens * left, self.channels)
             grid = before or (method.inside and entering == 1)

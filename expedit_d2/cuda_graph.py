@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .tracing import cached_results
+
 __all__ = ["capture"]
 
 # Runs before recording, as PyTorch recommends: libraries set themselves up, and what a model
@@ -37,8 +39,13 @@ def capture(call: Callable[..., Any], *inputs: Tensor) -> Callable[..., Any]:
 
     Raises:
         ValueError: for inputs that are not on a GPU, or that differ from the recorded ones in
-            shape or type.
+            shape or type; inside of autocast, whose copies of the weights do not outlive it.
     """
+    if torch.is_autocast_enabled():
+        raise ValueError(
+            "a call cannot be recorded inside of torch.autocast, as its copies of the weights are "
+            "gone afterwards: enter autocast inside of the call, or convert the model"
+        )
     for x in inputs:
         if not x.is_cuda:
             raise ValueError(f"CUDA graphs need inputs on a GPU, got one on {str(x.device)!r}")
@@ -52,6 +59,8 @@ def capture(call: Callable[..., Any], *inputs: Tensor) -> Callable[..., Any]:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         outputs = call(*recorded)
+    # The graph reads their memory: weights, and what was computed once for these sizes.
+    read = (call, cached_results())
 
     @torch.no_grad()  # the decorator above does not reach what is called later
     def replay(*others: Tensor) -> Any:
@@ -65,4 +74,5 @@ def capture(call: Callable[..., Any], *inputs: Tensor) -> Callable[..., Any]:
         graph.replay()
         return outputs
 
+    replay.read = read
     return replay

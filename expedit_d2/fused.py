@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from .adapters import find_transformer
+from .adapters.changed_blocks import refuse_changed_part
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -57,13 +58,16 @@ def fuse_attention(model: nn.Module) -> Handle:
         A handle; ``handle.remove()`` undoes it, as does leaving its ``with`` block.
 
     Raises:
-        ValueError: for a model that is not supported.
+        ValueError: for a model that is not supported, or has attention of its own.
     """
     spec = find_transformer(model)
     layers = []
     if spec.fused is not None:
         for stage in spec.stages or (spec,):
-            layers += [stage.blocks[index].attn for index in range(len(stage.blocks))]
+            for index in range(len(stage.blocks)):
+                layers.append(stage.blocks[index].attn)
+                if stage.packages:
+                    refuse_changed_part(stage, index, layers[-1], with_hooks=False)
     layers = [layer for layer in layers if "forward" not in vars(layer)]
     for layer in layers:
         # Takes precedence over the class's own; is copied and pickled with the layer.

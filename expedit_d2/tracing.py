@@ -10,12 +10,13 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-__all__ = ["cached", "in_graph", "is_exporting", "shape_of"]
+__all__ = ["cached", "cached_results", "in_graph", "is_exporting", "shape_of"]
 
 _R = TypeVar("_R")
 
 #: Results that `cached` keeps for each function.
 _CACHE_SIZE = 64
+_caches: list[OrderedDict[tuple, object]] = []
 
 
 def shape_of(x: Tensor) -> tuple[int, ...]:
@@ -46,6 +47,7 @@ def cached(function: Callable[..., _R]) -> Callable[..., _R]:
         function: its positional arguments are hashable and determine the result.
     """
     results: OrderedDict[tuple, _R] = OrderedDict()
+    _caches.append(results)
 
     @wraps(function)
     def run(*args: object) -> _R:
@@ -60,3 +62,8 @@ def cached(function: Callable[..., _R]) -> Callable[..., _R]:
         return result
 
     return run
+
+
+def cached_results() -> list[object]:
+    """All results that `cached` keeps now: who holds them keeps their memory from being reused."""
+    return [result for results in _caches for result in list(results.values())]

@@ -212,6 +212,8 @@ def test_a_given_alpha_names_the_stage():
     [
         ({"alpha": (1, 6)}, r"ALPHA must be in 0 to 5 .* got 6"),
         ({"alpha": 6, "method": "expedit"}, r"ALPHA must be in 0 to 5 .* got 6"),
+        # One matching merges half of the tokens at most.
+        ({"alpha": 0, "method": "tome"}, r"above 0\.5\d .* with ALPHA 0, got 0.5"),
         ({"alpha": (1, 2), "method": "pool"}, r"METHOD pool takes one ALPHA, got \(1, 2\)"),
         ({"alpha": 5}, r"BUDGET must be above 0\.8\d .* with ALPHA 5, got 0.5"),
         ({"alpha": 5, "method": "expedit"}, r"above 0\.8\d .* with ALPHA 5, got 0.5"),

@@ -12,11 +12,12 @@ from torch import Tensor, nn
 
 from expedit_d2 import expedite
 from expedit_d2.adapters import find_transformer
+from expedit_d2.analysis.flops import count_flops
 from expedit_d2.hook import ExpeditedBlocks, run_reduced
 from expedit_d2.methods import Method
 from expedit_d2.tokens import Tokens
 from support.tensors import error
-from support.vits import SIZE, embedded, images, run, timm_vit_of_any_size
+from support.vits import SIZE, embedded, images, run, timm_vit, timm_vit_of_any_size
 
 # --- the container of blocks -----------------------------------------------------------------
 
@@ -285,3 +286,21 @@ def test_only_the_outputs_that_are_read_are_rebuilt():
         actual = vit.forward_intermediates(x, **read)
     assert len(rebuilt) == 2
     assert all(map(torch.equal, actual, expected))
+
+
+def test_parts_keep_their_own_mode():
+    model = timm_vit(drop_path_rate=0.5).train()
+    model.blocks[0].eval()
+    modes = [part.training for part in model.modules()]
+    with expedite(model, budget=0.6):
+        assert not model.blocks[0].training and model.blocks[1].training
+        count_flops(model, images())
+        assert not model.blocks[0].training and model.blocks[1].training
+    assert [part.training for part in model.modules()] == modes
+
+
+def test_replicas_of_data_parallel_are_refused():
+    model = timm_vit()
+    with expedite(model, budget=0.6) as handle:
+        with pytest.raises(ValueError, match="nn.DataParallel is not supported"):
+            handle.blocks._replicate_for_data_parallel()

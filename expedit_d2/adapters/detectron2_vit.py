@@ -40,16 +40,21 @@ def matches(module: nn.Module) -> bool:
 def adapt(vit: nn.Module) -> TransformerSpec:
     # A convolution between blocks needs a grid.
     unstructured = not any(block.use_residual_block for block in vit.blocks)
-    return spec_of(vit, MapLayout, unstructured)
+    return spec_of(vit, MapLayout, "detectron2", unstructured)
 
 
 def spec_of(
-    vit: nn.Module, layout: type[MapLayout], unstructured: bool, attribute: str = "blocks"
+    vit: nn.Module,
+    layout: type[MapLayout],
+    package: str,
+    unstructured: bool,
+    attribute: str = "blocks",
 ) -> TransformerSpec:
     """`TransformerSpec` of a transformer with Detectron2's attention.
 
     Args:
         layout: of its family.
+        package: that defines its blocks.
         unstructured, attribute: see `TransformerSpec`.
     """
     blocks = getattr(vit, attribute)
@@ -66,6 +71,8 @@ def spec_of(
         costs=_costs,
         outputs=(len(blocks) - 1,),
         fused=attend_layer,
+        taken_apart=lambda block: (block, block.attn),
+        packages=(package,),
         unstructured=unstructured,
         inside=True,
         merges=WINDOWED_MERGES if window else MERGES,

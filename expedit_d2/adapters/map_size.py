@@ -126,15 +126,20 @@ class MapSizes:
     def _forward(self) -> list[Size]:
         """Maps that were made in this thread's innermost forward."""
         stack = getattr(self._forwards, "stack", None)
-        return stack[-1] if stack else []
+        return stack[-1][1] if stack else []
 
     def _enter(self, module: nn.Module, args: Any) -> None:
         if not hasattr(self._forwards, "stack"):
             self._forwards.stack = []
-        self._forwards.stack.append([])
+        self._forwards.stack.append((module, []))
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
-        self._forwards.stack.pop()
+        # Without its own frame if another hook raised an error before `_enter`; and above that may
+        # be those of forwards that were interrupted.
+        stack = getattr(self._forwards, "stack", [])
+        own = [index for index, (entered, _) in enumerate(stack) if entered is module]
+        if own:
+            del stack[own[-1] :]
 
     def _embedded(self, embed: nn.Module, args: tuple[Tensor], output: Tensor) -> None:
         setattr(output, _LABEL, self._made(embed.dynamic_feat_size(shape_of(args[0])[-2:])))

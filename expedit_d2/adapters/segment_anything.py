@@ -20,7 +20,7 @@ def matches(module: nn.Module) -> bool:
 
 
 def adapt(encoder: nn.Module) -> TransformerSpec:
-    return spec_of(encoder, SamLayout, unstructured=True)
+    return spec_of(encoder, SamLayout, "segment_anything", unstructured=True)
 
 
 class SamLayout(MapLayout):

@@ -111,6 +111,9 @@ class TransformerSpec:
         merges: how often METHOD merge merges with BUDGET.
         fused: computes the output of an attention layer (``block.attn``) from the layer and its
             arguments, by scaled dot-product attention; None where the layers do so themselves.
+        taken_apart: the modules of a block, itself included, that the layout does not call but runs
+            the parts of; by default none. Blocks with other code there are refused.
+        packages: top-level packages that define the code of these, and of the blocks; (): of any.
         stages: where the blocks lie in several containers, one spec each, in order; tokens
             are then reduced in one of them. ``attribute`` names the container of these stages.
         transformer: the whole transformer, where ``owner`` is a part of it; see ``whole``.
@@ -131,6 +134,8 @@ class TransformerSpec:
     grid_rule: GridRule = GridRule()
     merges: int = MERGES
     fused: Callable[..., Tensor] | None = None
+    taken_apart: Callable[[nn.Module], tuple[nn.Module, ...]] = field(default=lambda block: ())
+    packages: tuple[str, ...] = ()
     stages: tuple[TransformerSpec, ...] = ()
     transformer: nn.Module | None = None
 
@@ -185,7 +190,16 @@ def is_class(module: nn.Module, name: str, defined_in: str) -> bool:
 
 
 def mean_keys(qkv: nn.Linear, heads: int, x: Tensor) -> Tensor:
-    """`mean_of_heads` for the keys of a layer whose rows are queries, keys and values."""
+    """`mean_of_heads` for the keys of a layer whose rows are queries, keys and values.
+
+    Raises:
+        ValueError: for something else than a linear layer, such as one with LoRA.
+    """
+    if not (hasattr(qkv, "weight") and hasattr(qkv, "bias")):
+        raise ValueError(
+            f"keys cannot be taken from a {type(qkv).__name__}, which has no weight and bias: "
+            "merge what it adds into the linear layer, or use METHOD expedit"
+        )
     bias = None if qkv.bias is None else qkv.bias.chunk(3)[1]
     return mean_of_heads(qkv.weight.chunk(3)[1], bias, heads, x)
 

@@ -56,7 +56,8 @@ def matches(module: nn.Module) -> bool:
 def adapt(swin: nn.Module) -> TransformerSpec:
     flat = not is_class(swin, "D2SwinTransformer", _OURS)
     layout = partial(SwinLayout, flat=flat)
-    return spec_of(swin, swin.layers[0].window_size, layout, _costs, fused=_fused)
+    packages = ("expedit_d2", *(name.partition(".")[0] for name in _OFFICIAL))
+    return spec_of(swin, swin.layers[0].window_size, layout, _costs, packages, "attn", fused=_fused)
 
 
 def spec_of(
@@ -64,6 +65,9 @@ def spec_of(
     window: int,
     layout: Callable[..., SwinLayout],
     costs: Callable[..., BlockCosts],
+    packages: tuple[str, ...],
+    attention: str,
+    fused: Callable[..., Tensor] | None = None,
     **attributes: Any,
 ) -> TransformerSpec:
     """`TransformerSpec` of a Swin whose ``layers`` are stages with ``blocks``.
@@ -73,12 +77,17 @@ def spec_of(
         window: side of the windows.
         layout: of the family; takes ``size_aware`` and ``window``.
         costs: of a block; takes it and ``window``.
+        packages, fused: see `TransformerSpec`.
+        attention: attribute of a block.
         **attributes: others of the `TransformerSpec`.
     """
     common = {
         "layout": partial(layout, window=window),
         "costs": partial(costs, window=window),
         "unstructured": True,
+        "taken_apart": lambda block: (block, getattr(block, attention)),
+        "packages": packages,
+        "fused": fused,
     }
 
     def stage(index: int, layer: nn.Module) -> TransformerSpec:

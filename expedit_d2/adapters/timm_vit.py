@@ -58,6 +58,7 @@ def spec_of(vit: nn.Module, layout: Callable[..., PrefixLayout]) -> TransformerS
         # Known if `expedit_d2.backbones.timm_vit` runs the model; otherwise it may read any.
         outputs=getattr(vit, "expedit_outputs", None),
         attach=lambda model: sizes.attach(model, vit),
+        packages=("timm",),
         unstructured=True,
         inside=all(hasattr(block, part) for block in blocks for part in _PARTS),
         size=tuple(vit.patch_embed.grid_size or (32, 32)),

@@ -34,6 +34,8 @@ def adapt(vit: nn.Module) -> TransformerSpec:
         layout=layout,
         # An nn.Sequential, whose last output alone is read.
         outputs=(len(vit.encoder.layers) - 1,),
+        taken_apart=lambda block: (block,),
+        packages=("torchvision",),
         unstructured=True,
         inside=True,
         size=_size(vit),

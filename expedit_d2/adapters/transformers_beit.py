@@ -40,7 +40,7 @@ def adapt(beit: nn.Module) -> TransformerSpec:
     spec = spec_of(beit, _KIND, _Layout)
     check_parts(beit, beit.layers, "relative_position_bias")
     check_parts(beit, [beit], "shared_position_bias")
-    return spec
+    return replace(spec, taken_apart=lambda block: (block,))
 
 
 @dataclass(frozen=True)

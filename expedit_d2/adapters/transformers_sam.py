@@ -35,7 +35,7 @@ def adapt(encoder: nn.Module) -> TransformerSpec:
         *(f"attn.{name}" for name in ("qkv", "proj", "scale", "use_rel_pos")),
         "attn.num_attention_heads",
     )
-    spec = spec_of(encoder, _Layout, unstructured=True, attribute="layers")
+    spec = spec_of(encoder, _Layout, "transformers", unstructured=True, attribute="layers")
     side = encoder.config.image_size // encoder.config.patch_size
     outputs = set(spec.outputs)
     if is_class(encoder, *_HQ):

@@ -37,7 +37,13 @@ def adapt(swin: nn.Module) -> TransformerSpec:
     blocks = [block for stage in swin.encoder.layers for block in stage.blocks]
     check_parts(swin, blocks, "layernorm_before", "layernorm_after", "shift_size", *names)
     return spec_of(
-        swin.encoder, swin.config.window_size, partial(layout, flat=True), _costs, transformer=swin
+        swin.encoder,
+        swin.config.window_size,
+        partial(layout, flat=True),
+        _costs,
+        ("transformers",),
+        "attention",
+        transformer=swin,
     )
 
 

@@ -169,6 +169,7 @@ def spec_of(vit: nn.Module, kind: Kind, layout: Callable[..., LayerLayout]) -> T
         transformer=vit,
         layout=build,
         outputs=(len(layers) - 1,),
+        packages=("transformers",),
         attach=attach,
         unstructured=True,
         inside=True,

@@ -20,6 +20,7 @@ from torch import nn
 
 from ..adapters import find_transformer
 from ..hook import ExpeditedBlocks
+from ..modes import eval_mode
 
 __all__ = ["Flops", "count_flops"]
 
@@ -172,22 +173,17 @@ def count_flops(model: nn.Module, inputs: Any) -> Flops:
     """
     spec = find_transformer(model)
     owner, stages = spec.owner, spec.stages or (spec,)
-    training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            analysis = FlopCountAnalysis(model, (inputs,) if torch.is_tensor(inputs) else inputs)
-            analysis.set_op_handle(**HANDLES)
-            analysis.set_op_handle(**{f"aten::{name}": None for name in _FREE})
-            # Scripted helpers of Detectron2: box formats and indices.
-            analysis.set_op_handle("prim::CallFunction", None)
-            analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
-            analysis.tracer_warnings("none")
-            totals = analysis.by_module()
-            operators = analysis.by_module_and_operator()
-            uncounted = dict(analysis.unsupported_ops())
-    finally:
-        model.train(training)
+    with eval_mode(model), torch.no_grad():
+        analysis = FlopCountAnalysis(model, (inputs,) if torch.is_tensor(inputs) else inputs)
+        analysis.set_op_handle(**HANDLES)
+        analysis.set_op_handle(**{f"aten::{name}": None for name in _FREE})
+        # Scripted helpers of Detectron2: box formats and indices.
+        analysis.set_op_handle("prim::CallFunction", None)
+        analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
+        analysis.tracer_warnings("none")
+        totals = analysis.by_module()
+        operators = analysis.by_module_and_operator()
+        uncounted = dict(analysis.unsupported_ops())
     # Detectron2's analysis wraps the model as ``model``.
     names = {id(m): f"model.{name}".removesuffix(".") for name, m in model.named_modules()}
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from ..api import is_expedited
 from ..compat import TreeSpec, tree_flatten, tree_unflatten, version_of
 from ..files import bytes_of, digest_tensors, halved
+from ..modes import eval_mode
 
 __all__ = ["FEATURE_CACHE", "cache_features"]
 
@@ -84,12 +85,8 @@ class _Cached:
     @torch.no_grad()
     def _compute(self, images: Tensor) -> list[list[Tensor]]:
         """The outputs for each image, in fp16 unless they overflow."""
-        training = self.module.training
-        self.module.eval()
-        try:
+        with eval_mode(self.module):
             outputs, self.structure = tree_flatten(self.run(images))
-        finally:
-            self.module.train(training)
         return [[halved(x).clone() for x in parts] for parts in zip(*outputs, strict=True)]
 
     def folder(self) -> Path:
@@ -117,7 +114,7 @@ def _fingerprint(module: nn.Module) -> str:
         settings = {
             key: value
             for key, value in vars(part).items()
-            if key != "training" and isinstance(value, (bool, int, float, str, tuple))
+            if key != "training" and isinstance(value, (bool, int, float, str, tuple, list))
         }
         digest.update(f"{name} {type(part).__qualname__} {sorted(settings.items())}".encode())
     digest_tensors(digest, module.state_dict())

@@ -195,7 +195,9 @@ def _lazy_workload(
     if images is None and "evaluator" not in data:
         raise ValueError(f"{config_file} has no dataloader.evaluator; add one, or give --images")
     identity = OmegaConf.to_container(cfg)
-    identity["train"] = identity["expedit"] = None
+    identity["train"] = None
+    # Of the settings, only this is also the plain model's.
+    identity["expedit"] = {"fused_attention": cfg.expedit.get("fused_attention", False)}
     return Workload(
         name=config_file.stem,
         model=load_lazy_model(cfg),

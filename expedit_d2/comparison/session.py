@@ -10,7 +10,7 @@ import shlex
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
-from functools import partial
+from functools import cached_property, partial
 from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
@@ -80,6 +80,11 @@ class Session:
         self._image: str | None = None  # the current image
         self._plain_is_warm = False  # it has run, so its cached values are there
 
+    @cached_property
+    def _fingerprint(self) -> str:
+        """Of the workload, which must not change during a session."""
+        return self.workload.fingerprint
+
     def conditions(self) -> Conditions:
         """Conditions of the measurements."""
         return Conditions(
@@ -128,7 +133,7 @@ class Session:
 
     def _key(self, kind: str, settings: Settings | None, where: Mapping[str, Any]) -> str:
         device = self.workload.device.type
-        parts = (kind, self.workload.fingerprint, _plain(settings), self.options.dtype, device)
+        parts = (kind, self._fingerprint, _plain(settings), self.options.dtype, device)
         return fingerprint(*parts, where)
 
     def _stored(

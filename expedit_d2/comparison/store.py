@@ -13,8 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from ..engine.outputs import check_folder
+from ..files import bytes_of
 
 __all__ = ["Store", "fingerprint"]
 
@@ -29,8 +31,19 @@ _UNREADABLE = (
 
 def fingerprint(*parts: Any) -> str:
     """Hash of anything that can be represented in JSON."""
-    text = json.dumps(parts, sort_keys=True, default=str)
+    text = json.dumps(parts, sort_keys=True, default=_in_json)
     return hashlib.sha256(text.encode()).hexdigest()[:24]
+
+
+def _in_json(value: Any) -> Any:
+    """A value that JSON lacks; of an array or tensor, ``str`` would leave out most numbers."""
+    if isinstance(value, torch.Tensor):
+        content = bytes_of(value)
+    elif isinstance(value, np.ndarray) and not value.dtype.hasobject:
+        content = value.tobytes()
+    else:
+        return str(value)
+    return [str(value.dtype), list(value.shape), hashlib.sha256(content).hexdigest()]
 
 
 class Store:

@@ -6,7 +6,6 @@ import hashlib
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -74,7 +73,7 @@ class Workload:
         whole = self.limit is None or self.limit >= len(self.loader)
         return self.make_evaluator if whole else None
 
-    @cached_property
+    @property
     def fingerprint(self) -> str:
         """Hash of all that results depend on: code, libraries, config, weights, data and limit."""
         weights = hashlib.sha256()

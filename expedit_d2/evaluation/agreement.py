@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -49,11 +50,15 @@ class Agreement(DatasetEvaluator):
         self.not_finite: set[int | str] = set()
         self.sums: dict[str, np.ndarray] = {}
         self.lowest: tuple[float, int | str] | None = None
+        self.seen: Counter[int | str] = Counter()
 
     def process(self, inputs: list[dict], outputs: list[dict]) -> None:
         seen = self.watch is None or self.watch.take()
         for item, output in zip(inputs, outputs, strict=True):
             image = image_key(item)
+            self.seen[image] += 1
+            if self.seen[image] > 1:  # an image of another data set
+                image = f"{image} ({self.seen[image]})"
             if not (seen and all_finite(output)):
                 self.not_finite.add(image)
             for kind in PREDICTIONS.values():

@@ -45,9 +45,13 @@ class ExpeditedBlocks(nn.Module):
             end: blocks from this index on run as they are, on the whole map; None: no such blocks.
 
         Raises:
-            ValueError: for a method outside 0 to end - 1.
+            ValueError: for a method outside 0 to end - 1, or a block that is there twice.
         """
         super().__init__()
+        if len(set(map(id, blocks._modules.values()))) < len(blocks._modules):
+            raise ValueError(
+                "the model runs one of its blocks several times, which is not supported"
+            )
         for name, block in blocks.named_children():
             self.add_module(name, block)
         self.names = tuple(name for name, _ in blocks.named_children())
@@ -59,6 +63,13 @@ class ExpeditedBlocks(nn.Module):
         self.rebuilds = rebuilds
         # Not among the blocks' own names; without parameters, so without state-dict keys.
         self.methods = nn.ModuleDict({f"after_{alpha}": m for alpha, m in methods.items()})
+
+    def _replicate_for_data_parallel(self) -> nn.Module:
+        """Called by `nn.DataParallel`, whose replicas would read the weights of the original."""
+        raise ValueError(
+            "nn.DataParallel is not supported with Expedit: use DistributedDataParallel, with a "
+            "process for each GPU"
+        )
 
     @property
     def first_alpha(self) -> int:

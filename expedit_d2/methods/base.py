@@ -50,6 +50,11 @@ class Method(MethodTraits, nn.Module, ABC):
         return equal
 
     @staticmethod
+    def least(entering: float) -> float:
+        """The smallest share of all tokens that one reduction can leave of a share."""
+        return 0.0
+
+    @staticmethod
     def cost(settings: Settings, tokens: float, clusters: float, channels: int) -> float:
         """Multiply-adds of reducing and rebuilding once; 0 where they do not matter.
 

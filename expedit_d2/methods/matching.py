@@ -99,7 +99,7 @@ def cluster_sizes(sizes: Tensor | None, index: Tensor, count: int) -> tuple[Tens
 
 @cached
 def _one(device: torch.device) -> Tensor:
-    return torch.ones((), device=device)
+    return torch.ones((), dtype=torch.float32, device=device)
 
 
 def _flat(index: Tensor, total: int) -> Tensor:

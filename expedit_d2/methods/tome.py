@@ -33,6 +33,10 @@ class ToMe(UnstructuredMethod):
         return same_number
 
     @staticmethod
+    def least(entering: float) -> float:
+        return entering / 2  # one matching merges no more
+
+    @staticmethod
     def cost(settings: Settings, tokens: float, clusters: float, channels: int) -> float:
         return matching_cost(tokens, tokens / 2, channels)
 
@@ -50,7 +54,7 @@ class ToMe(UnstructuredMethod):
             number = windows.number
         batch, total, _ = shape_of(keys)
         each = total // number
-        # One matching cannot merge more than half of the tokens.
+        # See `least`.
         left = max(count // number, (each + 1) // 2)
         unit = F.normalize(keys, dim=-1)  # compared by the cosine of their angle
         unit = unit.reshape(batch * number, each, -1)

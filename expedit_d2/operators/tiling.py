@@ -125,7 +125,9 @@ def tile(
         tokens=cross(rows.tokens, cols.tokens, size[1]).flatten(),
         real=real.float()[..., None],
         cells=(first + cross(rows.cells, cols.cells, grid[1])).flatten(0, 1),
-        mask=torch.zeros(shape_of(allowed), device=device).masked_fill(~allowed, MASKED_LOGIT),
+        mask=torch.zeros(shape_of(allowed), dtype=torch.float32, device=device).masked_fill(
+            ~allowed, MASKED_LOGIT
+        ),
         place=place.flatten(),
     )
 

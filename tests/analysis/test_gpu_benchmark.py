@@ -96,6 +96,12 @@ def test_graphs_need_a_gpu():
         capture(torch.abs, torch.ones(1))
 
 
+def test_graphs_are_not_recorded_inside_of_autocast(monkeypatch):
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda: True)
+    with pytest.raises(ValueError, match="cannot be recorded inside of torch.autocast"):
+        capture(torch.abs, torch.ones(1))
+
+
 def test_what_fails_is_said_and_costs_nothing_else(monkeypatch):
     def out_of_memory(model, x):
         if model.vit.blocks.__class__.__name__ == "ExpeditedBlocks":

@@ -22,6 +22,7 @@ from expedit_d2.comparison import (
     to_markdown,
 )
 from expedit_d2.comparison import session as session_module
+from expedit_d2.comparison.origin import data_digest
 from expedit_d2.projects import load_cfg
 from expedit_d2.settings import Settings
 from support.repository import VITDET
@@ -142,6 +143,27 @@ def test_what_results_depend_on_is_in_their_key(workload, tiny_opts):
         next(other_weights.model.parameters()).add_(1e-6)
     found = [s.fingerprint for s in (workload, *others, other_weights)]
     assert len(set(found)) == len(found)
+
+
+def test_weights_that_change_after_a_comparison(workload):
+    changed = replace(workload, model=copy.deepcopy(workload.model))
+    store = Store(None)
+    before = compare(changed, {}, QUIET, store)
+    with torch.no_grad():
+        for parameter in changed.model.parameters():
+            parameter.add_(torch.randn_like(parameter))
+    after = compare(changed, {}, QUIET, store)
+    assert store.reused == 0 and after.plain.metrics != before.plain.metrics
+
+
+def test_arrays_in_records_count_by_their_content():
+    for kind in (lambda x: x, torch.from_numpy):
+        zeros = np.zeros((64, 64))
+        other = zeros.copy()
+        other[30, 30] = 7
+        digests = {data_digest([{"sem_seg": kind(x)}], []) for x in (zeros, other, zeros.T)}
+        assert len(digests) == 2
+        assert data_digest([{"sem_seg": kind(zeros.astype("f4"))}], []) not in digests
 
 
 class Interrupting:

@@ -317,3 +317,16 @@ def test_one_value_that_is_not_finite_is_found(value, dtype):
     assert all_finite({"a": [tensor, torch.zeros(0, 3), torch.tensor([1, 2])]})
     tensor[3, 1] = value
     assert not all_finite({"a": [torch.ones(2), tensor]})
+
+
+def test_images_of_two_data_sets_may_have_the_same_id():
+    items = [{"image_id": 1, "file_name": name} for name in ("a/1.png", "b/1.png")]
+    outputs = [{"sem_seg": torch.eye(3)[:, None] * sign} for sign in (1, -1)]
+    reference = Agreement()
+    reference.process(items, outputs)
+    same = Agreement(Agreement.from_arrays(reference.to_arrays()))
+    same.process(items, outputs)
+    assert same.evaluate()["agreement"] == {"semantic": 100.0}
+    swapped = Agreement(reference)
+    swapped.process(items, outputs[::-1])
+    assert swapped.evaluate()["agreement"]["semantic"] < 100

@@ -10,6 +10,7 @@ from expedit_d2 import expedite
 from expedit_d2.analysis.flops import count_flops
 from expedit_d2.methods import matching
 from expedit_d2.methods.matching import cluster_means, cluster_sizes, match, snake_order
+from expedit_d2.operators import tiling
 from expedit_d2.settings import Settings
 from support.oracles import plain_matching
 from support.tensors import error
@@ -248,3 +249,14 @@ def test_convolutions_between_blocks_need_a_grid():
     vit = detectron2_vit(residual_block_indexes=[1])
     with pytest.raises(ValueError, match="METHOD merge leaves tokens on no grid.*convolutions"):
         expedite(vit, 1, method="merge", keep=0.5)
+
+
+def test_what_is_kept_for_later_has_a_type_of_its_own():
+    """A default type that was in force at the first pass would stay in the process."""
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        one = matching._one.__wrapped__(torch.device("cpu"))
+        tiles = tiling.tile.__wrapped__((8, 8), (4, 4), 2, 1, torch.device("cpu"))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert {one.dtype, tiles.mask.dtype, tiles.real.dtype} == {torch.float32}
