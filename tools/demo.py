@@ -29,7 +29,7 @@ from expedit_d2.comparison import (
     to_terminal,
 )
 from expedit_d2.data import register_collage
-from expedit_d2.data.collage.definition import COUNTS, LARGE_SIZE, SIZE
+from expedit_d2.data.collage.definition import COUNTS, LARGE_SIZE, REPRESENTATIVE, SIZE
 from expedit_d2.engine import check_folder, import_modules, one_sentence
 from expedit_d2.files import code_in_files, fetch
 from expedit_d2.files.shipped import SHIPPED
@@ -51,7 +51,7 @@ MODELS = {
 #: Trained from scratch at 256 x 256 pixels; needs no download.
 SMALL = "small_segmenter"
 SHOWN = Settings(budget=0.5)
-IMAGES, ALL_IMAGES = 6, COUNTS["val"]
+ALL_IMAGES = COUNTS["val"]
 
 LEGEND = """\
 budget:    this package's choice, merging similar tokens, for that share of the blocks' GFLOPs
@@ -119,9 +119,9 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     many.add_argument(
         "--images",
         type=at_least(1),
-        default=IMAGES,
         metavar="N",
-        help="images to evaluate the embedded models on (%(default)s)",
+        help=f"evaluate the embedded models on the first N images; default: on "
+        f"{len(REPRESENTATIVE)} whose metrics are close to those on the first 100",
     )
     many.add_argument(
         "--all",
@@ -211,12 +211,29 @@ def choose(args: argparse.Namespace) -> list[Case]:
             file=sys.stderr,
         )
         cases, size = [small_case()], SIZE
-    # The first images of the validation set, and none for training.
-    register_collage(counts={"train": 1, "val": args.images}, size=size, name="demo")
+        args.images = args.images or len(REPRESENTATIVE)
+    # Images of the validation set, and none for training.
+    scenes = args.images or REPRESENTATIVE
+    register_collage(counts={"train": 1, "val": scenes}, size=size, name="demo")
     # For so few small images, starting a process to load them takes longer than loading them.
     few = ["DATASETS.TEST", "('demo_val',)", "DATALOADER.NUM_WORKERS", "0"]
     args.opts = [*args.opts, *few]
     return cases
+
+
+def about_images(first: int | None) -> str:
+    """How far the shares that are kept can be trusted."""
+    if first is None:
+        return (
+            f"These {len(REPRESENTATIVE)} images were chosen so that what is kept is close to what "
+            f"is kept on the first 100; --images 100 takes those, --all all {ALL_IMAGES}."
+        )
+    if first < ALL_IMAGES:
+        return (
+            f"On {first} images the share that is kept may vary by several percent, that of "
+            f"instances and panoptic segments most; --all takes {ALL_IMAGES}."
+        )
+    return f"These are all {ALL_IMAGES} images."
 
 
 def main(args: argparse.Namespace) -> None:
@@ -232,24 +249,21 @@ def main(args: argparse.Namespace) -> None:
     output.mkdir(parents=True, exist_ok=True)
     comparisons: list[Comparison] = []
     pictures: list[Picture] = []
-    for case, chosen in zip(cases, settings, strict=True):
-        comparison, drawn = run_case(case, chosen, args)
-        comparisons.append(comparison)
-        pictures += drawn
-        tables = [f"{done.model}\n\n{to_markdown(done)}" for done in comparisons]
-        # Written after each model, so that an interruption leaves those that are done.
-        (output / "tables.md").write_text("\n".join(tables), encoding="utf-8")
-        write_report(comparisons, pictures, output / "report.html")
-    if cases[0].plain.stem.startswith(PREFIX) and args.pictures:
-        pictures += draw_photos(output)
-        write_report(comparisons, pictures, output / "report.html")
+    try:
+        for case, chosen in zip(cases, settings, strict=True):
+            comparison, drawn = run_case(case, chosen, args)
+            comparisons.append(comparison)
+            pictures += drawn
+            tables = [f"{done.model}\n\n{to_markdown(done)}" for done in comparisons]
+            (output / "tables.md").write_text("\n".join(tables), encoding="utf-8")
+        if cases[0].plain.stem.startswith(PREFIX) and args.pictures:
+            pictures += draw_photos(output)
+    finally:
+        # Also of an interrupted demo; its plots take seconds, so it is written once.
+        if comparisons:
+            write_report(comparisons, pictures, output / "report.html")
     if not args.config_file:
-        print(f"{LEGEND}\n")
-        if args.images < ALL_IMAGES:
-            print(
-                f"On {args.images} images the share that is kept varies by several percent, "
-                f"that of instances and panoptic segments most; --all takes {ALL_IMAGES}.\n"
-            )
+        print(f"{LEGEND}\n\n{about_images(args.images)}\n")
     minutes, seconds = divmod(round(time.perf_counter() - started), 60)
     print(f"{minutes} min {seconds} s. Open {output / 'report.html'}: tables, plots and pictures.")
     if pictures:

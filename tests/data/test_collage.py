@@ -249,6 +249,27 @@ def test_files_hold_the_scenes(tmp_path):
                 assert mask[:, x].any() and mask[:, x + w - 1].any()
 
 
+def test_chosen_scenes_are_those_of_the_whole_set(tmp_path):
+    some = write_collage(tmp_path, {"train": 1, "val": (3, 1)}, SIZE, splits=["val"])
+    whole = write_collage(tmp_path, {"train": 1, "val": 4}, SIZE, splits=["val"])
+    assert some.name == "collage-v2-1+3,1-96x128" and whole.name == "collage-v2-1+4-96x128"
+    for kind in ("", "panoptic_", "semantic_", "depth_"):
+        files = sorted((some / f"{kind}val").iterdir())
+        assert [file.name for file in files] == ["000001.png", "000003.png"]
+        for file in files:
+            assert file.read_bytes() == (whole / f"{kind}val" / file.name).read_bytes()
+    annotations = json.loads((some / "annotations/instances_val.json").read_text())["annotations"]
+    assert {one["image_id"] for one in annotations} == {1, 3}
+    # One scene does not share its folder with that many.
+    assert collage.collage_folder(tmp_path, {"train": 1, "val": (4,)}, SIZE) != whole
+
+
+@pytest.mark.parametrize("wrong", [0, (), (1, 1), (-1,)])
+def test_scenes_that_cannot_be_chosen(tmp_path, wrong):
+    with pytest.raises(ValueError, match="counts must give a positive number, or different"):
+        write_collage(tmp_path, {"train": 1, "val": wrong}, SIZE)
+
+
 def test_a_complete_set_is_not_written_again(tmp_path, monkeypatch):
     folder = write_collage(tmp_path, COUNTS, SIZE)
     monkeypatch.setattr(write, "make_scene", None)

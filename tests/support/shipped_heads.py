@@ -1,4 +1,4 @@
-"""The shipped heads on the first images of the validation set, plain and at README's budgets.
+"""The shipped heads on the images of the demo, plain and at README's budgets.
 
 After new weights are shipped, ``python tests/support/shipped_heads.py`` writes what
 ``tests/test_readme_table.py`` expects.
@@ -22,15 +22,13 @@ from detectron2.utils.logger import setup_logger
 from expedit_d2.cli.workloads import load_workload
 from expedit_d2.comparison import expedited_copy
 from expedit_d2.data import register_collage
-from expedit_d2.data.collage.definition import LARGE_SIZE
+from expedit_d2.data.collage.definition import LARGE_SIZE, REPRESENTATIVE
 from expedit_d2.evaluation import Agreement
 from expedit_d2.predictions import main_metrics
 from expedit_d2.settings import Settings
 from support.repository import ROOT
 
 EXPECTED = ROOT / "tests" / "shipped_heads.json"
-#: Few, as the test may take a minute of one core.
-IMAGES = 6
 #: README's headline of each model: half of the blocks' GFLOPs, or 65 % where windows are.
 BUDGETS = {"segmenter": 0.5, "dpt": 0.5, "mask2former": 0.5, "vitdet": 0.65}
 
@@ -47,7 +45,7 @@ def measure(folder: Path) -> Measured:
         OSError: if the backbone's weights cannot be had.
     """
     register_collage()  # whose classes some models want to know
-    register_collage(folder, {"train": 1, "val": IMAGES}, LARGE_SIZE, name="shipped_heads")
+    register_collage(folder, {"train": 1, "val": REPRESENTATIVE}, LARGE_SIZE, name="shipped_heads")
     return {name: _measure(name, budget) for name, budget in BUDGETS.items()}
 
 
@@ -76,6 +74,6 @@ def _measure(name: str, budget: float) -> dict[str, dict[str, float]]:
 if __name__ == "__main__":
     setup_logger(name="detectron2").setLevel("ERROR")
     with tempfile.TemporaryDirectory() as scenes:
-        measured = {"images": IMAGES, "models": measure(Path(scenes))}
+        measured = {"images": REPRESENTATIVE, "models": measure(Path(scenes))}
     EXPECTED.write_text(json.dumps(measured, indent=1) + "\n", encoding="utf-8")
     print(EXPECTED)

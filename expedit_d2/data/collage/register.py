@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from detectron2.data.datasets import load_coco_json
 
 from ..panoptic import class_metadata, contiguous_segments
 from .definition import DEPTH_SCALE, LARGE_COUNTS, LARGE_SIZE, SIZE, SPLITS, categories
-from .write import collage_folder, write_collage
+from .write import Counts, collage_folder, write_collage
 
 
 def _collage_metadata(folder: Path, split: str) -> dict:
@@ -54,7 +53,7 @@ def _load_collage(name: str) -> list[dict]:
 
 def register_collage(
     root: str | os.PathLike | None = None,
-    counts: Mapping[str, int] | None = None,
+    counts: Counts | None = None,
     size: tuple[int, int] | None = None,
     name: str = "collage",
 ) -> None:
@@ -70,7 +69,8 @@ def register_collage(
 
     Args:
         root: the folder of all data sets; default ``$DETECTRON2_DATASETS`` or ``datasets``.
-        counts: number of scenes of "train" and "val"; default 2000 and 200.
+        counts: number of scenes of "train" and "val", or the numbers of those that are wanted;
+            default 2000 and 200.
         size: (height, width) in pixels; default 256 x 256.
         name: prefix of the two names; must be unique for each root, counts and size.
 
@@ -86,7 +86,7 @@ def register_collage(
 def _register(
     name: str,
     root: str | os.PathLike | None,
-    counts: Mapping[str, int] | None,
+    counts: Counts | None,
     size: tuple[int, int],
     check: bool,
 ) -> None:

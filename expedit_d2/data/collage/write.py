@@ -19,6 +19,9 @@ from ..coco_checks import run_lengths
 from .definition import COUNTS, DEPTH_SCALE, SIZE, SPLITS, VERSION, categories
 from .scene import Scene, check_arguments, make_scene
 
+#: By split, how many scenes, or which.
+Counts = Mapping[str, "int | Sequence[int]"]
+
 _LABELS = ("panoptic", "semantic", "depth")
 
 
@@ -47,11 +50,11 @@ def _write_png(path: Path, pixels: np.ndarray) -> None:
     Image.fromarray(pixels).save(path, compress_level=1)  # sensor noise hardly compresses
 
 
-def _write_split(folder: Path, split: str, count: int, size: tuple[int, int]) -> None:
+def _write_split(folder: Path, split: str, scenes: Sequence[int], size: tuple[int, int]) -> None:
     for kind in ("annotations", split, *(f"{kind}_{split}" for kind in _LABELS)):
         (folder / kind).mkdir()
     images, instances, panoptics = [], [], []
-    for index in tqdm(range(count), desc=f"collage: writing {split}", unit="scene", disable=None):
+    for index in tqdm(scenes, desc=f"collage: writing {split}", unit="scene", disable=None):
         scene = make_scene(split, index, size)
         name = f"{index:06d}.png"
         _write_png(folder / split / name, scene.image)
@@ -83,7 +86,7 @@ def _write_json(
 
 def collage_folder(
     root: str | os.PathLike | None = None,
-    counts: Mapping[str, int] | None = None,
+    counts: Counts | None = None,
     size: tuple[int, int] = SIZE,
 ) -> Path:
     """The folder of the data set, whether or not it exists yet.
@@ -93,7 +96,8 @@ def collage_folder(
 
     Args:
         root: the folder of all data sets; default ``$DETECTRON2_DATASETS`` or ``datasets``.
-        counts: number of scenes of "train" and "val"; default ``COUNTS``.
+        counts: number of scenes of "train" and "val", or the numbers of those that are wanted;
+            default ``COUNTS``.
         size: (height, width) in pixels.
     """
     root = Path(root if root is not None else os.environ.get("DETECTRON2_DATASETS", "datasets"))
@@ -101,22 +105,39 @@ def collage_folder(
     _check_counts(counts)
     name = f"collage-v{VERSION}"
     if dict(counts) != COUNTS:
-        name += f"-{counts['train']}+{counts['val']}"
+        name += "-" + "+".join(_described(counts[split]) for split in SPLITS)
     if tuple(size) != SIZE:
         name += f"-{size[0]}x{size[1]}"
     return root.expanduser() / name
 
 
-def _check_counts(counts: Mapping[str, int]) -> None:
-    if set(counts) != set(SPLITS) or min(counts.values()) < 1:
+def _scenes(count: int | Sequence[int]) -> Sequence[int]:
+    return range(count) if isinstance(count, int) else count
+
+
+def _described(count: int | Sequence[int]) -> str:
+    """In a folder's name: "12", the first twelve; "3,12", these two; "12,", this one."""
+    if isinstance(count, int):
+        return str(count)
+    return ",".join(map(str, count)) + ("," if len(count) == 1 else "")
+
+
+def _check_counts(counts: Counts) -> None:
+    if set(counts) != set(SPLITS) or not all(_is_valid(count) for count in counts.values()):
         raise ValueError(
-            f"counts must give a positive number for each of {SPLITS}, got {dict(counts)}."
+            "counts must give a positive number, or different numbers of scenes, for each of "
+            f"{SPLITS}, got {dict(counts)}."
         )
+
+
+def _is_valid(count: int | Sequence[int]) -> bool:
+    scenes = _scenes(count)
+    return len(scenes) == len(set(scenes)) > 0 and min(scenes) >= 0
 
 
 def write_collage(
     root: str | os.PathLike | None = None,
-    counts: Mapping[str, int] | None = None,
+    counts: Counts | None = None,
     size: tuple[int, int] = SIZE,
     splits: Sequence[str] = SPLITS,
 ) -> Path:
@@ -161,7 +182,7 @@ def write_collage(
         with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as scratch:
             draft = Path(scratch) / folder.name
             draft.mkdir()
-            _write_split(draft, split, counts[split], size)
+            _write_split(draft, split, _scenes(counts[split]), size)
             info = {"name": "collage", "version": VERSION, "counts": dict(counts)}
             info["size"] = list(size)
             (draft / "info.json").write_text(json.dumps(info, indent=2) + "\n")
