@@ -66,8 +66,7 @@ def fuse_attention(model: nn.Module) -> Handle:
         for stage in spec.stages or (spec,):
             for index in range(len(stage.blocks)):
                 layers.append(stage.blocks[index].attn)
-                if stage.packages:
-                    refuse_changed_part(stage, index, layers[-1], with_hooks=False)
+                refuse_changed_part(stage, index, layers[-1], with_hooks=False)
     layers = [layer for layer in layers if "forward" not in vars(layer)]
     for layer in layers:
         # Takes precedence over the class's own; is copied and pickled with the layer.

@@ -31,8 +31,6 @@ def refuse_changed_blocks(spec: TransformerSpec, first: int, inside: bool) -> No
     Raises:
         ValueError: for code that is not the library's, or a forward hook; names the block.
     """
-    if not spec.packages:
-        return
     for index in range(first, len(spec.blocks)):
         block = spec.blocks[index]
         parts = [*spec.taken_apart(block), *([block] if inside else [])]
@@ -48,6 +46,8 @@ def refuse_changed_part(
     Raises:
         ValueError: as `refuse_changed_blocks`.
     """
+    if not spec.packages:
+        return
     known = (*spec.packages, *_WRAPPERS)
     own, code = vars(part).get("forward"), type(part).forward
     hooks = (*part._forward_pre_hooks.values(), *part._forward_hooks.values())

@@ -18,7 +18,9 @@ __all__ = ["code_digest", "data_digest", "sources", "versions"]
 #: Packages whose versions affect results.
 _LIBRARIES = (
     "detectron2",
+    "fvcore",
     "numpy",
+    "pillow",
     "pycocotools",
     "segment-anything",
     "timm",

@@ -195,7 +195,7 @@ class Distance:
         self.all = self.shares(range(images))
 
     def shares(self, chosen: Sequence[int]) -> dict[tuple[str, str, str], float]:
-        """Percent of the plain model's metric; of that itself, percent of its value."""
+        """Percent of the plain model's metric; the plain model's metric as it is."""
         values = {key: metric(chosen) for key, metric in self.metrics.items()}
         return {
             (name, metric, setting): 100 * value / max(values[name, metric, "plain"], 1e-9)
