@@ -134,8 +134,9 @@ def apply(
         spec.end,
     )
     blocks.training = original.training
-    detach, unguard = spec.attach(model), blocks.guard()
+    # First, as it may refuse the model.
     fused = fuse_attention(model) if settings.fused_attention else Handle(lambda: None)
+    detach, unguard = spec.attach(model), blocks.guard()
     setattr(spec.owner, spec.attribute, blocks)
 
     def undo() -> None:

@@ -17,7 +17,7 @@ from expedit_d2.hook import ExpeditedBlocks, run_reduced
 from expedit_d2.methods import Method
 from expedit_d2.tokens import Tokens
 from support.tensors import error
-from support.vits import SIZE, embedded, images, run, timm_vit, timm_vit_of_any_size
+from support.vits import SIZE, detectron2_vit, embedded, images, run, timm_vit, timm_vit_of_any_size
 
 # --- the container of blocks -----------------------------------------------------------------
 
@@ -304,3 +304,31 @@ def test_replicas_of_data_parallel_are_refused():
     with expedite(model, budget=0.6) as handle:
         with pytest.raises(ValueError, match="nn.DataParallel is not supported"):
             handle.blocks._replicate_for_data_parallel()
+
+
+def test_hooks_of_the_container_run():
+    model, x, seen = timm_vit(), images(), []
+    hook = model.blocks.register_forward_hook(lambda blocks, args, out: seen.append(out.shape))
+    model.blocks.register_forward_pre_hook(lambda blocks, args: (2 * args[0],))
+    expected = model(x)
+    with expedite(model, alpha=1, keep=1.0):
+        assert error(model(x), expected) < 1e-5
+        assert len(seen) == 2 and seen[0] == seen[1]
+        hook.remove()
+        model(x)
+    model(x)
+    assert len(seen) == 2
+
+
+def test_a_refusal_leaves_no_trace():
+    model, x = detectron2_vit(), images((12, 12))
+    attention = model.blocks[0].attn
+    attention.forward = lambda x: 0.5 * type(attention).forward(attention, x)
+    before = {name: dict(vars(part)) for name, part in model.named_modules()}
+    hooks = [len(part._forward_pre_hooks) for part in model.modules()]
+    expected = model(x)["last_feat"]
+    with pytest.raises(ValueError, match="block 0 has a forward of its own"):
+        expedite(model, alpha=1, keep=0.5, fused_attention=True)
+    assert {name: dict(vars(part)) for name, part in model.named_modules()} == before
+    assert [len(part._forward_pre_hooks) for part in model.modules()] == hooks
+    assert torch.equal(model(x)["last_feat"], expected)

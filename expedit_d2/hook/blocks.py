@@ -18,6 +18,16 @@ __all__ = ["ExpeditedBlocks", "Rebuild", "run_reduced", "sized_blocks"]
 Rebuild = Callable[[Tensor], Tensor]
 
 
+#: Where a module keeps its forward hooks.
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+)
+
+
 class ExpeditedBlocks(nn.Module):
     """A block container that reduces the tokens before some blocks and rebuilds the map.
 
@@ -54,6 +64,8 @@ class ExpeditedBlocks(nn.Module):
             )
         for name, block in blocks.named_children():
             self.add_module(name, block)
+        for hooks in _HOOKS:  # of the container, which take and return whole maps
+            setattr(self, hooks, getattr(blocks, hooks))
         self.names = tuple(name for name, _ in blocks.named_children())
         self.end = len(self.names) if end is None else end
         if not all(0 <= alpha < self.end for alpha in methods):
