@@ -332,3 +332,13 @@ def test_a_refusal_leaves_no_trace():
     assert {name: dict(vars(part)) for name, part in model.named_modules()} == before
     assert [len(part._forward_pre_hooks) for part in model.modules()] == hooks
     assert torch.equal(model(x)["last_feat"], expected)
+
+
+def test_parts_that_run_on_all_tokens_are_said():
+    model = timm_vit()
+    with expedite(model, alpha=1, keep=0.5) as handle:
+        handle.blocks[:2], handle.blocks[1:]
+        with pytest.warns(UserWarning, match="blocks 2 to 3 run on all tokens"):
+            handle.blocks[2:]
+    with expedite(model, alpha=(1, 2), keep=0.5) as handle:
+        handle.blocks[2:]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 
 from ..methods import Method
 from ..tokens import Layout
+from ..tracing import in_graph
 from .guard import guard
 from .passes import Pass, Step
 
@@ -16,7 +18,6 @@ __all__ = ["ExpeditedBlocks", "Rebuild", "run_reduced", "sized_blocks"]
 
 #: Features of the reduced tokens (B, M, D), in the order of the tokens, to a map (B, H, W, D).
 Rebuild = Callable[[Tensor], Tensor]
-
 
 #: Where a module keeps its forward hooks.
 _HOOKS = (
@@ -118,7 +119,16 @@ class ExpeditedBlocks(nn.Module):
                 'RECONSTRUCT_AT "head" needs a model whose head runs on clusters, such as '
                 'Segmenter; set RECONSTRUCT_AT "backbone"'
             )
-        last = [index for index in range(len(self))[part] if index < self.end][-1:]
+        indices = [index for index in range(len(self))[part] if index < self.end]
+        late = bool(indices) and indices[0] > self.first_alpha
+        if late and not in_graph() and not set(indices) & set(self._alphas):
+            warnings.warn(
+                f"blocks {indices[0]} to {indices[-1]} run on all tokens, as the model loops over "
+                "its blocks in parts and the map is rebuilt after each: ALPHA may name a block of "
+                "every part",
+                stacklevel=3,
+            )
+        last = indices[-1:]
         if outputs is not None:
             outputs = {*outputs, *last}
         return self._steps(Pass(self.layout, self._alphas, outputs, size))[part]
