@@ -520,6 +520,7 @@ def test_looking_at_blocks_is_no_call():
 
 
 @torch.no_grad()
+@pytest.mark.filterwarnings("ignore:blocks 3 to 3 run on all tokens")
 @pytest.mark.parametrize("cut", [1, 2, 3])
 def test_a_part_of_the_blocks_ends_with_the_whole_map(cut):
     """Two loops over parts: the first leaves all tokens, the second begins with them."""
