@@ -59,8 +59,6 @@ def capture(call: Callable[..., Any], *inputs: Tensor) -> Callable[..., Any]:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         outputs = call(*recorded)
-    # The graph reads their memory: weights, and what was computed once for these sizes.
-    read = (call, cached_results())
 
     @torch.no_grad()  # the decorator above does not reach what is called later
     def replay(*others: Tensor) -> Any:
@@ -74,5 +72,6 @@ def capture(call: Callable[..., Any], *inputs: Tensor) -> Callable[..., Any]:
         graph.replay()
         return outputs
 
-    replay.read = read
+    # The graph reads their memory: weights, and what was computed once for these sizes.
+    replay.read = (call, cached_results())
     return replay

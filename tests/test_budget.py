@@ -27,18 +27,19 @@ def vit_b(**kwargs) -> nn.Module:
     return timm.create_model("vit_small_patch16_224", num_classes=0, **sizes, **kwargs).eval()
 
 
-def vitdet() -> nn.Module:
-    return ViT(
-        img_size=256,
-        patch_size=16,
-        embed_dim=96,
-        depth=8,
-        num_heads=3,
-        window_size=8,
-        window_block_indexes=(0, 1, 2, 4, 5, 6),
-        use_rel_pos=True,
-        drop_path_rate=0.0,
-    ).eval()
+def vitdet(**changes) -> nn.Module:
+    settings = {
+        "img_size": 256,
+        "patch_size": 16,
+        "embed_dim": 96,
+        "depth": 8,
+        "num_heads": 3,
+        "window_size": 8,
+        "window_block_indexes": (0, 1, 2, 4, 5, 6),
+        "use_rel_pos": True,
+        "drop_path_rate": 0.0,
+    }
+    return ViT(**(settings | changes)).eval()
 
 
 def share_spent(model: nn.Module, x: torch.Tensor, **settings) -> float:
@@ -82,16 +83,8 @@ def test_the_budget_is_for_the_images_of_the_config():
 @pytest.mark.parametrize("window", [14, 16])
 def test_the_budget_is_met_where_windows_are_padded(window):
     """14 does not divide 64 tokens, as in ViTDet: a fifth of the tokens in windows is padding."""
-    model = ViT(
-        img_size=256,
-        patch_size=4,
-        embed_dim=192,
-        depth=4,
-        num_heads=3,
-        window_size=window,
-        window_block_indexes=(0, 1, 2),
-        use_rel_pos=True,
-    ).eval()
+    sizes = {"patch_size": 4, "embed_dim": 192, "depth": 4}
+    model = vitdet(**sizes, window_size=window, window_block_indexes=(0, 1, 2))
     share = share_spent(model, torch.randn(1, 3, 256, 256), budget=0.6)
     assert 0.56 < share < 0.64
 
@@ -225,15 +218,8 @@ def test_a_given_alpha_that_does_not_fit(settings, message):
 
 
 def test_a_method_that_costs_more_than_the_blocks():
-    tiny = ViT(
-        img_size=256,
-        patch_size=8,
-        embed_dim=8,
-        depth=2,
-        num_heads=1,
-        window_size=4,
-        window_block_indexes=(0, 1),
-    )
+    sizes = {"patch_size": 8, "embed_dim": 8, "depth": 2, "num_heads": 1, "window_size": 4}
+    tiny = vitdet(**sizes, window_block_indexes=(0, 1), use_rel_pos=False)
     with pytest.raises(ValueError, match="no BUDGET fits this transformer with METHOD tome"):
         expedite(tiny, budget=0.5, method="tome")
 

@@ -137,9 +137,9 @@ class MapSizes:
         # Without its own frame if another hook raised an error before `_enter`; and above that may
         # be those of forwards that were interrupted.
         stack = getattr(self._forwards, "stack", [])
-        own = [index for index, (entered, _) in enumerate(stack) if entered is module]
-        if own:
-            del stack[own[-1] :]
+        if any(entered is module for entered, _ in stack):
+            while stack.pop()[0] is not module:
+                pass
 
     def _embedded(self, embed: nn.Module, args: tuple[Tensor], output: Tensor) -> None:
         setattr(output, _LABEL, self._made(embed.dynamic_feat_size(shape_of(args[0])[-2:])))

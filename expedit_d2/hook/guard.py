@@ -65,12 +65,12 @@ def guard(blocks: Mapping[int, nn.Module], watched: bool) -> Callable[[], None]:
         The function that undoes it.
     """
     first = min(blocks)
-    hooks, routed, forwards = [], [], []
+    hooks, routed = [], []
     for index, block in blocks.items():
         if watched:
-            routed.append((block, vars(block).get("forward")))
-            block.forward = partial(_forward_watched, *routed[-1])
-            forwards.append(block.forward)
+            own = vars(block).get("forward")
+            block.forward = partial(_forward_watched, block, own)
+            routed.append((block, own, block.forward))
             # Its parts may run again on their own, when the block uses gradient checkpointing.
             guarded = [block]
         else:
@@ -82,7 +82,7 @@ def guard(blocks: Mapping[int, nn.Module], watched: bool) -> Callable[[], None]:
     def undo() -> None:
         for hook in hooks:
             hook.remove()
-        for (block, own), forward in zip(routed, forwards, strict=True):
+        for block, own, forward in routed:
             if vars(block).get("forward") is not forward:
                 continue  # somebody else's by now
             del block.forward
