@@ -39,6 +39,11 @@ class Method(MethodTraits, nn.Module, ABC):
         """
         super().__init__()
 
+    @classmethod
+    def adds_residual(cls, settings: Settings) -> bool:
+        """Whether rebuilding adds the change of the clusters to the original tokens."""
+        return cls.residual if settings.residual is None else settings.residual
+
     @staticmethod
     def joined(earlier: Any, later: Any) -> Any | None:
         """The records of two successive reductions joined into one; None if they cannot be."""

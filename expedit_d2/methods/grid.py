@@ -116,14 +116,14 @@ class _Reduction(nn.Module):
 class _Rebuilding(nn.Module):
     """Features of the clusters back to features of the map."""
 
-    def __init__(self, settings: Settings, operator: Restore) -> None:
+    def __init__(self, operator: Restore, residual: bool) -> None:
         super().__init__()
-        self.settings = settings
         self.operator = operator
+        self.residual = residual
 
     def forward(self, features: Tensor, record: Record, residual: bool | None = None) -> Tensor:
         if residual is None:
-            residual = self.settings.residual is not False
+            residual = self.residual
         grid = shape_of(record.clusters)[1:3]
         refined = features if shape_of(features)[1:3] == grid else partition(features, grid)
         if residual:
@@ -139,6 +139,7 @@ class GridMethod(Method):
     """Reduces and rebuilds by the operators ``cluster`` and ``restore`` of a subclass."""
 
     counts = ("grid", "ratio")
+    residual = True
     reads = Method.reads | {"scope"}
 
     def __init__(self, settings: Settings, attention_window: int | None, index: int = 0) -> None:
@@ -148,7 +149,7 @@ class GridMethod(Method):
                 raise ValueError('SCOPE "window" needs a model with window attention')
             settings.grid_for(attention_window, attention_window)
         self.reduce = _Reduction(settings, attention_window, partial(self.cluster, settings))
-        self.rebuild = _Rebuilding(settings, partial(self.restore, settings))
+        self.rebuild = _Rebuilding(partial(self.restore, settings), self.adds_residual(settings))
 
     @staticmethod
     @abstractmethod

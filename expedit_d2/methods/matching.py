@@ -78,7 +78,7 @@ def cluster_means(x: Tensor, index: Tensor, shares: Tensor, count: int) -> Tenso
     """
     batch, _, channels = shape_of(x)
     weighted = x * shares[..., None]  # in fp32
-    sums = weighted.new_zeros(batch * count, channels)
+    sums = _constant(0.0, weighted.dtype, index.device).expand(batch * count, channels)
     sums = sums.index_add(0, _flat(index, count), weighted.flatten(0, 1))
     return sums.unflatten(0, (batch, count)).to(x.dtype)
 
@@ -92,14 +92,15 @@ def cluster_sizes(sizes: Tensor | None, index: Tensor, count: int) -> tuple[Tens
         count: number of clusters.
     """
     if sizes is None:
-        sizes = _one(index.device).expand_as(index)
-    total = sizes.new_zeros(shape_of(index)[0], count).scatter_add(1, index, sizes)
+        sizes = _constant(1.0, torch.float32, index.device).expand_as(index)
+    total = _constant(0.0, sizes.dtype, index.device).expand(shape_of(index)[0], count)
+    total = total.scatter_add(1, index, sizes)
     return total, sizes / total.gather(1, index)
 
 
 @cached
-def _one(device: torch.device) -> Tensor:
-    return torch.ones((), dtype=torch.float32, device=device)
+def _constant(value: float, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.full((), value, dtype=dtype, device=device)
 
 
 def _flat(index: Tensor, total: int) -> Tensor:

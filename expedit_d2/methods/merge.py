@@ -3,8 +3,8 @@
 Bipartite matching on keys and proportional attention come from ToMe (Bolya et al., arXiv
 2210.09461): the most similar tokens become one. The differences are: every merge takes the same
 share of the tokens that are left, where ToMe's constant number is a growing share; tokens are
-merged before a block, by the keys that it would compute, averaged over the heads; and pairs of
-large clusters are merged a little later.
+merged before a block, by the keys that it would compute, averaged over the heads; pairs of large
+clusters are merged a little later; and every token is rebuilt with its difference from its cluster.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ class Merge(UnstructuredMethod):
 
     reads = UnstructuredMethod.reads | {"schedule", "rounds"}
     budget_rule = "evenly"
+    residual = True
 
     @staticmethod
     def spread(settings: Settings) -> Spread:

@@ -74,7 +74,13 @@ class _Reduction(nn.Module):
     """Means of the tokens that become one, weighted by their sizes."""
 
     def __init__(
-        self, settings: Settings, window: int | None, index: int, spread: Spread, choose: Choose
+        self,
+        settings: Settings,
+        window: int | None,
+        index: int,
+        spread: Spread,
+        choose: Choose,
+        residual: bool,
     ) -> None:
         super().__init__()
         self.settings = settings
@@ -82,6 +88,7 @@ class _Reduction(nn.Module):
         self.index = index
         self.spread = spread
         self.choose = choose
+        self.residual = residual
 
     def forward(self, tokens: Tokens, keys: Keys) -> tuple[Tokens, Record]:
         features, sizes, positions = tokens.features, tokens.sizes, tokens.positions
@@ -120,7 +127,7 @@ class _Reduction(nn.Module):
                 1, index, places, "amin", include_self=False
             )
         offsets = None
-        if self.settings.residual:  # not by default: it adds a tenth of a percent at most
+        if self.residual:
             offsets = features - take_rows(clusters, index)
         reduced = replace(
             tokens, features=clusters, sizes=sizes, positions=positions, places=places
@@ -154,8 +161,14 @@ class UnstructuredMethod(Method):
 
     def __init__(self, settings: Settings, attention_window: int | None, index: int = 0) -> None:
         super().__init__(settings, attention_window, index)
-        choose = partial(self.choose, settings)
-        self.reduce = _Reduction(settings, attention_window, index, self.spread(settings), choose)
+        self.reduce = _Reduction(
+            settings,
+            attention_window,
+            index,
+            self.spread(settings),
+            partial(self.choose, settings),
+            self.adds_residual(settings),
+        )
         self.rebuild = _Rebuilding()
 
     @staticmethod

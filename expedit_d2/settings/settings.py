@@ -67,7 +67,7 @@ class Settings:
         positions: relative positions by the clusters' mean positions, "clusters", or as if they
             lay on a regular grid, "grid" (as published).
         residual: rebuild the change of the clusters on top of the original tokens. None: only for
-            methods that leave a grid, which gain by it.
+            METHOD merge and methods that leave a grid.
         reconstruct_at: "backbone" rebuilds the tokens after the last block; "head" lets a head
             that can do so (Segmenter's) run on the clusters, and rebuilds its class logits.
 

@@ -25,6 +25,8 @@ class MethodTraits:
     unstructured = False
     #: Whether it reduces inside the block after alpha, between its attention and its MLP.
     inside = False
+    #: Whether RESIDUAL None rebuilds the change of the clusters on top of the original tokens.
+    residual = False
     #: Whether it needs attention windows that divide the map.
     whole_windows = False
     #: Where BUDGET lets it reduce: once, "late" (see `GridRule`); a few times, "evenly" (see

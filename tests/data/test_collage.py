@@ -255,11 +255,12 @@ def test_chosen_scenes_are_those_of_the_whole_set(tmp_path):
     assert some.name == "collage-v2-1+3,1-96x128" and whole.name == "collage-v2-1+4-96x128"
     for kind in ("", "panoptic_", "semantic_", "depth_"):
         files = sorted((some / f"{kind}val").iterdir())
-        assert [file.name for file in files] == ["000001.png", "000003.png"]
-        for file in files:
-            assert file.read_bytes() == (whole / f"{kind}val" / file.name).read_bytes()
+        assert [file.name for file in files] == ["000000.png", "000001.png"]
+        for file, scene in zip(files, (3, 1), strict=True):  # numbered in the order given
+            expected = whole / f"{kind}val" / f"{scene:06d}.png"
+            assert file.read_bytes() == expected.read_bytes()
     annotations = json.loads((some / "annotations/instances_val.json").read_text())["annotations"]
-    assert {one["image_id"] for one in annotations} == {1, 3}
+    assert {one["image_id"] for one in annotations} == {0, 1}
     # One scene does not share its folder with that many.
     assert collage.collage_folder(tmp_path, {"train": 1, "val": (4,)}, SIZE) != whole
 

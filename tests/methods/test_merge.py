@@ -101,14 +101,15 @@ def test_equal_tokens_merge_without_loss():
         assert error(run(vit, x), plain) > 1e-3
 
 
-def test_one_merge_of_a_vit():
-    """Beside the blocks run by hand on clusters of the plain loop."""
+@pytest.mark.parametrize("residual", [None, False])
+def test_one_merge_of_a_vit(residual):
+    """Beside the blocks run by hand on clusters of the plain loop; None adds the residual."""
     vit = timm_vit(reg_tokens=1)
     x = images(batch=1)
     before = []
     with vit.blocks[2].register_forward_pre_hook(lambda _, args: before.append(args[0])):
         run(vit, x)
-    with expedite(vit, 2, method="merge", keep=40, rounds=2):
+    with expedite(vit, 2, method="merge", keep=40, rounds=2, residual=residual):
         ours = run(vit, x)
     with torch.no_grad():
         prefix, tokens = before[0][:, :2], before[0][0, 2:]
@@ -125,7 +126,8 @@ def test_one_merge_of_a_vit():
         expected = torch.empty_like(tokens)
         for number, group in enumerate(groups):
             for token in group:
-                expected[token] = y[0, 2 + number]
+                difference = tokens[token] - clusters[number]
+                expected[token] = y[0, 2 + number] + (0 if residual is False else difference)
         expected = vit.norm(torch.cat([y[:, :2], expected[None]], dim=1))
     assert error(ours, expected) < 1e-5
 
@@ -174,22 +176,39 @@ def test_rotary_positions(name):
     assert out.shape == plain.shape and torch.isfinite(out).all()
 
 
-def test_merges_in_turn_are_rebuilt_as_one():
-    """Several gathers in turn, or one of the composed index: a one-hot token map tells."""
+@pytest.mark.parametrize("residual", [True, False])
+def test_merges_in_turn_are_rebuilt_as_one(residual):
+    """Each token is followed through the three merges; differences from the clusters add up."""
     vit, x = timm_vit(), images(batch=1)
-    indices = []
-    with expedite(vit, (0, 1, 3), method="merge", keep=0.3) as handle:
+    merges = []
+    with expedite(vit, (0, 1, 3), method="merge", keep=0.3, residual=residual) as handle:
         for method in handle.blocks.methods.values():
-            method.reduce.register_forward_hook(lambda _, a, out: indices.append(out[1].index[0]))
+            method.reduce.register_forward_hook(lambda _, a, out: merges.append((a[0], *out)))
         with torch.no_grad():
             tokens = vit._pos_embed(vit.patch_embed(x))
             last, ends = tokens, []
             vit.blocks[3].register_forward_hook(lambda _, a, out: ends.append(out))
             for block in vit.blocks:
                 last = block(last)
-    composed = [int(indices[2][indices[1][indices[0][token]]]) for token in range(TOKENS)]
-    assert len(indices) == 3
-    assert torch.equal(last[0, 1:], ends[0][0, 1:][composed])
+    assert len(merges) == 3
+    for token in range(TOKENS):
+        place, difference = token, torch.zeros(vit.embed_dim)
+        for before, after, record in merges:
+            merged = before.features.flatten(1, -2)[0, place]
+            place = int(record.index[0, place])
+            difference += merged - after.features[0, place]
+        expected = ends[0][0, 1 + place] + (difference if residual else 0)
+        torch.testing.assert_close(last[0, 1 + token], expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("method, residual", [("merge", True), ("tome", False), ("density", False)])
+def test_residual_unless_told_otherwise(method, residual):
+    vit, x, outs = timm_vit(), images(), []
+    for given in (None, True, False):
+        with expedite(vit, 1, method=method, keep=0.5, residual=given):
+            outs.append(run(vit, x))
+    assert torch.equal(outs[0], outs[1 if residual else 2])
+    assert error(outs[1], outs[2]) > 1e-3
 
 
 def test_images_of_a_batch_do_not_matter_to_each_other():
@@ -255,8 +274,8 @@ def test_what_is_kept_for_later_has_a_type_of_its_own():
     """A default type that was in force at the first pass would stay in the process."""
     torch.set_default_dtype(torch.bfloat16)
     try:
-        one = matching._one.__wrapped__(torch.device("cpu"))
+        sizes, _ = cluster_sizes(None, torch.zeros(1, 3, dtype=torch.long), 1)
         tiles = tiling.tile.__wrapped__((8, 8), (4, 4), 2, 1, torch.device("cpu"))
     finally:
         torch.set_default_dtype(torch.float32)
-    assert {one.dtype, tiles.mask.dtype, tiles.real.dtype} == {torch.float32}
+    assert {sizes.dtype, tiles.mask.dtype, tiles.real.dtype} == {torch.float32}

@@ -75,10 +75,12 @@ def test_equal_tokens_merge_without_loss(kind):
 @pytest.mark.parametrize("alpha", [0, 1, 2])
 @pytest.mark.parametrize("rounds", [1, 2])
 @pytest.mark.parametrize("size", [(60, 40), (52, 76)])
-def test_stock_blocks_on_the_map_of_means(alpha, rounds, size):
+@pytest.mark.parametrize("residual", [True, False])
+def test_stock_blocks_on_the_map_of_means(alpha, rounds, size, residual):
     """Attention with sizes is that of the stock blocks where members all hold their mean."""
     model, x = detectron2_vit(img_size=64, use_rel_pos=False), torch.randn(2, 3, *size)
-    with expedite(model, alpha, method="merge", keep=0.6, rounds=rounds) as handle:
+    settings = {"method": "merge", "keep": 0.6, "rounds": rounds, "residual": residual}
+    with expedite(model, alpha, **settings) as handle:
         reduce = handle.blocks.methods[f"after_{alpha}"].reduce
         found = []
         reduce.register_forward_hook(lambda _, args, out: found.append((args[0], out)))
@@ -95,9 +97,11 @@ def test_stock_blocks_on_the_map_of_means(alpha, rounds, size):
             rows, cols = members.nonzero()[:, 0] // shape[2], members.nonzero()[:, 0] % shape[2]
             assert len({*zip((rows // 5).tolist(), (cols // 5).tolist(), strict=True)}) == 1
     expected = expected.view(shape)
+    difference = before.features - expected
     with torch.no_grad():
         for block in model.blocks[alpha:]:
             expected = block(expected)
+    expected = expected + difference if residual else expected
     assert distance(ours, expected.permute(0, 3, 1, 2).flatten(1)) < 1e-5
 
 

@@ -54,8 +54,9 @@ def _write_split(folder: Path, split: str, scenes: Sequence[int], size: tuple[in
     for kind in ("annotations", split, *(f"{kind}_{split}" for kind in _LABELS)):
         (folder / kind).mkdir()
     images, instances, panoptics = [], [], []
-    for index in tqdm(scenes, desc=f"collage: writing {split}", unit="scene", disable=None):
-        scene = make_scene(split, index, size)
+    bar = tqdm(scenes, desc=f"collage: writing {split}", unit="scene", disable=None)
+    for index, number in enumerate(bar):
+        scene = make_scene(split, number, size)
         name = f"{index:06d}.png"
         _write_png(folder / split / name, scene.image)
         _write_png(folder / f"panoptic_{split}" / name, id2rgb(scene.panoptic))
@@ -96,7 +97,8 @@ def collage_folder(
 
     Args:
         root: the folder of all data sets; default ``$DETECTRON2_DATASETS`` or ``datasets``.
-        counts: number of scenes of "train" and "val", or the numbers of those that are wanted;
+        counts: number of scenes of "train" and "val", or the numbers of those that are wanted, in
+            the order of the images;
             default ``COUNTS``.
         size: (height, width) in pixels.
     """
