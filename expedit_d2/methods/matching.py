@@ -100,6 +100,7 @@ def cluster_sizes(sizes: Tensor | None, index: Tensor, count: int) -> tuple[Tens
 
 @cached
 def _constant(value: float, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """One number; expanded, it is a tensor of them that no kernel has to fill."""
     return torch.full((), value, dtype=dtype, device=device)
 
 

@@ -70,8 +70,7 @@ def register_collage(
     Args:
         root: the folder of all data sets; default ``$DETECTRON2_DATASETS`` or ``datasets``.
         counts: number of scenes of "train" and "val", or the numbers of those that are wanted, in
-            the order of the images;
-            default 2000 and 200.
+            the order of the images; default 2000 and 200.
         size: (height, width) in pixels; default 256 x 256.
         name: prefix of the two names; must be unique for each root, counts and size.
 

@@ -98,8 +98,7 @@ def collage_folder(
     Args:
         root: the folder of all data sets; default ``$DETECTRON2_DATASETS`` or ``datasets``.
         counts: number of scenes of "train" and "val", or the numbers of those that are wanted, in
-            the order of the images;
-            default ``COUNTS``.
+            the order of the images; default ``COUNTS``.
         size: (height, width) in pixels.
     """
     root = Path(root if root is not None else os.environ.get("DETECTRON2_DATASETS", "datasets"))
