@@ -42,6 +42,8 @@ class Method(MethodTraits, nn.Module, ABC):
     @classmethod
     def adds_residual(cls, settings: Settings) -> bool:
         """Whether rebuilding adds the change of the clusters to the original tokens."""
+        if settings.reconstruct_at == "head":
+            return False  # what is rebuilt are not tokens
         return cls.residual if settings.residual is None else settings.residual
 
     @staticmethod
