@@ -9,6 +9,7 @@ the standard library.
 from __future__ import annotations
 
 import argparse
+import ast
 import importlib
 import importlib.machinery
 import importlib.util
@@ -58,34 +59,99 @@ WHEEL_NEEDS = [
 ]
 
 
+PIP = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
+# Settings of pip for where packages come from that uv would not follow.
+PIP_ONLY = {"client-cert", "index-url", "no-index", "proxy", "trusted-host"}
+
+
 class InstallError(Exception):
     """Ends the installation with a one-sentence message."""
 
 
 class Installer:
-    """Runs pip for this interpreter, or prints what it would run."""
+    """Installs packages for this interpreter, or prints how it would.
+
+    uv does it where it can, in a fraction of pip's time. It is not left behind: unless there is one
+    already, it is downloaded into a temporary folder.
+    """
 
     def __init__(self, dry_run: bool, verbose: bool) -> None:
         self.dry_run = dry_run
         self.verbose = verbose
+        self._folder = tempfile.TemporaryDirectory()
+        self._uv: str | None = None
+        self._uv_options: list[str] = []
+        self._looked_for_uv = False
+
+    def __enter__(self) -> Installer:
+        return self
+
+    def __exit__(self, *args: object) -> None:
+        self._folder.cleanup()
+
+    def install(self, what: str, *args: str) -> None:
+        """Install with uv, or with pip if uv cannot be had or does not manage."""
+        if not self._looked_for_uv:
+            self._looked_for_uv = True
+            self._uv = self._find_uv()
+        if self._uv:
+            command = [self._uv, "pip", "install", "--python", sys.executable]
+            if self._run([*command, *self._uv_options, *args]) == 0:
+                return
+            print("  uv could not (its reason is above); trying pip", flush=True)
+            self._uv = None
+        self.pip_install(what, *args)
 
     def pip_install(self, what: str, *args: str) -> None:
-        command = [sys.executable, "-m", "pip", "install", "--disable-pip-version-check", *args]
-        if self.dry_run:
-            print("  " + " ".join(shlex.quote(part) for part in command))
-            return
-        if not self.verbose:
-            command.append("--quiet")
-        # Recent versions of pip show a general warning of setuptools about "--editable".
-        filters = [os.environ.get("PYTHONWARNINGS", ""), "ignore:Editable installation"]
-        environment = {**os.environ, "PYTHONWARNINGS": ",".join(filter(None, filters))}
-        sys.stdout.flush()  # or, in a log, our lines would come after pip's
-        # From the repository root: "-e ." means the project, wherever this was called from.
-        status = subprocess.call(command, cwd=str(ROOT), env=environment)
+        status = self._run([*PIP, "install", *args])
         if status != 0:
             raise InstallError(
                 f"pip could not install {what} (exit status {status}); its reason is above."
             )
+
+    def _find_uv(self) -> str | None:
+        configured = pip_configuration()
+        if PIP_ONLY & configured.keys():
+            return None
+        for path in configured.get("constraint", "").split():
+            self._uv_options += ["--constraint", path]
+        found = shutil.which("uv")
+        if found or self.dry_run:
+            return found or "uv"
+        if self._run([*PIP, "install", "--target", self._folder.name, "uv"]) != 0:
+            print(
+                "  uv could not be downloaded (the reason is above); pip takes longer", flush=True
+            )
+            return None
+        return shutil.which("uv", path=str(Path(self._folder.name) / "bin"))
+
+    def _run(self, command: list[str]) -> int:
+        if self.dry_run:
+            print("  " + " ".join(shlex.quote(part) for part in command))
+            return 0
+        if not self.verbose:
+            command = [*command, "--quiet"]
+        # Recent versions of pip show a general warning of setuptools about "--editable".
+        filters = [os.environ.get("PYTHONWARNINGS", ""), "ignore:Editable installation"]
+        environment = {
+            **os.environ,
+            "PYTHONWARNINGS": ",".join(filter(None, filters)),
+            "PIP_USE_PEP517": "1",  # or old versions would run setup.py themselves
+        }
+        sys.stdout.flush()  # or, in a log, our lines would come after theirs
+        # From the repository root: "-e ." means the project, wherever this was called from.
+        return subprocess.call(command, cwd=str(ROOT), env=environment)
+
+
+def pip_configuration() -> dict[str, str]:
+    """What pip's files and environment variables set: option -> value."""
+    done = subprocess.run([*PIP, "config", "list"], capture_output=True, text=True)
+    found = {}
+    for line in done.stdout.splitlines():
+        name, equals, value = line.partition("=")
+        if equals:
+            found[name.rpartition(".")[2]] = ast.literal_eval(value)
+    return found
 
 
 def installed_version(distribution: str) -> str | None:
@@ -174,9 +240,9 @@ def install_torch(installer: Installer) -> str:
         torch, wanted = have, []
         if installed_version("torchvision") is None:
             wanted = [f"torch=={have}", "torchvision", NUMPY]
-    # If setuptools fits as well, there is nothing to do, and pip need not start.
+    # If setuptools fits as well, there is nothing to do.
     if wanted or not setuptools_is_right():
-        installer.pip_install("torch, torchvision and setuptools", SETUPTOOLS, *wanted)
+        installer.install("torch, torchvision and setuptools", SETUPTOOLS, *wanted)
     return torch
 
 
@@ -224,12 +290,10 @@ def install_project(installer: Installer, extras: str, torch: str, uses_wheel: b
     print(f"[3/3] expedit_d2{extras} and the packages it needs: installing")
     # One call, so that pip resolves all requirements together, with the torch that must not change
     # and the dependencies of the wheel that was installed without them.
-    installer.pip_install(
+    installer.install(
         "expedit_d2 or one of the packages it needs",
-        # Nothing is compiled, so the installed setuptools is enough for the project itself.
-        # --use-pep517 also builds the few pure-Python source archives with it, with any version of
-        # pip.
-        "--use-pep517",
+        # Nothing is compiled, so the installed setuptools is enough to build the project itself and
+        # the few source archives, which are pure Python.
         "--no-build-isolation",
         *("--editable", f".{extras}"),
         f"torch=={torch}",
@@ -259,7 +323,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--system", action="store_true", help="allow a Python outside of an environment"
     )
-    parser.add_argument("--verbose", action="store_true", help="show the output of pip")
+    parser.add_argument("--verbose", action="store_true", help="show the output of uv and pip")
     return parser.parse_args(argv)
 
 
@@ -268,10 +332,10 @@ def main(argv: list[str] | None = None) -> int:
     start = time.monotonic()
     try:
         check_interpreter(args.system)
-        installer = Installer(args.dry_run, args.verbose)
-        torch = install_torch(installer)
-        uses_wheel = install_detectron2(installer)
-        install_project(installer, parse_extras(args.extras), torch, uses_wheel)
+        with Installer(args.dry_run, args.verbose) as installer:
+            torch = install_torch(installer)
+            uses_wheel = install_detectron2(installer)
+            install_project(installer, parse_extras(args.extras), torch, uses_wheel)
     except InstallError as error:
         print(f"install.py: {error}", file=sys.stderr)
         return 2

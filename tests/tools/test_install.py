@@ -18,18 +18,44 @@ from support.repository import ROOT
 SHA256 = "491af0c7f79bdb2d178e46f6cb16a97c4ac968d45c41ea3f6b6435d59bbee561"
 
 
-@pytest.fixture
-def install(monkeypatch):
-    """tools/install.py as a module that cannot start a process (tools/ is not a package)."""
+def load_install():
+    """tools/install.py as a module; tools/ is not a package."""
     spec = importlib.util.spec_from_file_location("install", ROOT / "tools" / "install.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def install(monkeypatch):
+    """A tools/install.py that cannot start a process."""
+    module = load_install()
 
     def refuse(*args, **kwargs):
-        raise AssertionError("a dry run must not call pip")
+        raise AssertionError("a dry run must not install")
 
     monkeypatch.setattr(module.subprocess, "call", refuse)
+    # Whatever this machine's pip is told and has for uv.
+    monkeypatch.setattr(module, "pip_configuration", dict)
+    monkeypatch.setattr(module.shutil, "which", lambda name, path=None: None)
     return module
+
+
+@pytest.fixture
+def calls(install, monkeypatch):
+    """What is called to install the project alone; each program in ``failing`` fails."""
+    versions = {"torch": "2.5.0", "torchvision": "0.20.0", "setuptools": "80.9.0"}
+    monkeypatch.setattr(install, "installed_version", versions.get)
+    monkeypatch.setattr(install, "find_detectron2", lambda: "0.6 at /there")
+    made, failing = [], set()
+
+    def call(command, **kwargs):
+        made.append(command)
+        return int(bool(failing & set(command)))
+
+    monkeypatch.setattr(install.subprocess, "call", call)
+    install.failing = failing
+    return made
 
 
 def dry_run(install, capsys, *args: str) -> str:
@@ -133,11 +159,60 @@ def test_refuses_other_pythons(install, capsys, monkeypatch, version):
     assert "Python 3.10, 3.11 or 3.12 is needed" in capsys.readouterr().err
 
 
-def test_failure_of_pip_is_one_sentence(install, capsys, monkeypatch):
-    versions = {"torch": "2.5.0", "torchvision": "0.20.0", "setuptools": "80.9.0"}
-    monkeypatch.setattr(install, "installed_version", versions.get)
-    monkeypatch.setattr(install, "find_detectron2", lambda: "0.6 at /there")
-    monkeypatch.setattr(install.subprocess, "call", lambda *args, **kwargs: 2)
+def test_uv_installs_and_is_not_left_behind(install, calls, monkeypatch):
+    monkeypatch.setattr(
+        install.shutil, "which", lambda name, path=None: path and str(Path(path) / "uv")
+    )
+    assert install.main(["--system"]) == 0
+    fetch, project = calls
+    folder = fetch[fetch.index("--target") + 1]
+    assert fetch[:3] == [sys.executable, "-m", "pip"] and "uv" in fetch
+    assert project[:5] == [f"{folder}/bin/uv", "pip", "install", "--python", sys.executable]
+    assert "." in project and "torch==2.5.0" in project
+    assert not Path(folder).exists()
+
+
+def test_an_installed_uv_is_used(install, calls, monkeypatch):
+    monkeypatch.setattr(install.shutil, "which", lambda name, path=None: "/there/uv")
+    monkeypatch.setattr(install, "pip_configuration", lambda: {"constraint": "/a.txt /b.txt"})
+    assert install.main(["--system"]) == 0
+    (project,) = calls
+    assert project[0] == "/there/uv"
+    assert " ".join(project).count("--constraint /a.txt --constraint /b.txt") == 1
+
+
+@pytest.mark.parametrize("failing", ["uv", "/there/uv"])
+def test_pip_does_what_uv_cannot(install, calls, monkeypatch, capsys, failing):
+    if failing == "/there/uv":
+        monkeypatch.setattr(install.shutil, "which", lambda name, path=None: failing)
+    install.failing.add(failing)
+    assert install.main(["--system"]) == 0
+    tried, project = calls
+    assert failing in tried
+    assert project[:3] == [sys.executable, "-m", "pip"] and "torch==2.5.0" in project
+    assert "  uv could not " in capsys.readouterr().out
+
+
+def test_an_index_that_pip_is_told_is_kept(install, calls, monkeypatch):
+    monkeypatch.setattr(install.shutil, "which", lambda name, path=None: "/there/uv")
+    monkeypatch.setattr(install, "pip_configuration", lambda: {"index-url": "https://ours"})
+    assert install.main(["--system"]) == 0
+    (project,) = calls
+    assert project[:3] == [sys.executable, "-m", "pip"] and "torch==2.5.0" in project
+
+
+def test_pip_configuration(monkeypatch, tmp_path):
+    config = tmp_path / "pip.conf"
+    config.write_text("[global]\nextra-index-url = https://one\n  https://two\n")
+    monkeypatch.setenv("PIP_CONFIG_FILE", str(config))
+    monkeypatch.setenv("PIP_INDEX_URL", "https://ours=1")
+    found = load_install().pip_configuration()
+    assert found["index-url"] == "https://ours=1"
+    assert found["extra-index-url"].split() == ["https://one", "https://two"]
+
+
+def test_failure_of_pip_is_one_sentence(install, calls, capsys):
+    install.failing.add("pip")
     assert install.main(["--system"]) == 2
     error = capsys.readouterr().err
     assert error.startswith("install.py: pip could not install expedit_d2")
