@@ -5,6 +5,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
+from functools import lru_cache
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -184,9 +185,13 @@ class TransformerSpec:
 
 def is_class(module: nn.Module, name: str, defined_in: str) -> bool:
     """Whether a module is an instance of a class, or of a subclass, without importing it."""
-    return any(
-        cls.__name__ == name and cls.__module__ == defined_in for cls in type(module).__mro__
-    )
+    return _derives(type(module), name, defined_in)
+
+
+# Every adapter asks it of every module of a model.
+@lru_cache(maxsize=4096)
+def _derives(kind: type, name: str, defined_in: str) -> bool:
+    return any(cls.__name__ == name and cls.__module__ == defined_in for cls in kind.__mro__)
 
 
 def mean_keys(qkv: nn.Linear, heads: int, x: Tensor) -> Tensor:

@@ -299,9 +299,8 @@ def test_attention_is_fused_already(model):
 # --- in use ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", [None, "tome", "expedit", "pool", "hard"])
 @pytest.mark.parametrize("kind", ["ViT", "Dinov2", "DINOv3ViT"])
-def test_the_budget_is_met(kind, method):
+def test_the_budget_is_met(kind):
     sizes = {"image_size": 256, "patch_size": 16, "hidden_size": 384, "num_hidden_layers": 8}
     changes = {"num_attention_heads": 6, "intermediate_size": 1536}
     if kind == "Dinov2":
@@ -309,10 +308,12 @@ def test_the_budget_is_met(kind, method):
     model = getattr(transformers, f"{kind}Model")(config_of(kind, **sizes, **changes)).eval()
     x = torch.randn(1, 3, 256, 256)
     plain = count_flops(model, x)
-    with expedite(model, budget=0.5, method=method):
-        flops = count_flops(model, x)
-    assert 0.46 < flops.blocks / plain.blocks < 0.54
-    assert flops.clustering > 0 and plain.after == 0
+    assert plain.after == 0
+    for method in (None, "tome", "expedit", "pool", "hard"):
+        with expedite(model, budget=0.5, method=method):
+            flops = count_flops(model, x)
+        assert 0.46 < flops.blocks / plain.blocks < 0.54, method
+        assert flops.clustering > 0, method
 
 
 @pytest.mark.parametrize("settings", [{"grid": (5, 5)}, {"method": "merge", "keep": 0.8}], ids=str)

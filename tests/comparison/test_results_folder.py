@@ -71,27 +71,39 @@ def test_no_file_of_results_can_run_code(run, output, tmp_path):
         b"\x00" * 100,
         b"PK\x03\x04 cut off",
         b"\x93NUMPY cut off",
-        "folder",
-        {"a": np.arange(3)},
-        {"index": np.frombuffer(b'{"records": [["instances", 7]], "not_finite": []}', np.uint8)},
     ],
 )
-def test_outputs_that_cannot_be_read_are_computed_again(run, output, content):
+def test_outputs_that_cannot_be_read_are_missing(tmp_path, content):
+    store = Store(tmp_path)
+    store.put_arrays("a", {"index": np.arange(3)})
+    (file,) = tmp_path.glob("*.npz")
+    assert Store(tmp_path).get_arrays("a")["index"].tolist() == [0, 1, 2]
+    file.write_bytes(content)
+    assert Store(tmp_path).get_arrays("a") is None
+
+
+def test_outputs_that_are_missing_or_foreign_are_computed_again(run, output):
     rows = run(*HALF).rows
     (reference,) = output.glob("*.npz")
-    lines = (output / "results.jsonl").read_text().splitlines(keepends=True)
-    (output / "results.jsonl").write_text(lines[0])  # the plain model's
+    plain_alone = (output / "results.jsonl").read_text().splitlines(keepends=True)[0]
+    records = b'{"records": [["instances", 7]], "not_finite": []}'
+    for arrays in (None, {"a": np.arange(3)}, {"index": np.frombuffer(records, np.uint8)}):
+        (output / "results.jsonl").write_text(plain_alone)
+        if arrays is None:
+            reference.write_bytes(b"PK\x03\x04 cut off")
+        else:
+            np.savez(reference, **arrays)
+        assert run(*HALF).rows == rows
+
+
+def test_a_folder_in_place_of_outputs_is_named(run, output):
+    run(*HALF)
+    (reference,) = output.glob("*.npz")
+    (output / "results.jsonl").unlink()
     reference.unlink()
-    if content == "folder":
-        reference.mkdir()
-        with pytest.raises(SystemExit, match="^compare.py: .*npz"):
-            run(*HALF)
-        return
-    if isinstance(content, dict):
-        np.savez(reference, **content)
-    else:
-        reference.write_bytes(content)
-    assert run(*HALF).rows == rows
+    reference.mkdir()
+    with pytest.raises(SystemExit, match="^compare.py: .*npz"):
+        run(*HALF)
 
 
 def test_torn_results_are_survived(run, output):
@@ -99,14 +111,19 @@ def test_torn_results_are_survived(run, output):
     file = output / "results.jsonl"
     whole = file.read_bytes()
     first = whole.splitlines(keepends=True)[0]
-    for torn in (
-        b"",
-        b"\x00" * 50,
-        whole[:-20],
-        first + b"\x00" * 9,
-        first[:40],
-        b"\xff\xfe\n" + whole,
+    keys = [json.loads(line)["key"] for line in whole.splitlines()]
+    for torn, left in (
+        (b"", 0),
+        (b"\x00" * 50, 0),
+        (whole[:-20], 1),
+        (first + b"\x00" * 9, 1),
+        (first[:40], 0),
+        (b"\xff\xfe\n" + whole, 2),
     ):
+        file.write_bytes(torn)
+        store = Store(output)
+        assert [store.get(key) is not None for key in keys] == [left > 0, left > 1], torn
+    for torn in (b"\x00" * 50, whole[:-20]):
         file.write_bytes(torn)
         assert run(*HALF).rows == rows
         assert len(Store(output).results) == 2
