@@ -1,9 +1,6 @@
 """Evaluation on two processes gives the metrics of one; pictures are shared between them."""
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,7 +12,7 @@ from expedit_d2.data import register_collage
 from expedit_d2.engine import launch
 from expedit_d2.evaluation import Agreement
 from expedit_d2.projects import load_cfg, trainer_of
-from support.repository import DPT, ROOT, SEGMENTER, VITDET
+from support.repository import DPT, ROOT, SEGMENTER, VITDET, load_tool
 
 pytestmark = pytest.mark.slow
 
@@ -40,13 +37,19 @@ MODELS = {
 }
 
 
-def evaluate(name, folder):
-    """Metrics and agreement of one model, written by the main process."""
+def evaluate_all(folder):
+    """Metrics and agreement of each model, written by the main process."""
     torch.set_num_threads(1)
-    prefix = Path(folder).name
-    register_collage(root=folder, counts={"train": 1, "val": 5}, size=(64, 64), name=prefix)
-    dataset = f"{prefix}_val"
-    config, opts = MODELS[name]
+    register_collage(root=folder, counts={"train": 1, "val": 5}, size=(64, 64), name="five")
+    results = {name: evaluate(*model, folder) for name, model in MODELS.items()}
+    if comm.is_main_process():
+        path = f"{folder}/{comm.get_world_size()}.json"
+        with open(path, "w", encoding="utf-8") as file:
+            json.dump(results, file)
+
+
+def evaluate(config, opts, folder):
+    dataset = "five_val"
     cfg = load_cfg(config, [*opts, "DATASETS.TEST", f"('{dataset}',)", "OUTPUT_DIR", folder])
     trainer = trainer_of(cfg)
     torch.manual_seed(0)
@@ -59,37 +62,33 @@ def evaluate(name, folder):
             parameter.add_(0.05 * torch.randn_like(parameter))
     evaluators = [trainer.build_evaluator(cfg, dataset), Agreement(reference)]
     results = inference_on_dataset(model, loader, DatasetEvaluators(evaluators))
-    if comm.is_main_process():
-        path = f"{folder}/{comm.get_world_size()}.json"
-        with open(path, "w", encoding="utf-8") as file:
-            json.dump({"images": len(loader), **results}, file)
+    return {"images": len(loader), **(results or {})}
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_two_processes_give_the_metrics_of_one(name, tmp_path):
+def test_two_processes_give_the_metrics_of_one(catalogs, tmp_path):
     results = []
     for processes in (1, 2):
-        launch(evaluate, processes, dist_url="auto", args=(name, str(tmp_path)))
+        launch(evaluate_all, processes, dist_url="auto", args=(str(tmp_path),))
         results.append(json.loads((tmp_path / f"{processes}.json").read_text(encoding="utf-8")))
     one, two = results
-    assert (one.pop("images"), two.pop("images")) == (5, 3)
-    assert "agreement" in one and one.keys() == two.keys()
-    for task in one:
-        assert two[task] == pytest.approx(one[task], nan_ok=True)
+    assert one.keys() == two.keys() == MODELS.keys()
+    for name in MODELS:
+        assert (one[name].pop("images"), two[name].pop("images")) == (5, 3)
+        assert "agreement" in one[name] and one[name].keys() == two[name].keys()
+        for task in one[name]:
+            assert two[name][task] == pytest.approx(one[name][task], nan_ok=True), (name, task)
 
 
-def test_pictures_of_a_folder_are_drawn_by_two_processes(tmp_path):
+def test_pictures_of_a_folder_are_drawn_by_two_processes(tmp_path, capfd):
     photos, pictures = tmp_path / "photos", tmp_path / "pictures"
     photos.mkdir()
     for name in ("b.png", "a.jpg", "c.JPG"):
         Image.new("RGB", (64, 64), "gray").save(photos / name)
     (photos / "notes.txt").write_text("no image", encoding="utf-8")
     config = ROOT / "configs" / "embedded" / "small_segmenter_expedit_16x16.yaml"
-    command = [sys.executable, ROOT / "tools" / "draw.py", "--num-gpus", "2"]
-    command += ["--images", photos, "--output", pictures, "--config-file", config]
-    command += ["MODEL.DEVICE", "cpu"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
-    assert done.returncode == 0, done.stderr
-    assert "3 pictures" in done.stdout
+    command = ["--num-gpus", "2", "--images", photos, "--output", pictures]
+    command += ["--config-file", config, "MODEL.DEVICE", "cpu"]
+    load_tool("draw").run([str(argument) for argument in command])
+    assert "3 pictures" in capfd.readouterr().out
     names = sorted(path.name for path in pictures.iterdir())
     assert names == ["000_a.png", "001_b.png", "002_c.png"]
