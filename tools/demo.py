@@ -163,7 +163,8 @@ def run_case(
     print(
         f"\n{name}{what}: plain and {len(settings)} settings on {len(workload)} images", flush=True
     )
-    comparison = compare(workload, settings, Options(timed_images=args.timed, batch=1))
+    options = Options(timed_images=args.timed, batch=1, time_together=True)
+    comparison = compare(workload, settings, options)
     print(f"\n{to_terminal(comparison)}\n", flush=True)
     if comparison.unfinished:
         raise KeyboardInterrupt

@@ -18,6 +18,9 @@ class Options:
         timed_images: images to time at batch 1, after one warm-up; 0: no speed and no memory.
         batch: batch size for the throughput; 1: not measured.
         progress: show progress bars.
+        time_together: time all settings in turns with each other, before anything else. The plain
+            model then runs once a round and not once for each setting; but an interruption loses
+            what was timed.
 
     Raises:
         ValueError: for values out of range.
@@ -27,6 +30,7 @@ class Options:
     timed_images: int = 20
     batch: int = 4
     progress: bool = True
+    time_together: bool = False
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:

@@ -51,6 +51,8 @@ def compare(
     pending = [PLAIN, *settings]
     with interruptible():
         try:
+            if session.options.time_together:
+                session.time_together({PLAIN: None, **settings})
             while pending:
                 check_interrupt()
                 name = pending[0]

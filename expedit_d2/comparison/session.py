@@ -79,6 +79,7 @@ class Session:
         self._timed: list[list[dict[str, Any]]] = []
         self._image: str | None = None  # the current image
         self._plain_is_warm = False  # it has run, so its cached values are there
+        self._new: set[str] = set()  # keys of speeds that this session has put into the store
 
     @cached_property
     def _fingerprint(self) -> str:
@@ -125,11 +126,39 @@ class Session:
         """
         values = self._stored("quality", settings, {}, self._evaluate, name)
         if self.options.timed_images:
-            now = asdict(self.conditions())
-            where = {key: now[key] for key in ("device", "threads", "torch", "timed_images")}
-            where["batch"] = self.options.batch
-            values |= self._stored("speed", settings, where, self._measure_speed, name)
+            values |= self._stored("speed", settings, self._where_timed, self._speed, name)
         return read_dataclass(Row, {**values, "name": name, "settings": _plain(settings)}, name)
+
+    def time_together(self, settings: Mapping[str, Settings | None]) -> None:
+        """Measure the speed of several settings in turns with each other and the plain model.
+
+        `row` measures those that are not in the store, one after the other. If a model fails here,
+        nothing is measured: `row` will name it.
+        """
+        if not self.options.timed_images:
+            return
+        keys = {name: self._key("speed", s, self._where_timed) for name, s in settings.items()}
+        missing = [name for name, key in keys.items() if self.store.get(key) is None]
+        if len(missing) < 2:
+            return
+        try:
+            models = {name: expedited_copy(self.workload.model, settings[name]) for name in missing}
+            speeds = self._measure_speeds(models)
+        except ValueError:
+            return
+        for name, values in speeds.items():
+            self.store.put(keys[name], values, f"{self.workload.name}: {name}, speed")
+            self._new.add(keys[name])
+
+    @cached_property
+    def _where_timed(self) -> dict[str, Any]:
+        """What the speed depends on, beside the model and its settings."""
+        now = asdict(self.conditions())
+        where = {key: now[key] for key in ("device", "threads", "torch", "timed_images")}
+        return {**where, "batch": self.options.batch}
+
+    def _speed(self, name: str, model: nn.Module) -> dict[str, Any]:
+        return self._measure_speeds({name: model})[name]
 
     def _key(self, kind: str, settings: Settings | None, where: Mapping[str, Any]) -> str:
         device = self.workload.device.type
@@ -157,7 +186,7 @@ class Session:
             if kind == "quality":
                 values["resolved"] = _plain(resolved)
             self.store.put(key, values, f"{self.workload.name}: {name}, {kind}")
-        else:
+        elif key not in self._new:
             self.store.reused += 1
         return dict(self.store.get(key))
 
@@ -240,54 +269,64 @@ class Session:
             ]
         return self._timed[:count]
 
-    def _measure_speed(self, name: str, model: nn.Module) -> dict[str, Any]:
-        """Speed, measured interleaved with the plain model, and memory on the first image."""
+    def _measure_speeds(self, models: Mapping[str, nn.Module]) -> dict[str, dict[str, Any]]:
+        """Of each model its speed, measured in turns with the others and the plain model, and its
+        memory on the first image."""
         batch = self.options.batch
         images = self._inputs(max(self.options.timed_images, batch if batch > 1 else 1))
         singles = images[: self.options.timed_images]
+        plain = self.workload.model
         with self._forwarding():
             # This is also the forward before those that are timed.
-            memory = peak_memory(lambda: model(singles[0]), self.workload.device)
-            if not self._plain_is_warm:
-                self.workload.model(singles[0])
-                self._plain_is_warm = True
-        seconds, plain = self._time(name, model, singles, len(singles), warmup=0)
+            memory = {
+                name: peak_memory(partial(model, singles[0]), self.workload.device)
+                for name, model in models.items()
+            }
+            if not self._plain_is_warm and PLAIN not in models:
+                plain(singles[0])
+            self._plain_is_warm = True
+        seconds = self._time("timing", models, singles, len(singles), warmup=0)
         values = {
-            "peak_memory": memory,
-            "latency": asdict(summarize(seconds)),
-            "baseline": asdict(summarize(plain)),
-            "ratio": asdict(Ratio.of(plain, seconds)),
+            name: {
+                "peak_memory": memory[name],
+                "latency": asdict(summarize(seconds[name])),
+                "baseline": asdict(summarize(seconds[PLAIN])),
+                "ratio": asdict(Ratio.of(seconds[PLAIN], seconds[name])),
+            }
+            for name in models
         }
         if batch > 1:
             items = [item for one in islice(cycle(images), batch) for item in one]
             repeats = max(3, -(-len(singles) // batch))
-            label = f"{name}, in batches of {batch}"
-            seconds, plain = self._time(label, model, [items], repeats)
-            values["throughput"] = len(items) / summarize(seconds).median
-            values["baseline_throughput"] = len(items) / summarize(plain).median
-            values["batched_ratio"] = asdict(Ratio.of(plain, seconds))
+            seconds = self._time("timing batches", models, [items], repeats)
+            for name in models:
+                of_model, of_plain = seconds[name], seconds[PLAIN]
+                values[name] |= {
+                    "throughput": len(items) / summarize(of_model).median,
+                    "baseline_throughput": len(items) / summarize(of_plain).median,
+                    "batched_ratio": asdict(Ratio.of(of_plain, of_model)),
+                }
         return values
 
     def _time(
         self,
         label: str,
-        model: nn.Module,
+        models: Mapping[str, nn.Module],
         inputs: Sequence[list[dict[str, Any]]],
         repeats: int,
         warmup: int = 1,
-    ) -> tuple[list[float], list[float]]:
-        """Seconds of forward passes of a model and the plain one, on the same input per round."""
-        plain = self.workload.model
-        models = {PLAIN: plain} if model is plain else {PLAIN: plain, label: model}
+    ) -> dict[str, list[float]]:
+        """Seconds of forward passes of models and the plain one, on the same input per round."""
 
         def forward(model: nn.Module, turn: Iterator[list[dict[str, Any]]]) -> None:
             check_interrupt()
             model(next(turn))
 
+        models = {PLAIN: self.workload.model, **models}
         runs = {name: partial(forward, model, cycle(inputs)) for name, model in models.items()}
+        label = f"{label} {', '.join(models)}"
         with self._forwarding():
-            times = rounds(runs, repeats, warmup, self.options.progress, label=f"timing {label}")
-        return times[PLAIN if model is plain else label], times[PLAIN]
+            return rounds(runs, repeats, warmup, self.options.progress, label=label)
 
 
 def _plain(settings: Settings | None) -> dict[str, Any] | None:

@@ -129,6 +129,49 @@ def test_nothing_finished_is_run_again(workload, tiny_opts, tmp_path, forwards):
     assert forwards == []
 
 
+def test_timed_together_the_plain_model_runs_once_a_round(workload, tmp_path, forwards):
+    apart = Options(timed_images=2, batch=3, progress=False)
+    compare(workload, SETTINGS, apart, Store(None))
+    alone = forwards.count("ModuleList")
+    forwards.clear()
+    options = replace(apart, time_together=True)
+    store = Store(tmp_path / "store")
+    found = compare(workload, SETTINGS, options, store)
+    # Two rounds of two images, and four of batches, for two settings.
+    assert alone - forwards.count("ModuleList") == 2 * (2 + 1 + 3)
+    plain, *reduced = found.rows
+    for row in found.rows:
+        assert row.latency.median > 0 and row.peak_memory > 64 * 64 * 4
+        assert row.baseline == plain.latency
+        assert row.baseline_throughput == plain.throughput > 0
+    assert found.speedup(plain) == 1.0 and all(found.speedup(row) for row in reduced)
+    assert store.reused == 0
+    # With the same keys as apart: nothing is measured again, together or not.
+    forwards.clear()
+    again = Store(tmp_path / "store")
+    assert compare(workload, SETTINGS, apart, again).rows == found.rows
+    assert compare(workload, SETTINGS, options, again).rows == found.rows
+    assert forwards == [] and again.reused == 12
+
+
+def test_a_model_that_fails_while_timed_together_costs_the_others_nothing(workload, monkeypatch):
+    failing = []
+    original = session_module.peak_memory
+
+    def peak_memory(call, device):
+        failing.append(call)
+        if len(failing) in (3, 6):  # "half": together with the others, and alone
+            raise ValueError("no memory left")
+        return original(call, device)
+
+    monkeypatch.setattr(session_module, "peak_memory", peak_memory)
+    options = Options(timed_images=1, batch=1, progress=False, time_together=True)
+    found = compare(workload, SETTINGS, options)
+    assert [row.name for row in found.rows] == ["plain", "same"]
+    assert found.failed == {"half": "no memory left"}
+    assert all(row.latency.median > 0 for row in found.rows)
+
+
 def test_what_results_depend_on_is_in_their_key(workload, tiny_opts):
     same = load_workload(VITDET, [*tiny_opts, "MODEL.EXPEDIT.ALPHA", "1"])
     assert same.fingerprint == workload.fingerprint
