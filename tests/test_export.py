@@ -146,7 +146,13 @@ def test_tool_exports_a_whole_model(tmp_path, capsys):
     rows = [line for line in out.splitlines() if line.startswith(("PyTorch ", "ONNX Runtime "))]
     assert len(rows) == 2 and all(float(row.split()[-1].rstrip("x")) > 0 for row in rows)
     session = onnx_session(path, threads=1)
-    assert session(images(128, 160))[0].shape == (1, 10, 128, 160)
+    expedited = session(images(128, 160))[0]
+    assert expedited.shape == (1, 10, 128, 160)
+    # For the benchmark the plain model is exported as well, and the other one not again.
+    files = {file.name for file in tmp_path.glob("*.onnx")}
+    assert files == {"segmenter.onnx", "segmenter_plain.onnx"}
+    plain = onnx_session(tmp_path / "segmenter_plain.onnx", threads=1)
+    assert (plain(images(128, 160))[0] - expedited).abs().max() > 1e-3
 
 
 def test_tool_names_what_is_missing(tmp_path):
