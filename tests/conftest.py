@@ -21,6 +21,14 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # one core each, for the processes that
 
 gpu.hide()
 
+#: Files with the longest tests.
+LONGEST = ("test_readme_table.py", "test_export.py")
+
+
+def pytest_collection_modifyitems(items):
+    """The longest first, so that no process is left alone with one of them at the end."""
+    items.sort(key=lambda item: item.path.name not in LONGEST)
+
 
 @pytest.fixture(autouse=True)
 def no_gpu_in_other_processes(request, monkeypatch):
