@@ -96,6 +96,8 @@ class Installer:
             self._uv = self._find_uv()
         if self._uv:
             command = [self._uv, "pip", "install", "--python", sys.executable]
+            # As pip does: where Python may not do so itself, every start would take twice as long.
+            command.append("--compile-bytecode")
             if self._run([*command, *self._uv_options, *args]) == 0:
                 return
             print("  uv could not (its reason is above); trying pip", flush=True)
