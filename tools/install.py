@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import functools
 import importlib
 import importlib.machinery
 import importlib.util
@@ -58,7 +59,6 @@ WHEEL_NEEDS = [
     "termcolor>=1.1",
 ]
 
-
 PIP = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
 # Settings of pip for where packages come from that uv would not follow.
 PIP_ONLY = {"client-cert", "index-url", "no-index", "proxy", "trusted-host"}
@@ -79,9 +79,6 @@ class Installer:
         self.dry_run = dry_run
         self.verbose = verbose
         self._folder = tempfile.TemporaryDirectory()
-        self._uv: str | None = None
-        self._uv_options: list[str] = []
-        self._looked_for_uv = False
 
     def __enter__(self) -> Installer:
         return self
@@ -91,17 +88,11 @@ class Installer:
 
     def install(self, what: str, *args: str) -> None:
         """Install with uv, or with pip if uv cannot be had or does not manage."""
-        if not self._looked_for_uv:
-            self._looked_for_uv = True
-            self._uv = self._find_uv()
-        if self._uv:
-            command = [self._uv, "pip", "install", "--python", sys.executable]
-            # As pip does: where Python may not do so itself, every start would take twice as long.
-            command.append("--compile-bytecode")
-            if self._run([*command, *self._uv_options, *args]) == 0:
+        if self._uv_install:
+            if self._run([*self._uv_install, *args]) == 0:
                 return
             print("  uv could not (its reason is above); trying pip", flush=True)
-            self._uv = None
+            self._uv_install = []
         self.pip_install(what, *args)
 
     def pip_install(self, what: str, *args: str) -> None:
@@ -111,12 +102,22 @@ class Installer:
                 f"pip could not install {what} (exit status {status}); its reason is above."
             )
 
-    def _find_uv(self) -> str | None:
+    @functools.cached_property
+    def _uv_install(self) -> list[str]:
+        """The command that installs with uv; empty if there is none."""
         configured = pip_configuration()
-        if PIP_ONLY & configured.keys():
-            return None
-        for path in configured.get("constraint", "").split():
-            self._uv_options += ["--constraint", path]
+        uv = None if PIP_ONLY & configured.keys() else self._find_uv()
+        if uv is None:
+            return []
+        constraints = configured.get("constraint", "").split()
+        return [
+            *(uv, "pip", "install", "--python", sys.executable),
+            # As pip does: where Python may not do so itself, every start would take twice as long.
+            "--compile-bytecode",
+            *(part for path in constraints for part in ("--constraint", path)),
+        ]
+
+    def _find_uv(self) -> str | None:
         found = shutil.which("uv")
         if found or self.dry_run:
             return found or "uv"
