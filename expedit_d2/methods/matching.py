@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..tracing import cached, shape_of
+from ..tracing import cached, in_graph, shape_of
 
 __all__ = [
     "cluster_means",
@@ -78,7 +78,7 @@ def cluster_means(x: Tensor, index: Tensor, shares: Tensor, count: int) -> Tenso
     """
     batch, _, channels = shape_of(x)
     weighted = x * shares[..., None]  # in fp32
-    sums = _constant(0.0, weighted.dtype, index.device).expand(batch * count, channels)
+    sums = _zeros((batch * count, channels), weighted.dtype, index.device)
     sums = sums.index_add(0, _flat(index, count), weighted.flatten(0, 1))
     return sums.unflatten(0, (batch, count)).to(x.dtype)
 
@@ -93,9 +93,16 @@ def cluster_sizes(sizes: Tensor | None, index: Tensor, count: int) -> tuple[Tens
     """
     if sizes is None:
         sizes = _constant(1.0, torch.float32, index.device).expand_as(index)
-    total = _constant(0.0, sizes.dtype, index.device).expand(shape_of(index)[0], count)
+    total = _zeros((shape_of(index)[0], count), sizes.dtype, index.device)
     total = total.scatter_add(1, index, sizes)
     return total, sizes / total.gather(1, index)
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Zeros to add to, out of place."""
+    if in_graph():  # torch 2.11 compiles sums onto an expanded number to wrong ones
+        return torch.zeros(shape, dtype=dtype, device=device)
+    return _constant(0.0, dtype, device).expand(shape)
 
 
 @cached
@@ -191,7 +198,9 @@ def _match_once(
     if groups is not None:
         group_a, group_b = sides(groups)
         closeness = closeness.masked_fill(group_a[:, :, None] != group_b[:, None], -torch.inf)
-    closeness, partner = closeness.max(-1)
+    # Not `max` in a graph: torch 2.11 compiles that of masked numbers to wrong indices on a CPU.
+    nearest = closeness.topk(1) if in_graph() else closeness.max(-1, keepdim=True)
+    closeness, partner = (x.squeeze(-1) for x in nearest)
     cost = torch.sub(norm_a, closeness, alpha=2)
     if ward and sizes is not None:
         inverse_a, inverse_b = sides(sizes.reciprocal())
