@@ -10,6 +10,7 @@ import torch
 from expedit_d2.analysis import gpu_benchmark as benchmark
 from expedit_d2.analysis import gpu_models
 from expedit_d2.analysis.gpu_models import SMALL_MODELS
+from expedit_d2.analysis.launches import count_launches
 from expedit_d2.cuda_graph import capture
 from support.repository import load_tool
 
@@ -89,6 +90,19 @@ def test_models_are_compiled_or_recorded(monkeypatch, mode, owner, name):
     assert len(prepared) == len(rows) == 2
     assert all(row["mode"] == mode and "launches" not in row for row in rows)
     assert f"| {mode} | merge 0.5 |" in benchmark.table(rows)
+
+
+def test_graphs_have_fused_attention(monkeypatch):
+    recorded = []
+    monkeypatch.setattr(benchmark, "capture", lambda model, *_: recorded.append(model) or model)
+    entry = SMALL_MODELS["ViTDet, small"]
+    unit = benchmark.Unit("ViTDet, small", 1, "float32", "graph", ("expedit 0.5",))
+    [*benchmark.measure(entry, unit, torch.device("cpu"))]
+    assert len(recorded) == 2
+    for model in recorded:
+        with torch.no_grad():
+            launches = count_launches(model, torch.randn(1, 3, entry.size, entry.size))
+        assert launches["_softmax"] == 0  # Detectron2's own attention has one in each block
 
 
 def test_graphs_need_a_gpu():
