@@ -2,8 +2,8 @@
 
 A *unit* is a model at a batch size and dtype in one of three modes, with settings that are timed
 interleaved with the plain model. In mode "graph" a CUDA graph is replayed, so that the time of
-launches does not count; the plain model has fused attention there too. Compilation is slow, so a compiled unit has a single setting. The results
-of each unit are written when it finishes.
+launches does not count; the plain model has fused attention there too. Compilation is slow, so a
+compiled unit has a single setting. The results of each unit are written when it finishes.
 """
 
 from __future__ import annotations

@@ -96,7 +96,7 @@ def test_graphs_have_fused_attention(monkeypatch):
     recorded = []
     monkeypatch.setattr(benchmark, "capture", lambda model, *_: recorded.append(model) or model)
     entry = SMALL_MODELS["ViTDet, small"]
-    unit = benchmark.Unit("ViTDet, small", 1, "float32", "graph", ("expedit 0.5",))
+    unit = benchmark.Unit("ViTDet, small", 1, "float32", "graph", ("merge 0.5",))
     [*benchmark.measure(entry, unit, torch.device("cpu"))]
     assert len(recorded) == 2
     for model in recorded:
