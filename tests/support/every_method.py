@@ -29,7 +29,9 @@ PAIRS = [
 
 
 def settings_for(kind: str, method: str) -> dict:
-    settings = {"alpha": 1, "method": method}
+    # Inside the last block ToMe merges after the attention: the class token, the output of timm's
+    # model, would not notice.
+    settings = {"alpha": 0 if METHOD_REGISTRY[method].inside else 1, "method": method}
     if "iterations" in METHOD_REGISTRY[method].reads:
         settings["iterations"] = 2
     if METHOD_REGISTRY[method].unstructured:
