@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..tracing import cached, in_graph, shape_of
+from ..tracing import cached, in_graph, is_exporting, shape_of
 
 __all__ = ["MASKED_LOGIT", "Tiles", "sum_into_clusters", "multiply_tiles", "tile"]
 
@@ -72,8 +72,11 @@ class _Axis:
     place: Tensor  # (size,)
 
 
-def _tile_axis(size: int, cells: int, radius: int, device: torch.device) -> _Axis:
-    """Tile one axis of ``size`` tokens and ``cells`` cells; T, R, P as in `_Axis`."""
+_Indices = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+def _tile_axis(size: int, cells: int, radius: int, device: torch.device) -> _Indices:
+    """Tile one axis of ``size`` tokens and ``cells`` cells: what `_Axis` has."""
     # An exported graph has the same number of tiles for every size. All numbers that are divided
     # are positive, as ONNX rounds towards zero.
     count = (cells + _TILE - 1) // _TILE if isinstance(cells, int) else _TILES
@@ -96,7 +99,29 @@ def _tile_axis(size: int, cells: int, radius: int, device: torch.device) -> _Axi
 
     owner = home // tile
     place = owner * longest + index - first_token[owner]
-    return _Axis(tokens, real, candidates, allowed, place)
+    return tokens, real, candidates, allowed, place
+
+
+# An operator that compilers do not look into: PyTorch's would inline all these integers wherever
+# they are used, and not finish simplifying them. Exported graphs must not contain it, but torch
+# before 2.7 cannot tell whether it is exporting.
+_opaque_axis = None
+if hasattr(torch.compiler, "is_exporting"):
+    _opaque_axis = torch.library.custom_op(
+        "expedit_d2::tile_axis",
+        _tile_axis,
+        mutates_args=(),
+        schema="(SymInt size, SymInt cells, SymInt radius, Device device)"
+        " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    )
+    _opaque_axis.register_fake(_tile_axis)
+
+
+def _axis(size: int, cells: int, radius: int, device: torch.device) -> _Axis:
+    """`_tile_axis`; in a compiled graph as one operator."""
+    compiling = in_graph() and not (is_exporting() or torch.jit.is_tracing())
+    build = _opaque_axis if compiling and _opaque_axis is not None else _tile_axis
+    return _Axis(*build(size, cells, radius, device))
 
 
 @cached
@@ -104,7 +129,7 @@ def tile(
     size: tuple[int, int], grid: tuple[int, int], radius: int, batch: int, device: torch.device
 ) -> Tiles:
     """Tile the maps of a batch by home cell: the product of the tilings of their two axes."""
-    rows, cols = (_tile_axis(s, g, radius, device) for s, g in zip(size, grid, strict=True))
+    rows, cols = (_axis(s, g, radius, device) for s, g in zip(size, grid, strict=True))
 
     def cross(a: Tensor, b: Tensor, stride: int) -> Tensor:
         """Row-major index of every (a, b) pair, (Ta, X) and (Tb, Y) to (Ta * Tb, X * Y)."""
