@@ -72,11 +72,8 @@ class _Axis:
     place: Tensor  # (size,)
 
 
-_Indices = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
-
-
-def _tile_axis(size: int, cells: int, radius: int, device: torch.device) -> _Indices:
-    """Tile one axis of ``size`` tokens and ``cells`` cells: what `_Axis` has."""
+def _tile_axis(size: int, cells: int, radius: int, device: torch.device) -> _Axis:
+    """Tile one axis of ``size`` tokens and ``cells`` cells; T, R, P as in `_Axis`."""
     # An exported graph has the same number of tiles for every size. All numbers that are divided
     # are positive, as ONNX rounds towards zero.
     count = (cells + _TILE - 1) // _TILE if isinstance(cells, int) else _TILES
@@ -99,37 +96,14 @@ def _tile_axis(size: int, cells: int, radius: int, device: torch.device) -> _Ind
 
     owner = home // tile
     place = owner * longest + index - first_token[owner]
-    return tokens, real, candidates, allowed, place
+    return _Axis(tokens, real, candidates, allowed, place)
 
 
-# An operator that compilers do not look into: PyTorch's would inline all these integers wherever
-# they are used, and not finish simplifying them. Exported graphs must not contain it, but torch
-# before 2.7 cannot tell whether it is exporting.
-_opaque_axis = None
-if hasattr(torch.compiler, "is_exporting"):
-    _opaque_axis = torch.library.custom_op(
-        "expedit_d2::tile_axis",
-        _tile_axis,
-        mutates_args=(),
-        schema="(SymInt size, SymInt cells, SymInt radius, Device device)"
-        " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    )
-    _opaque_axis.register_fake(_tile_axis)
-
-
-def _axis(size: int, cells: int, radius: int, device: torch.device) -> _Axis:
-    """`_tile_axis`; in a compiled graph as one operator."""
-    compiling = in_graph() and not (is_exporting() or torch.jit.is_tracing())
-    build = _opaque_axis if compiling and _opaque_axis is not None else _tile_axis
-    return _Axis(*build(size, cells, radius, device))
-
-
-@cached
-def tile(
+def _tile(
     size: tuple[int, int], grid: tuple[int, int], radius: int, batch: int, device: torch.device
-) -> Tiles:
-    """Tile the maps of a batch by home cell: the product of the tilings of their two axes."""
-    rows, cols = (_axis(s, g, radius, device) for s, g in zip(size, grid, strict=True))
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """What `Tiles` has: the product of the tilings of the two axes."""
+    rows, cols = (_tile_axis(s, g, radius, device) for s, g in zip(size, grid, strict=True))
 
     def cross(a: Tensor, b: Tensor, stride: int) -> Tensor:
         """Row-major index of every (a, b) pair, (Ta, X) and (Tb, Y) to (Ta * Tb, X * Y)."""
@@ -146,15 +120,36 @@ def tile(
     owner = tile_row[:, None] * tile_cols + tile_col[None, :]
     place = owner * (per_row * per_col) + in_row[:, None] * per_col + in_col[None, :]
     first = torch.arange(batch, device=device)[:, None, None] * (grid[0] * grid[1])
-    return Tiles(
-        tokens=cross(rows.tokens, cols.tokens, size[1]).flatten(),
-        real=real.float()[..., None],
-        cells=(first + cross(rows.cells, cols.cells, grid[1])).flatten(0, 1),
-        mask=torch.zeros(shape_of(allowed), dtype=torch.float32, device=device).masked_fill(
-            ~allowed, MASKED_LOGIT
-        ),
-        place=place.flatten(),
+    tokens = cross(rows.tokens, cols.tokens, size[1]).flatten()
+    cells = (first + cross(rows.cells, cols.cells, grid[1])).flatten(0, 1)
+    mask = torch.zeros(shape_of(allowed), dtype=torch.float32, device=device)
+    mask = mask.masked_fill(~allowed, MASKED_LOGIT)
+    return tokens, real.float()[..., None], cells, mask, place.flatten()
+
+
+# An operator that compilers do not look into: PyTorch's would inline all these integers wherever
+# they are used, and not finish simplifying them. Exported graphs must not contain it, but torch
+# before 2.7 cannot tell whether it is exporting.
+_opaque_tile = None
+if hasattr(torch.compiler, "is_exporting"):
+    _opaque_tile = torch.library.custom_op(
+        "expedit_d2::tile",
+        _tile,
+        mutates_args=(),
+        schema="(SymInt[] size, SymInt[] grid, SymInt radius, SymInt batch, Device device)"
+        " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     )
+    _opaque_tile.register_fake(_tile)
+
+
+@cached
+def tile(
+    size: tuple[int, int], grid: tuple[int, int], radius: int, batch: int, device: torch.device
+) -> Tiles:
+    """Tile the maps of a batch by home cell; in a compiled graph, by one operator."""
+    compiling = in_graph() and not (is_exporting() or torch.jit.is_tracing())
+    build = _opaque_tile if compiling and _opaque_tile is not None else _tile
+    return Tiles(*build(size, grid, radius, batch, device))
 
 
 def _groups(tiles: int, each: int, like: Tensor) -> list[slice]:
