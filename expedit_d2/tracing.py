@@ -10,7 +10,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-__all__ = ["cached", "cached_results", "in_graph", "is_exporting", "shape_of"]
+__all__ = ["cached", "cached_results", "in_graph", "is_compiling", "is_exporting", "shape_of"]
 
 _R = TypeVar("_R")
 
@@ -29,6 +29,12 @@ def in_graph() -> bool:
     # torch before 2.3 cannot tell whether it is compiling.
     compiling = getattr(torch.compiler, "is_compiling", lambda: False)()
     return compiling or torch.jit.is_tracing()
+
+
+def is_compiling() -> bool:
+    """Whether torch.compile records a graph; False where torch, before 2.7, cannot tell."""
+    known = hasattr(torch.compiler, "is_exporting")
+    return known and torch.compiler.is_compiling() and not torch.compiler.is_exporting()
 
 
 def is_exporting() -> bool:

@@ -17,9 +17,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
-from ..tracing import cached, in_graph, is_exporting, shape_of
+from ..tracing import cached, in_graph, is_compiling, shape_of
 
 __all__ = ["MASKED_LOGIT", "Tiles", "sum_into_clusters", "multiply_tiles", "tile"]
 
@@ -128,11 +128,11 @@ def _tile(
 
 
 # An operator that compilers do not look into: PyTorch's would inline all these integers wherever
-# they are used, and not finish simplifying them. Exported graphs must not contain it, but torch
-# before 2.7 cannot tell whether it is exporting.
-_opaque_tile = None
-if hasattr(torch.compiler, "is_exporting"):
-    _opaque_tile = torch.library.custom_op(
+# they are used, and not finish simplifying them. Exported graphs must not contain it. torch before
+# 2.4 has no such operators.
+_opaque_tile = _tile
+if hasattr(library, "custom_op"):
+    _opaque_tile = library.custom_op(
         "expedit_d2::tile",
         _tile,
         mutates_args=(),
@@ -147,8 +147,7 @@ def tile(
     size: tuple[int, int], grid: tuple[int, int], radius: int, batch: int, device: torch.device
 ) -> Tiles:
     """Tile the maps of a batch by home cell; in a compiled graph, by one operator."""
-    compiling = in_graph() and not (is_exporting() or torch.jit.is_tracing())
-    build = _opaque_tile if compiling and _opaque_tile is not None else _tile
+    build = _opaque_tile if is_compiling() else _tile
     return Tiles(*build(size, grid, radius, batch, device))
 
 
